@@ -1,0 +1,1 @@
+"""Masters, children and their wiring."""

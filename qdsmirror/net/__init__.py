@@ -1,0 +1,1 @@
+"""Thin Twisted shells: TLS and identity, NBD server, control channel, handshake, link."""
