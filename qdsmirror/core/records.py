@@ -1,0 +1,304 @@
+"""What stands only in a log: placement headers and superblocks (man page qdswritelog(5)).
+
+A *record* is a placement header and a frame, padded to the ring's alignment.  The placement header
+binds it to this log and this position, so that a misdirected or stale write is recognised
+(rules.md 1).  A *superblock slot* is a small fixed header and a JSON body under one CRC-32C; two
+slots are written in turn (rules.md 5).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from struct import Struct
+from typing import Any, NamedTuple
+
+from crc32c import crc32c
+
+from qdsmirror.core.frames import GENESIS, Buffer, FrameHeader
+from qdsmirror.core.ring import Ring, align_up
+from qdsmirror.errors import CorruptError, LimitError
+from qdsmirror.limits import GENERATIONS_MAX, KIB, RECORD_ALIGN_BYTES
+
+RECORD_MAGIC = b"QDSRECRD"
+RECORD_VERSION = 1
+FRAME = 1
+PAD = 2
+
+# magic version kind zero record_bytes frame_bytes log_uuid position, then the CRC of these
+_RECORD = Struct(">8sHBBII16sQ")
+RECORD_HEADER_BYTES = _RECORD.size + 4
+
+
+class Record(NamedTuple):
+    """A placement header.
+
+    :ivar record_bytes: from this header to the next one.
+    :ivar frame_bytes: of the frame behind it; 0 for a pad.
+    """
+
+    kind: int
+    record_bytes: int
+    frame_bytes: int
+
+
+def pack_record(kind: int, record_bytes: int, frame_bytes: int, log: bytes, position: int) -> bytes:
+    """Make a placement header for a position of the log with this UUID."""
+    head = _RECORD.pack(
+        RECORD_MAGIC, RECORD_VERSION, kind, 0, record_bytes, frame_bytes, log, position
+    )
+    return head + crc32c(head).to_bytes(4, "big")
+
+
+def parse_record(raw: Buffer, log: bytes, position: int) -> Record:
+    """Read and check a placement header.
+
+    :raises CorruptError: it is not an intact header of this log and this position.
+    """
+    view = memoryview(raw)[:RECORD_HEADER_BYTES]
+    if len(view) < RECORD_HEADER_BYTES or view[:8] != RECORD_MAGIC:
+        raise CorruptError("no record here")
+    if crc32c(view[:-4]) != int.from_bytes(view[-4:], "big"):
+        raise CorruptError("placement header: checksum mismatch")
+    _, version, kind, _, record_bytes, frame_bytes, uuid, where = _RECORD.unpack(view[:-4])
+    if version != RECORD_VERSION or kind not in (FRAME, PAD):
+        raise CorruptError(f"placement header: version {version}, kind {kind}")
+    if uuid != log:
+        raise CorruptError("placement header: the record belongs to another log")
+    if where != position:
+        raise CorruptError(f"placement header: the record belongs to position {where}")
+    if record_bytes < RECORD_HEADER_BYTES + frame_bytes:
+        raise CorruptError("placement header: lengths do not fit")
+    return Record(kind, record_bytes, frame_bytes)
+
+
+class Point(NamedTuple):
+    """Where one LDSU's history stands: the next frame's number and the chain before it."""
+
+    sequence: int
+    chain: bytes
+
+
+BEGINNING = Point(1, GENESIS)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place between two records of a log, with what a scan from there must know.
+
+    :ivar position: of the next record.
+    :ivar gsn: every frame from here on has a first GSN of at least this.
+    :ivar points: by LDSU index; an absent one stands at its beginning.
+    """
+
+    position: int = 0
+    gsn: int = 1
+    points: Mapping[int, Point] = field(default_factory=dict)
+
+    def point(self, ldsu: int) -> Point:
+        """Give where an LDSU's history stands here."""
+        return self.points.get(ldsu, BEGINNING)
+
+    def after(self, header: FrameHeader, end: int) -> Cursor:
+        """Give the cursor behind a frame that ends at position ``end``."""
+        points = dict(self.points)
+        points[header.ldsu] = Point(header.sequence + 1, header.chain)
+        return Cursor(end, header.gsn_first + header.gsn_count, points)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the form that stands in a superblock."""
+        return {
+            "position": self.position,
+            "gsn": self.gsn,
+            "points": {str(k): [p.sequence, p.chain.hex()] for k, p in self.points.items()},
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Cursor:
+        """Read :meth:`to_json`'s form."""
+        points = {int(k): Point(s, bytes.fromhex(c)) for k, (s, c) in body["points"].items()}
+        return cls(body["position"], body["gsn"], points)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One unbroken history on the list of a log's generations (rules.md 7).
+
+    :ivar id: 16 random bytes.
+    :ivar first_gsn: the first global sequence number that belongs to it.
+    """
+
+    id: bytes
+    first_gsn: int
+
+
+@dataclass(frozen=True)
+class BoundUnit:
+    """An LDSU that a log is bound to: its index in the group, name and size in bytes."""
+
+    index: int
+    name: str
+    size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """A log's metadata: an informed, normally out-of-date guess, and the group's durable states.
+
+    :ivar role: ``writelog`` or ``journal``.
+    :ivar log: the log's UUID.
+    :ivar tail: nothing before it is needed; its space is free.
+    :ivar applied: everything before it is on the devices, synced, for the whole group.
+    :ivar head: a guess: everything before it is durable in this log.
+    :ivar durable_gsn: the group's durable GSN when this was written (rules.md 6).
+    :ivar coherent: whether the mirror is usable as of one instant (invariant COHERENT).
+    :ivar refresh: the refresh in progress, as core.refresh writes it, or ``None``.
+    """
+
+    role: str
+    log: bytes
+    group: int
+    units: tuple[BoundUnit, ...]
+    ring: Ring
+    device_bytes: int
+    generations: tuple[Generation, ...] = ()
+    tail: Cursor = field(default_factory=Cursor)
+    applied: Cursor = field(default_factory=Cursor)
+    head: Cursor = field(default_factory=Cursor)
+    durable_gsn: int = 0
+    coherent: bool = False
+    reason: str = ""
+    refresh: Mapping[str, Any] | None = None
+    counter: int = 0
+
+    @property
+    def generation(self) -> bytes:
+        """The current generation's id; empty before there is one."""
+        return self.generations[-1].id if self.generations else b""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the body of a slot."""
+        return {
+            "role": self.role,
+            "log": self.log.hex(),
+            "group": self.group,
+            "units": [[u.index, u.name, u.size, u.device] for u in self.units],
+            "ring": [self.ring.start, self.ring.size, self.ring.align],
+            "device_bytes": self.device_bytes,
+            "generations": [[g.id.hex(), g.first_gsn] for g in self.generations],
+            "tail": self.tail.to_json(),
+            "applied": self.applied.to_json(),
+            "head": self.head.to_json(),
+            "durable_gsn": self.durable_gsn,
+            "coherent": self.coherent,
+            "reason": self.reason,
+            "refresh": dict(self.refresh) if self.refresh is not None else None,
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any], counter: int) -> Superblock:
+        """Read :meth:`to_json`'s form."""
+        return cls(
+            role=body["role"],
+            log=bytes.fromhex(body["log"]),
+            group=body["group"],
+            units=tuple(BoundUnit(*u) for u in body["units"]),
+            ring=Ring(*body["ring"]),
+            device_bytes=body["device_bytes"],
+            generations=tuple(Generation(bytes.fromhex(i), n) for i, n in body["generations"]),
+            tail=Cursor.from_json(body["tail"]),
+            applied=Cursor.from_json(body["applied"]),
+            head=Cursor.from_json(body["head"]),
+            durable_gsn=body["durable_gsn"],
+            coherent=body["coherent"],
+            reason=body["reason"],
+            refresh=body["refresh"],
+            counter=counter,
+        )
+
+
+SUPER_MAGIC = b"QDSSUPER"
+SUPER_VERSION = 1
+#: Sizes that a slot may have: the second slot starts where the first ends.
+SLOT_BYTES = (8 * KIB, 64 * KIB, 512 * KIB)
+# magic version slot zero body_bytes slot_bytes counter, then the CRC of these and the body
+_SUPER = Struct(">8sHBBIIQ")
+_SUPER_HEADER_BYTES = _SUPER.size + 4
+
+
+def slot_bytes_for(units: int) -> int:
+    """Give the size of a slot that describes this many LDSUs.
+
+    :raises LimitError: there are too many for the largest slot.
+    """
+    need = 2 * KIB + 100 * GENERATIONS_MAX + units * 512
+    for size in SLOT_BYTES:
+        if need <= size:
+            return size
+    raise LimitError(f"{units} LDSUs are too many for one log's superblock")
+
+
+def pack_slot(superblock: Superblock, slot: int, slot_bytes: int) -> bytes:
+    """Make the bytes of slot 0 or 1, padded to whole 4096-byte blocks.
+
+    :raises LimitError: the body does not fit the slot.
+    """
+    body = json.dumps(superblock.to_json(), separators=(",", ":")).encode()
+    length = _SUPER_HEADER_BYTES + len(body)
+    if length > slot_bytes:
+        raise LimitError(f"superblock of {length} bytes is over its slot's {slot_bytes}")
+    head = _SUPER.pack(
+        SUPER_MAGIC, SUPER_VERSION, slot, 0, len(body), slot_bytes, superblock.counter
+    )
+    crc = crc32c(body, crc32c(head))
+    raw = head + crc.to_bytes(4, "big") + body
+    return raw.ljust(align_up(length, RECORD_ALIGN_BYTES), b"\0")
+
+
+def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
+    """Read a slot; no field is believed before the checksum matches.
+
+    :param slot: which slot these bytes were read from.
+    :param slot_bytes: the slot size that this place implies; ``0`` accepts any (slot 0).
+    :raises CorruptError: it is not an intact superblock for this slot.
+    """
+    view = memoryview(raw)
+    if len(view) < _SUPER_HEADER_BYTES or view[:8] != SUPER_MAGIC:
+        raise CorruptError(f"superblock slot {slot}: not initialised")
+    _, version, number, _, body_bytes, size, counter = _SUPER.unpack(view[: _SUPER.size])
+    body = view[_SUPER_HEADER_BYTES : _SUPER_HEADER_BYTES + body_bytes]
+    stored = int.from_bytes(view[_SUPER.size : _SUPER_HEADER_BYTES], "big")
+    if len(body) != body_bytes or crc32c(body, crc32c(view[: _SUPER.size])) != stored:
+        raise CorruptError(f"superblock slot {slot}: checksum mismatch")
+    if number != slot or size not in SLOT_BYTES or slot_bytes not in (0, size):
+        raise CorruptError(f"superblock slot {slot}: holds slot {number} of {size} bytes")
+    if version != SUPER_VERSION:
+        raise CorruptError(
+            f"superblock format version {version} is unknown here (this is version {SUPER_VERSION})"
+        )
+    try:
+        return Superblock.from_json(json.loads(bytes(body)), counter)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"superblock slot {slot}: body cannot be read: {error}") from error
+
+
+def layout(device_bytes: int, units: int, physical_block: int) -> tuple[int, Ring]:
+    """Divide a device into two slots and the ring.
+
+    :returns: the slot size and the ring.
+    :raises LimitError: the device is too small.
+    """
+    slot_bytes = slot_bytes_for(units)
+    align = max(RECORD_ALIGN_BYTES, physical_block)
+    start = align_up(2 * slot_bytes, align)
+    size = (device_bytes - start) // align * align
+    if size < 16 * align:
+        raise LimitError(f"a log for {units} LDSUs needs {start + 16 * align} bytes at least")
+    return slot_bytes, Ring(start, size, align)
+
+
+def renewed(superblock: Superblock, **changes: Any) -> Superblock:
+    """Give the next superblock: changed, and with the next counter."""
+    return replace(superblock, counter=superblock.counter + 1, **changes)

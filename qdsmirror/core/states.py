@@ -1,0 +1,125 @@
+"""The modes of a group and every way between them (patent: "operating modes").
+
+Modes may hold at the same time; the state that is shown is the first that holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+
+class Mode(StrEnum):
+    """A mode of a group, in the order in which ``state`` is chosen."""
+
+    REFRESH = "refresh"
+    ACCUMULATING = "accumulating"
+    CONNECTED = "connected"
+    SETUP = "setup"
+
+
+class Event(Enum):
+    """What moves a group from mode to mode."""
+
+    DRIVER_STARTED = "the driver serves the group's LDSUs"
+    DRIVER_STOPPED = "the driver stops serving"
+    LINK_UP = "the secondary has authenticated and mapped every LDSU"
+    LINK_DOWN = "the link to the secondary is gone"
+    REFRESH_BEGUN = "a refresh has durably begun"
+    REFRESH_ENDED = "the end mark of the refresh is committed"
+    REFRESH_KILLED = "the operator ended the refresh"
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One way between modes: where ``event`` finds ``when``, ``leaves`` give way to ``enters``."""
+
+    event: Event
+    when: frozenset[Mode]
+    leaves: frozenset[Mode]
+    enters: frozenset[Mode]
+    why: str
+
+
+def _ways(*modes: Mode) -> frozenset[Mode]:
+    return frozenset(modes)
+
+
+_S, _A, _C, _R = Mode.SETUP, Mode.ACCUMULATING, Mode.CONNECTED, Mode.REFRESH
+
+TRANSITIONS: tuple[Transition, ...] = (
+    Transition(
+        Event.DRIVER_STARTED, _ways(_S), _ways(_S), _ways(_A),
+        "writes are journaled from the first moment; nothing removes them yet",
+    ),
+    Transition(
+        Event.DRIVER_STOPPED, _ways(_A), _ways(_A, _R), _ways(_S),
+        "no LDSU exists; a refresh goes on when the driver starts again",
+    ),
+    Transition(
+        Event.DRIVER_STOPPED, _ways(_C), _ways(_C, _R), _ways(_S),
+        "the pmd loses the driver with the LDSUs",
+    ),
+    Transition(
+        Event.LINK_UP, _ways(_A), _ways(_A), _ways(_C),
+        "the pmd moves entries to the secondary",
+    ),
+    Transition(
+        Event.LINK_DOWN, _ways(_C), _ways(_C), _ways(_A),
+        "the writelog absorbs the outage",
+    ),
+    Transition(
+        Event.REFRESH_BEGUN, _ways(_A), _ways(), _ways(_R),
+        "chunks wait in the writelog for the link, within the refresh's share of it",
+    ),
+    Transition(
+        Event.REFRESH_BEGUN, _ways(_C), _ways(), _ways(_R),
+        "chunks travel between the application's writes",
+    ),
+    Transition(
+        Event.REFRESH_ENDED, _ways(_R), _ways(_R), _ways(),
+        "the mirror is coherent again",
+    ),
+    Transition(
+        Event.REFRESH_KILLED, _ways(_R), _ways(_R), _ways(),
+        "the mirror stays incoherent until another refresh",
+    ),
+)  # fmt: skip
+
+
+class GroupModes:
+    """The modes of one group.
+
+    :ivar modes: those that hold now.
+    :ivar since: when the shown state was entered, seconds since 1970.
+    :ivar reason: why.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.modes: frozenset[Mode] = frozenset({Mode.SETUP})
+        self.since = now
+        self.reason = ""
+
+    @property
+    def state(self) -> Mode:
+        """The first mode that holds, in the order of :class:`Mode`."""
+        return next(mode for mode in Mode if mode in self.modes)
+
+    def allows(self, event: Event) -> bool:
+        """Tell whether an event means anything in the present modes."""
+        return any(t.event is event and t.when <= self.modes for t in TRANSITIONS)
+
+    def happen(self, event: Event, now: float, reason: str = "") -> bool:
+        """Follow an event.
+
+        :returns: whether the modes changed; an event with no way from here changes nothing.
+        """
+        for way in TRANSITIONS:
+            if way.event is event and way.when <= self.modes:
+                before = self.state
+                self.modes = self.modes - way.leaves | way.enters
+                if self.state is not before:
+                    self.since = now
+                self.reason = reason
+                return True
+        return False

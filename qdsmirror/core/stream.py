@@ -1,0 +1,164 @@
+"""The stream that follows the handshake: small messages around frames.
+
+The format is in man page qdsmirror-protocol(7).  A message is a fixed header (type, flags, payload length) and a payload.  Frames travel as they are
+in the log; the ACK-requested flag rides on the last frame of a buffer (patent: "a flag is set in
+the header requesting an acknowledgment").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from struct import Struct
+from typing import Any, NamedTuple
+
+from qdsmirror.errors import LimitError, ProtocolError
+from qdsmirror.limits import KIB, STREAM_MESSAGE_BYTES_MAX
+
+FRAME = 1
+ACK = 2
+PING = 3
+BYE = 4
+STATUS = 5
+_TYPES = frozenset((FRAME, ACK, PING, BYE, STATUS))
+
+#: Flag of a FRAME: answer with an ACK once it is committed.
+ACK_REQUESTED = 1
+
+# type flags zero length
+_HEADER = Struct(">BBHI")
+HEADER_BYTES = _HEADER.size
+_ACK = Struct(">QQ")
+_SMALL_BYTES_MAX = 64 * KIB
+
+
+class Message(NamedTuple):
+    """A whole message.
+
+    :ivar payload: a frame, or what the other constructors of this module packed.
+    """
+
+    type: int
+    flags: int
+    payload: bytes | bytearray | memoryview
+
+
+class Ack(NamedTuple):
+    """What the secondary holds: last GSN durable in its journal, and last on its mirror devices."""
+
+    committed: int
+    mirrored: int
+
+
+def frame_header(frame_bytes: int, ack_requested: bool) -> bytes:
+    """Give the header that goes before a frame."""
+    return _HEADER.pack(FRAME, ACK_REQUESTED if ack_requested else 0, 0, frame_bytes)
+
+
+def pack_ack(committed: int, mirrored: int) -> bytes:
+    """Make an ACK."""
+    return _HEADER.pack(ACK, 0, 0, _ACK.size) + _ACK.pack(committed, mirrored)
+
+
+def parse_ack(payload: bytes | bytearray | memoryview) -> Ack:
+    """Read an ACK's payload.
+
+    :raises ProtocolError: its length is wrong.
+    """
+    if len(payload) != _ACK.size:
+        raise ProtocolError(f"ACK of {len(payload)} bytes")
+    return Ack(*_ACK.unpack(payload))
+
+
+def pack_ping() -> bytes:
+    """Make a PING: the peer is alive."""
+    return _HEADER.pack(PING, 0, 0, 0)
+
+
+def pack_bye(reason: str) -> bytes:
+    """Make a BYE: an orderly end, with the reason."""
+    text = reason.encode()[:1024]
+    return _HEADER.pack(BYE, 0, 0, len(text)) + text
+
+
+def pack_status(status: dict[str, Any]) -> bytes:
+    """Make a STATUS: the secondary's states and errors for the primary's tools."""
+    text = json.dumps(status, separators=(",", ":")).encode()
+    return _HEADER.pack(STATUS, 0, 0, len(text)) + text
+
+
+def parse_status(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """Read a STATUS' payload.
+
+    :raises ProtocolError: it is not a JSON object.
+    """
+    try:
+        status = json.loads(bytes(payload))
+    except ValueError as error:
+        raise ProtocolError(f"STATUS cannot be read: {error}") from error
+    if not isinstance(status, dict):
+        raise ProtocolError("STATUS is not an object")
+    return status
+
+
+class MessageParser:
+    """Cuts received bytes into messages; never holds more than one message's length.
+
+    A message that arrives in several pieces is gathered in a buffer of exactly its size, so that
+    nothing is copied twice.
+    """
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._body: bytearray | None = None
+        self._filled = 0
+        self._type = 0
+        self._flags = 0
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Take received bytes and give the messages that are whole now.
+
+        :raises ProtocolError: an unknown type.
+        :raises LimitError: a length over the limits, before anything of it is buffered.
+        """
+        view = memoryview(data)
+        position = 0
+        end = len(view)
+        while True:
+            if self._body is None:
+                need = HEADER_BYTES - len(self._head)
+                if need > end - position:
+                    self._head += view[position:]
+                    return
+                if self._head:
+                    self._head += view[position : position + need]
+                    raw: bytes | bytearray | memoryview = bytes(self._head)
+                    self._head.clear()
+                else:
+                    raw = view[position : position + need]
+                position += need
+                length = self._begin(raw)
+                if end - position >= length:
+                    yield Message(self._type, self._flags, view[position : position + length])
+                    position += length
+                    continue
+                self._body = bytearray(length)
+                self._filled = 0
+            take = min(len(self._body) - self._filled, end - position)
+            self._body[self._filled : self._filled + take] = view[position : position + take]
+            self._filled += take
+            position += take
+            if self._filled < len(self._body):
+                return
+            body, self._body = self._body, None
+            yield Message(self._type, self._flags, body)
+
+    def _begin(self, raw: bytes | bytearray | memoryview) -> int:
+        """Check a message's header and give its payload's length."""
+        self._type, self._flags, _, length = _HEADER.unpack(raw)
+        if self._type not in _TYPES:
+            raise ProtocolError(f"stream message of unknown type {self._type}")
+        cap = STREAM_MESSAGE_BYTES_MAX if self._type == FRAME else _SMALL_BYTES_MAX
+        if length > cap:
+            raise LimitError(f"stream message of {length} bytes is over the limit of {cap}")
+        return int(length)

@@ -1,0 +1,156 @@
+"""Reads a log's frames in order from a cursor, and stops where its history does.
+
+The same reader serves recovery (scan), the pmd (sending) and the replay of a journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+from qdsmirror.core.frames import (
+    HEADER_BYTES,
+    FrameHeader,
+    chain_follows,
+    check_body,
+    parse_header,
+)
+from qdsmirror.core.records import (
+    PAD,
+    RECORD_HEADER_BYTES,
+    Cursor,
+    Point,
+    Record,
+    parse_record,
+)
+from qdsmirror.core.ring import Ring
+from qdsmirror.errors import CorruptError, LimitError
+
+READ_BYTES = 1 << 20
+
+
+class LogFrame(NamedTuple):
+    """A frame found in a log.
+
+    :ivar end: the position behind its record.
+    :ivar frame: its bytes, a view into what was read.
+    """
+
+    header: FrameHeader
+    end: int
+    frame: memoryview
+
+
+class LogReader:
+    """Walks a log from a cursor.
+
+    :param pread: ``pread(length, offset)`` gives exactly these bytes of the log's device.
+    :param log: the log's UUID.
+    :param generations: ids of the histories that are valid here (rules.md 7).
+    :param contiguous: whether each frame must take up the GSN where the one before it ended, as in
+        a journal, which holds every LDSU of the group.
+    :ivar stopped: why the last :meth:`read` found nothing more ("" while it did).
+    """
+
+    def __init__(
+        self,
+        pread: Callable[[int, int], bytes],
+        ring: Ring,
+        log: bytes,
+        cursor: Cursor,
+        generations: Collection[bytes],
+        *,
+        contiguous: bool = False,
+    ) -> None:
+        self._pread = pread
+        self._ring = ring
+        self._log = log
+        self._generations = generations
+        self._contiguous = contiguous
+        self.position = cursor.position
+        self._gsn = cursor.gsn
+        self._points = dict(cursor.points)
+        self._start = cursor
+        self.stopped = ""
+
+    @property
+    def cursor(self) -> Cursor:
+        """The place behind the last frame given."""
+        return Cursor(self.position, self._gsn, dict(self._points))
+
+    def point(self, ldsu: int) -> Point:
+        """Give where an LDSU's history stands behind the last frame given."""
+        return self._points.get(ldsu) or self._start.point(ldsu)
+
+    def read(self, limit: int, end: int | None = None) -> list[LogFrame]:
+        """Give the next frames, as many as one read of ``limit`` bytes holds, at least one.
+
+        :param end: a position known to be the end of what may be read.
+        :returns: an empty list at the end; ``stopped`` then says why.
+        """
+        frames: list[LogFrame] = []
+        self.stopped = ""
+        while not frames and not self.stopped:
+            want = min(limit, self._ring.contiguous(self.position))
+            if end is not None:
+                want = min(want, end - self.position)
+                if want <= 0:
+                    self.stopped = "end"
+                    break
+            try:
+                self._take(self._pread(want, self._ring.physical(self.position)), frames)
+            except CorruptError as error:
+                self.stopped = error.message
+            except LimitError as error:
+                self.stopped = error.message
+        return frames
+
+    def _take(self, data: bytes, frames: list[LogFrame]) -> None:
+        """Take the records of one read; what it cuts off is read again."""
+        view = memoryview(data)
+        offset = 0
+        while len(view) - offset >= RECORD_HEADER_BYTES:
+            try:
+                record = parse_record(view[offset:], self._log, self.position)
+                if record.record_bytes > self._ring.contiguous(self.position):
+                    raise CorruptError("placement header: the record would wrap")
+                if record.kind == PAD:
+                    offset += record.record_bytes
+                    self.position += record.record_bytes
+                    continue
+                if len(view) - offset < record.record_bytes:
+                    if offset:
+                        return
+                    view = memoryview(
+                        self._pread(record.record_bytes, self._ring.physical(self.position))
+                    )
+                frames.append(self._frame(record, view[offset : offset + record.record_bytes]))
+                offset += record.record_bytes
+            except (CorruptError, LimitError):
+                # What came before is good; the next read, from here, will say what is not.
+                if frames:
+                    return
+                raise
+
+    def _frame(self, record: Record, raw: memoryview) -> LogFrame:
+        frame = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + record.frame_bytes]
+        header = parse_header(frame)
+        if header.frame_bytes != record.frame_bytes:
+            raise CorruptError("frame and placement header differ in length")
+        check_body(header, frame)
+        sequence, chain = self.point(header.ldsu)
+        if header.generation not in self._generations:
+            raise CorruptError(f"frame of another generation ({header.generation.hex()})")
+        if header.sequence != sequence or not chain_follows(header, frame[:HEADER_BYTES], chain):
+            raise CorruptError(f"chain broken: frame {header.sequence} does not follow here")
+        if header.gsn_first < self._gsn or (self._contiguous and header.gsn_first != self._gsn):
+            raise CorruptError(f"GSN {header.gsn_first} where {self._gsn} was expected")
+        self.position += record.record_bytes
+        self._gsn = header.gsn_first + header.gsn_count
+        self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
+        return LogFrame(header, self.position, frame)
+
+    def __iter__(self) -> Iterator[LogFrame]:
+        """Give every frame up to where the history stops."""
+        while found := self.read(READ_BYTES):
+            yield from found

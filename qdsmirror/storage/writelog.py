@@ -1,0 +1,201 @@
+"""A log on a device: superblocks, appending, scanning.
+
+The primary's writelogs and the secondary's journal are the same thing; only what a superblock is
+bound to differs.  Every method that does I/O blocks: callers run it in a worker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from qdsmirror.core.frames import Buffer
+from qdsmirror.core.records import (
+    FRAME,
+    PAD,
+    RECORD_HEADER_BYTES,
+    SLOT_BYTES,
+    BoundUnit,
+    Cursor,
+    Generation,
+    Superblock,
+    layout,
+    pack_record,
+    pack_slot,
+    parse_slot,
+    renewed,
+    slot_bytes_for,
+)
+from qdsmirror.core.ring import Placement
+from qdsmirror.errors import CorruptError, DeviceError
+from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.limits import CONTROL_RESERVE_BYTES, WRITELOG_BYTES_MIN
+from qdsmirror.storage.logreader import LogReader
+
+_ZEROES = bytes(1 << 16)
+
+Writes = list[tuple[int, list[Buffer]]]
+
+
+def read_superblock(device: IBlockDevice) -> Superblock:
+    """Find the newest intact superblock of a log.
+
+    :raises CorruptError: neither slot is intact.
+    :raises OSError: the device cannot be read.
+    """
+    found: list[Superblock] = []
+    reasons: list[str] = []
+    largest = min(SLOT_BYTES[-1], device.size)
+    for slot, place, size in ((0, 0, 0), *((1, s, s) for s in SLOT_BYTES)):
+        if place + 4096 > device.size:
+            continue
+        try:
+            raw = device.pread(min(largest, device.size - place) // 4096 * 4096, place)
+            found.append(parse_slot(raw, slot, size))
+        except CorruptError as error:
+            reasons.append(error.message)
+    if not found:
+        raise CorruptError(
+            f"{device.path} holds no intact log: {reasons[0]}",
+            hint="initialise it with qdswlinit(1) if it was never used",
+        )
+    return max(found, key=lambda s: s.counter)
+
+
+class Writelog:
+    """An open log.
+
+    :ivar superblock: as last written.
+    :ivar head: position behind the last record placed.
+    :ivar durable_tail: the tail in the durable superblock: space before it may be reused.
+    """
+
+    def __init__(self, device: IBlockDevice, superblock: Superblock) -> None:
+        self.device = device
+        self.superblock = superblock
+        self.ring = superblock.ring
+        self.log = superblock.log
+        self.head = superblock.head.position
+        self.durable_tail = superblock.tail.position
+        self._slot_bytes = slot_bytes_for(len(superblock.units))
+
+    @classmethod
+    def open(cls, device: IBlockDevice) -> Writelog:
+        """Open an initialised log.
+
+        What a killed process left in the page cache is made durable first, and the cache dropped:
+        nothing is found that a power cut could still take away (rules.md 3).
+
+        :raises CorruptError: it is not initialised, or both superblocks are damaged.
+        :raises DeviceError: the device is smaller than it was.
+        """
+        device.fdatasync()
+        device.drop_cache()
+        superblock = read_superblock(device)
+        if device.size < superblock.device_bytes:
+            raise DeviceError(
+                f"{device.path} has {device.size} bytes, but its log was made for "
+                f"{superblock.device_bytes}",
+                hint="restore the device to its size",
+            )
+        return cls(device, superblock)
+
+    @classmethod
+    def initialise(
+        cls,
+        device: IBlockDevice,
+        *,
+        role: str,
+        group: int,
+        units: Sequence[BoundUnit],
+        generations: Sequence[Generation] = (),
+        reason: str = "never mirrored",
+    ) -> Writelog:
+        """Make a device an empty log, both slots durable on return (patent: qdswlinit).
+
+        :raises DeviceError: the device is too small.
+        """
+        if device.size < WRITELOG_BYTES_MIN:
+            raise DeviceError(
+                f"{device.path} has {device.size} bytes; a log needs {WRITELOG_BYTES_MIN} at least",
+                hint="give a larger device",
+            )
+        slot_bytes, ring = layout(device.size, len(units), device.physical_block)
+        superblock = Superblock(
+            role=role,
+            log=os.urandom(16),
+            group=group,
+            units=tuple(units),
+            ring=ring,
+            device_bytes=device.size,
+            generations=tuple(generations),
+            reason=reason,
+        )
+        for size in SLOT_BYTES:
+            # A forgotten second slot of another size must not be found again.
+            if size != slot_bytes and size + 4096 <= device.size:
+                device.pwritev([_ZEROES[:4096]], size)
+        log = cls(device, superblock)
+        log.write_superblock(renewed(superblock), both=True)
+        return log
+
+    def write_superblock(self, superblock: Superblock, *, both: bool = False) -> None:
+        """Write the next superblock and make it durable.
+
+        :param superblock: with the counter after the present one's.
+        :param both: also write the other slot, after the first is durable, so that the change
+            survives the loss of either (rules.md 5).
+        """
+        for turn in range(2 if both else 1):
+            slot = (superblock.counter + turn) % 2
+            self.device.pwritev(
+                [pack_slot(superblock, slot, self._slot_bytes)], slot * self._slot_bytes
+            )
+            self.device.fdatasync()
+        self.superblock = superblock
+        self.durable_tail = superblock.tail.position
+
+    def update(self, *, both: bool = False, **changes: Any) -> None:
+        """Write a superblock with these changes."""
+        self.write_superblock(renewed(self.superblock, **changes), both=both)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the ring that may not be reused yet."""
+        return self.head - self.durable_tail
+
+    def place(self, frame_bytes: int, *, control: bool = False) -> Placement | None:
+        """Take the place of the next record.
+
+        :param control: the frame may use the reserve (rules.md 9).
+        :returns: ``None`` when the log is full.
+        """
+        placement = self.ring.place(
+            self.head,
+            self.durable_tail,
+            RECORD_HEADER_BYTES + frame_bytes,
+            0 if control else CONTROL_RESERVE_BYTES,
+        )
+        if placement is not None:
+            self.head = placement.end
+        return placement
+
+    def record(self, placement: Placement, frame_bytes: int, frame: Sequence[Buffer]) -> Writes:
+        """Give the writes, as (device offset, buffers), that put a frame at its place."""
+        writes: Writes = []
+        if placement.pad_bytes:
+            at = placement.position - placement.pad_bytes
+            pad = pack_record(PAD, placement.pad_bytes, 0, self.log, at)
+            writes.append((self.ring.physical(at), [pad.ljust(self.ring.align, b"\0")]))
+        head = pack_record(FRAME, placement.record_bytes, frame_bytes, self.log, placement.position)
+        fill = placement.record_bytes - len(head) - frame_bytes
+        writes.append((self.ring.physical(placement.position), [head, *frame, _ZEROES[:fill]]))
+        return writes
+
+    def reader(self, cursor: Cursor, *, contiguous: bool = False) -> LogReader:
+        """Read the log's frames from a cursor."""
+        generations = frozenset(g.id for g in self.superblock.generations)
+        return LogReader(
+            self.device.pread, self.ring, self.log, cursor, generations, contiguous=contiguous
+        )
