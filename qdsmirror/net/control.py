@@ -1,0 +1,343 @@
+"""The control channel: AMP commands on Unix sockets of mode 0600.
+
+It stands where the patent has "private ioctl calls" between daemons, tools and driver.  Answers
+are JSON objects, spread over several AMP values where they are long (core.ampbox).  Nothing but
+the commands below is answered; the stock StartTLS responder is out of reach (security.md 4).
+"""
+
+# Twisted's amp and endpoints have few annotations.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
+from twisted.internet import defer, endpoints
+from twisted.internet.defer import Deferred, inlineCallbacks, maybeDeferred
+from twisted.internet.error import ConnectError, ConnectionClosed
+from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime, IReactorUNIX
+from twisted.internet.protocol import Factory, connectionDone
+from twisted.logger import Logger
+from twisted.protocols import amp
+from twisted.python.failure import Failure
+
+from qdsmirror import limits
+from qdsmirror.core import ampbox
+from qdsmirror.errors import LimitError, QdsError, UnreachableError, UsageError
+
+_log = Logger()
+
+#: What a driver's answer to AttachPmd holds: information, writelogs, watermark socket.
+Attachment = tuple[dict[str, Any], list[int], int]
+
+
+class Spread(amp.Argument):
+    """Bytes, up to CONTROL_JSON_BYTES_MAX, spread over as many keys as they need."""
+
+    def toBox(  # noqa: N802
+        self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: object
+    ) -> None:
+        """Put the value named ``name`` into the box."""
+        strings.update(ampbox.spread(name, objects[name.decode("ascii")]))
+
+    def fromBox(  # noqa: N802
+        self, name: bytes, strings: dict[bytes, bytes], objects: dict[str, Any], proto: object
+    ) -> None:
+        """Take the value out of the box."""
+        objects[name.decode("ascii")] = ampbox.gather(name, strings)
+
+
+class Descriptors(amp.Argument):
+    """File descriptors, in order (what ``amp.ListOf(amp.Descriptor())`` cannot do)."""
+
+    _one = amp.Descriptor()
+
+    def toStringProto(self, descriptors: list[int], proto: object) -> bytes:  # noqa: N802
+        """Send the descriptors; give their ordinals on this connection."""
+        return b" ".join(self._one.toStringProto(one, proto) for one in descriptors)
+
+    def fromStringProto(self, ordinals: bytes, proto: object) -> list[int]:  # noqa: N802
+        """Claim the descriptors that were received under these ordinals."""
+        return [self._one.fromStringProto(one, proto) for one in ordinals.split()]
+
+
+class RemoteError(Exception):
+    """A QdsError on its way; its text is ``core.ampbox.encode_error``'s."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+_ERRORS: dict[type[Exception], bytes] = {RemoteError: ampbox.QDS_ERROR}
+_JSON: list[tuple[bytes, amp.Argument]] = [(b"json", Spread())]
+
+
+class Status(amp.Command):
+    """What the daemon, or the group, is doing."""
+
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class Refresh(amp.Command):
+    """Begin a refresh of the kind given; answered once it has durably begun."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"kind", amp.Unicode())]
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class KillRefresh(amp.Command):
+    """End the refresh that is running."""
+
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class Apply(amp.Command):
+    """Take up changed, new and removed group files (masters only)."""
+
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class AttachPmd(amp.Command):
+    """Hand the pmd the writelogs, read-only, and the watermark socket (driver only)."""
+
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = [
+        *_JSON,
+        (b"logs", Descriptors()),
+        (b"watermarks", amp.Descriptor()),
+    ]
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class _BoundedAmp(amp.AMP):
+    """AMP whose boxes are bounded: a stock peer can be grown without limit."""
+
+    box_bytes_max = ampbox.REQUEST_BYTES_MAX
+    _box_bytes = 0
+
+    def proto_key(self, string: bytes) -> str:
+        self._box_bytes = self._box_bytes + len(string) if string else 0
+        return str(super().proto_key(string))
+
+    def proto_value(self, string: bytes) -> str:
+        self._box_bytes += len(string)
+        if self._box_bytes > self.box_bytes_max:
+            _log.error("a control connection sent too long a box, over {n}", n=self.box_bytes_max)
+            if self.transport is not None:
+                self.transport.loseConnection()
+        return str(super().proto_value(string))
+
+
+class _ControlProtocol(_BoundedAmp):
+    """One connection to a daemon."""
+
+    def __init__(self, server: ControlServer) -> None:
+        super().__init__()
+        self._server = server
+        self._passed: list[int] = []
+
+    def locateResponder(self, name: bytes) -> Callable[..., Any] | None:  # noqa: N802
+        """Find the responder of a command; only this module's commands have one."""
+        if name not in _ALLOWED:
+            return None
+        found: Callable[..., Any] | None = amp.CommandLocator.locateResponder(self, name)
+        return found
+
+    def _run(
+        self, method: str, *arguments: str, answer: Callable[[Any], dict[str, Any]] | None = None
+    ) -> Deferred[dict[str, Any]]:
+        """Call the handler; whatever fails travels as a QdsError."""
+        call = getattr(self._server.handler, method, None)
+        if call is None:
+            error = UsageError(f"the daemon on {self._server.path} does not do {method}")
+            return defer.fail(RemoteError(ampbox.encode_error(error).decode()))
+        running = maybeDeferred(call, *arguments).addCallback(answer or self._answer)
+        return running.addErrback(self._failed, method)
+
+    def _failed(self, failure: Failure, method: str) -> NoReturn:
+        error = failure.value
+        if not isinstance(error, QdsError):
+            _log.failure("{method} failed", failure, method=method)
+            error = QdsError(
+                f"{method} failed inside the daemon: {type(error).__name__}: {error}",
+                hint="look into the daemon's log",
+            )
+        raise RemoteError(ampbox.encode_error(error).decode())
+
+    def _answer(self, result: dict[str, Any] | None) -> dict[str, Any]:
+        text = ampbox.dump_json(result or {})
+        if len(text) > limits.CONTROL_JSON_BYTES_MAX:
+            raise LimitError(f"the answer's {len(text)} bytes exceed the control channel's bound")
+        return {"json": text}
+
+    @Status.responder
+    def _status(self) -> Deferred[dict[str, Any]]:
+        return self._run("status")
+
+    @Refresh.responder
+    def _refresh(self, kind: str) -> Deferred[dict[str, Any]]:
+        return self._run("refresh", kind)
+
+    @KillRefresh.responder
+    def _kill_refresh(self) -> Deferred[dict[str, Any]]:
+        return self._run("kill_refresh")
+
+    @Apply.responder
+    def _apply(self) -> Deferred[dict[str, Any]]:
+        return self._run("apply")
+
+    @AttachPmd.responder
+    def _attach_pmd(self) -> Deferred[dict[str, Any]]:
+        return self._run("attach_pmd", answer=self._hand_over)
+
+    def _hand_over(self, attachment: Attachment) -> dict[str, Any]:
+        information, logs, watermarks = attachment
+        # They leave with the answer's bytes, after this returns; the client closes the
+        # connection when it has them, and only then are ours of no more use.
+        self._passed += [*logs, watermarks]
+        return {**self._answer(information), "logs": logs, "watermarks": watermarks}
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        """Close what was passed, and what was sent here unasked."""
+        super().connectionLost(reason)
+        self._server.forget(self)
+        for descriptor in [*self._passed, *self._descriptors.values()]:
+            os.close(descriptor)
+        self._passed = []
+        self._descriptors.clear()
+
+
+_ALLOWED = {command.commandName for command in (Status, Refresh, KillRefresh, Apply, AttachPmd)}
+
+
+class _ControlFactory(Factory):
+    """Makes protocols up to the connection limit."""
+
+    noisy = False
+
+    def __init__(self, server: ControlServer) -> None:
+        self._server = server
+
+    def buildProtocol(self, addr: IAddress | None) -> _ControlProtocol | None:  # noqa: N802
+        """Take a connection, or refuse it (by closing) when there are too many."""
+        return self._server.accept()
+
+
+class ControlServer:
+    """A control socket and what it serves.
+
+    :param reactor: provides IReactorUNIX.
+    :param path: of the socket; a stale one is replaced.
+    :param handler: an object with any of the methods ``status()``, ``refresh(kind)``,
+        ``kill_refresh()``, ``apply()`` (each gives a dict, or a Deferred of one, or ``None``)
+        and ``attach_pmd()`` (gives ``(dict, [log descriptors], watermark descriptor)``, or a
+        Deferred of it; the descriptors belong to the server then and are closed when sent).
+    """
+
+    def __init__(
+        self, reactor: IReactorUNIX, path: str | os.PathLike[str], handler: object
+    ) -> None:
+        self.path = os.fspath(path)
+        self.handler = handler
+        self._reactor = reactor
+        self._port: IListeningPort | None = None
+        self._connections: set[_ControlProtocol] = set()
+
+    def start(self) -> None:
+        """Listen; whoever calls holds the lock that makes a socket found here a stale one."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        mask = os.umask(0o177)
+        try:
+            self._port = self._reactor.listenUNIX(self.path, _ControlFactory(self), mode=0o600)
+        finally:
+            os.umask(mask)
+
+    def accept(self) -> _ControlProtocol | None:
+        """Make the protocol of a new connection, ``None`` over the limit."""
+        if len(self._connections) >= limits.CONTROL_CONNECTIONS_MAX:
+            return None
+        protocol = _ControlProtocol(self)
+        self._connections.add(protocol)
+        return protocol
+
+    def forget(self, protocol: _ControlProtocol) -> None:
+        """Drop a connection that is gone."""
+        self._connections.discard(protocol)
+
+    def stop(self) -> Deferred[None]:
+        """Stop listening, remove the socket and end the connections."""
+        port, self._port = self._port, None
+        for protocol in list(self._connections):
+            if protocol.transport is not None:
+                protocol.transport.loseConnection()
+        if port is None:
+            return defer.succeed(None)
+        return maybeDeferred(port.stopListening).addCallback(lambda _: None)
+
+
+class _AttachProtocol(_BoundedAmp):
+    """The pmd's end: descriptors that were not claimed are closed with the connection."""
+
+    box_bytes_max = ampbox.BOX_BYTES_MAX
+
+    def locateResponder(self, name: bytes) -> None:  # noqa: N802
+        """Answer nothing: the driver asks us nothing."""
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:  # noqa: N802
+        """Keep a received descriptor from processes started later."""
+        os.set_inheritable(descriptor, False)
+        super().fileDescriptorReceived(descriptor)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        """Close descriptors of an answer that never became complete."""
+        super().connectionLost(reason)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+@inlineCallbacks
+def attach_to_driver(
+    reactor: Any, path: str | os.PathLike[str], timeout_seconds: float = 5.0
+) -> Any:
+    """Attach a pmd to a group's driver.
+
+    :param reactor: provides IReactorUNIX and IReactorTime.
+    :param path: the group's driver control socket.
+    :returns: a Deferred of ``(information, [writelog descriptors], watermark descriptor)``; the
+        descriptors belong to the caller.
+    :raises UnreachableError: nobody listens there, or the answer did not come in time.
+    :raises QdsError: what the driver said.
+    """
+    where = os.fspath(path)
+    endpoint = endpoints.UNIXClientEndpoint(reactor, where, timeout=timeout_seconds)
+    try:
+        protocol = yield endpoints.connectProtocol(endpoint, _AttachProtocol())
+    except (ConnectError, OSError) as error:
+        raise UnreachableError(
+            f"no driver answers on {where}: {error}", hint="start it with launchdriver"
+        ) from None
+    clock: IReactorTime = reactor
+    timer = clock.callLater(timeout_seconds, protocol.transport.abortConnection)
+    try:
+        answer = yield protocol.callRemote(AttachPmd)
+    except RemoteError as error:
+        raise ampbox.decode_error(str(error).encode()) from None
+    except (ConnectionClosed, amp.AmpError) as error:
+        raise UnreachableError(
+            f"the driver on {where} did not answer: {error}", hint="look into the driver's log"
+        ) from None
+    finally:
+        if timer.active():
+            timer.cancel()
+        protocol.transport.loseConnection()
+    information = ampbox.load_json(answer["json"])
+    return information, answer["logs"], answer["watermarks"]
