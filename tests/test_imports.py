@@ -40,22 +40,30 @@ IMPURE = frozenset(
 
 #: Rooms (and modules beside them) of the package, and which other rooms each may import.
 BASE = frozenset({"errors", "limits"})
-SHARED = BASE | {"paths", "interfaces", "config", "core"}
+#: Small modules beside the rooms, that need no reactor.
+PLAIN = BASE | {"paths", "config", "configsource", "pidfile", "core"}
+SHARED = PLAIN | {"interfaces"}
 RULES: dict[str, frozenset[str]] = {
     "": frozenset(),
     "errors": frozenset(),
     "limits": frozenset(),
     "paths": BASE,
+    "pidfile": BASE | {"paths"},
     "interfaces": BASE | {"core"},
-    "config": BASE | {"paths", "core"},
-    "pki": BASE | {"paths", "config", "core"},
+    "configsource": BASE | {"paths"},
+    "config": BASE | {"paths", "configsource", "core"},
+    "pki": PLAIN,
     "core": BASE,
     "storage": SHARED,
     "net": SHARED | {"pki"},
     "groups": SHARED | {"storage", "net", "pki"},
     "daemons": SHARED | {"storage", "net", "groups", "pki"},
-    "tools": BASE | {"paths", "config", "pki", "core", "storage"},
+    "tools": PLAIN | {"pki", "storage"},
 }
+
+
+#: A command imports these when it starts, and Twisted would make it slow.
+NO_TWISTED_AT_START = frozenset({"tools", "config", "configsource", "pki", "paths", "pidfile"})
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             found.append(f"{where}: {room or 'the package'} may not import {one.target}")
         elif room == "core" and top in IMPURE:
             found.append(f"{where}: core is pure and may not import {one.target}")
-        elif room in ("tools", "config", "pki") and top == "twisted" and one.at_module_level:
+        elif room in NO_TWISTED_AT_START and top == "twisted" and one.at_module_level:
             found.append(f"{where}: imports Twisted at start-up: {one.target}")
     return found
 

@@ -1,0 +1,61 @@
+# make demo          mirror real data between two sites on this machine, and show it (no root)
+# make test          the whole suite; a test that lacks something is skipped and names it
+# make lint          ruff and mypy
+# make bench         qdsmirror beside its peers (see bench/README.md)
+# make clean         remove what the others made
+# make install-deps  Debian packages for the integration tests and bench (as root)
+
+PYTHON ?= python3
+VENV   ?= .venv
+# More trial processes: make test JOBS=-j2.  One part of the suite: make test TESTS=tests.core
+JOBS   ?=
+TESTS  ?= tests
+
+BIN := $(VENV)/bin
+
+# What the integration tests and the bench use as real peers; the product needs none of it.
+DEBIAN := make python3 python3-venv git \
+          nbdkit libnbd-bin nbdfuse python3-libnbd qemu-utils qemu-system-common fio \
+          fuse3 e2fsprogs xfsprogs util-linux mount kmod iproute2 procps socat openssl \
+          sqlite3 mandoc man-db
+# Packages of the list above under the names that this release of Debian knows.
+KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
+
+.PHONY: demo test lint bench clean install-deps venv
+
+demo: $(VENV)/installed
+	$(BIN)/python -m qdsmirror.tools.demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/trial $(JOBS) $(TESTS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/peers.py $(BENCH)
+
+venv: $(VENV)/installed-dev
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-dev: setup.cfg pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
+	touch $@ $(VENV)/installed
+
+install-deps:
+	apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(KNOWN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .hypothesis
+	find qdsmirror twisted tests bench -name __pycache__ -prune -exec rm -rf {} +
+	rm -f twisted/plugins/dropin.cache
