@@ -73,6 +73,7 @@ class Import:
     target: str
     line: int
     at_module_level: bool
+    typing_only: bool
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
@@ -92,16 +93,16 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
         for alias in node.names:
             yield f"{prefix}.{alias.name}" if prefix else alias.name
 
-    def walk(node: ast.AST, top: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, top: bool, typing: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import | ast.ImportFrom):
                 for target in targets(child):
-                    yield Import(target, child.lineno, top)
+                    yield Import(target, child.lineno, top and not typing, typing)
             deeper = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             guarded = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-            yield from walk(child, top and not deeper and not guarded)
+            yield from walk(child, top and not deeper, typing or guarded)
 
-    yield from walk(ast.parse(source), True)
+    yield from walk(ast.parse(source), True, False)
 
 
 def room_of(module: str) -> str:
@@ -123,6 +124,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             seen = room_of(one.target)
             if seen in ("", "__version__") or seen == room or seen in RULES[room]:
                 continue
+            if one.typing_only and seen == "interfaces":
+                continue  # A name for annotations brings nothing in when the code runs.
             found.append(f"{where}: {room or 'the package'} may not import {one.target}")
         elif room == "core" and top in IMPURE:
             found.append(f"{where}: core is pure and may not import {one.target}")
@@ -202,6 +205,13 @@ class CheckerTests(TestCase):
         self.assertEqual(
             self.caught("def f():\n    from twisted.internet import task", "qdsmirror.core.x"), 1
         )
+
+    def test_interfaces_for_annotations_only(self) -> None:
+        line = "from qdsmirror.interfaces import INbdConnection"
+        self.assertEqual(self.caught(line, "qdsmirror.core.nbd"), 1)
+        self.assertEqual(self.caught(f"if TYPE_CHECKING:\n    {line}", "qdsmirror.core.nbd"), 0)
+        other = "from qdsmirror.net import link"
+        self.assertEqual(self.caught(f"if TYPE_CHECKING:\n    {other}", "qdsmirror.core.nbd"), 1)
 
     def test_pure_core(self) -> None:
         source = "import struct\nfrom qdsmirror import limits\nfrom qdsmirror.core import frames\n"
