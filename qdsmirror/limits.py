@@ -10,6 +10,23 @@ GIB = 1024 * MIB
 GROUPS_MAX = 512
 LDSUS_PER_GROUP_MAX = 4096
 CONFIG_FILE_BYTES_MAX = MIB
+CONFIG_LINE_CHARS_MAX = 4096
+#: Problems named for one file; more are counted, not listed.
+CONFIG_PROBLEMS_MAX = 100
+LDSU_NAME_CHARS_MAX = 64
+HOST_NAME_CHARS_MAX = 253
+DEVICE_PATH_BYTES_MAX = 4095
+CHILDREN_DEFAULT = 8
+SECRET_BYTES = 32
+METADATA_ENTRIES_MIN = 1
+METADATA_ENTRIES_MAX = 1_000_000
+METADATA_SECONDS_MIN = 0.1
+METADATA_SECONDS_MAX = 60.0
+SEND_WINDOW_BYTES_MIN = MIB
+SEND_WINDOW_BYTES_MAX = 64 * MIB
+#: The range of the tunable reconnect_max; RECONNECT_SECONDS_MAX is its default.
+RECONNECT_MAX_SECONDS_MIN = 0.1
+RECONNECT_MAX_SECONDS_MAX = 300.0
 
 # -- writelog and journal ---------------------------------------------------------------------
 #: Records start on multiples of this, or of the physical block where that is larger.
@@ -18,7 +35,7 @@ RECORD_ALIGN_BYTES = 4096
 FRAME_PAYLOAD_BYTES_MAX = MIB
 FRAME_ENTRIES_MAX = 4096
 #: Header, entry table and payload of one frame: what a reader may have to buffer.
-FRAME_BYTES_MAX = FRAME_PAYLOAD_BYTES_MAX + 16 * FRAME_ENTRIES_MAX + 4096
+FRAME_BYTES_MAX = FRAME_PAYLOAD_BYTES_MAX + 16 * FRAME_ENTRIES_MAX + 4 * KIB
 #: One zero or trim entry covers at most this, though no payload travels (rules.md 25).
 ZERO_ENTRY_BYTES_MAX = 64 * MIB
 WRITELOG_BYTES_MIN = 150 * KIB
@@ -31,6 +48,22 @@ REFRESH_RING_SHARE = 0.5
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
 METADATA_ENTRIES_DEFAULT = 4096
 METADATA_SECONDS_DEFAULT = 1.0
+
+# -- devices and workers ------------------------------------------------------------------------
+#: Buffers of one pwritev: the kernel's UIO_MAXIOV.
+DEVICE_IOV_MAX = 1024
+DEVICE_ZERO_WRITE_BYTES = MIB
+#: Extents told of one range; the rest counts as allocated.
+DEVICE_EXTENTS_MAX = 4096
+#: Jobs run on the reactor thread while their moving average stays below this ...
+INLINE_AVERAGE_SECONDS_MAX = 0.001
+#: ... and each of them below this.
+INLINE_JOB_SECONDS_MAX = 0.002
+#: So long jobs go to the worker's thread after a slow one; doubled each time it happens again soon.
+INLINE_RETRY_SECONDS_MIN = 0.05
+INLINE_RETRY_SECONDS_MAX = 10.0
+#: Jobs that follow one another inline may keep the reactor thread this long.
+INLINE_BURST_SECONDS_MAX = 0.005
 
 # -- driver -----------------------------------------------------------------------------------
 #: Answered or framed, not yet durable and applied; beyond it framing waits.
@@ -48,6 +81,16 @@ NBD_REQUESTS_MAX = 128
 NBD_CONNECTIONS_MAX = 64
 NBD_RECEIVE_BYTES = 256 * KIB
 NBD_HANDSHAKE_SECONDS = 10.0
+#: Data of one option: two names (export, meta context query) and what stands around them.
+NBD_OPTION_BYTES_MAX = 16 * KIB
+#: A refused write's payload is read and dropped up to this; beyond it the connection is closed.
+NBD_SKIP_BYTES_MAX = 64 * MIB
+#: Replies a client has not read yet; beyond it its requests are not read either.
+NBD_OUTGOING_BYTES_MAX = 4 * MIB
+#: Extents in one block status reply: a client asks on for the rest.
+NBD_EXTENTS_MAX = 4096
+#: A client that makes others wait for the budget and itself does nothing is disconnected.
+NBD_STALL_SECONDS = 10.0
 
 # -- link -------------------------------------------------------------------------------------
 DEFAULT_PORT = 575
@@ -55,9 +98,16 @@ SEND_WINDOW_BYTES = 16 * MIB
 #: One buffer read from the writelogs and sent as one write.
 SEND_BUFFER_BYTES = MIB
 STREAM_MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + 64
+#: A ClientHello longer than this is not read for its server name (RFC 8446: one record).
+CLIENT_HELLO_BYTES_MAX = 16 * KIB
+#: To authenticate; and again, to map the LDSUs and start.
 HANDSHAKE_SECONDS = 10.0
 HANDSHAKE_BOX_KEYS_MAX = 32
 HANDSHAKE_BOX_BYTES_MAX = 64 * KIB
+#: A certificate, key or CA file.
+CERTIFICATE_FILE_BYTES_MAX = MIB
+#: What is kept of an error text that the peer sent.
+PEER_TEXT_CHARACTERS_MAX = 1024
 UNAUTHENTICATED_MAX = 16
 UNAUTHENTICATED_PER_ADDRESS_MAX = 4
 PING_SECONDS = 5.0
@@ -76,11 +126,32 @@ CONTROL_JSON_BYTES_MAX = 8 * MIB
 CONTROL_CONNECTIONS_MAX = 64
 CHILD_RESTART_SECONDS_MIN = 0.1
 CHILD_RESTART_SECONDS_MAX = 5.0
+#: A child that ran this long was healthy: its back-off starts anew.
+CHILD_HEALTHY_SECONDS = 30.0
 STOP_SECONDS_MAX = 30.0
+#: A launch command waits so long for its daemon and that one's groups ...
+LAUNCH_SECONDS_MAX = 60.0
+#: ... and so long for a group whose start failed and is tried again.
+LAUNCH_RETRY_SECONDS_MAX = 5.0
+#: Messages between a master and a child: length, how many may wait, descriptors in one.
+CHANNEL_MESSAGE_BYTES_MAX = 16 * KIB
+CHANNEL_MESSAGES_MAX = 1024
+CHANNEL_DESCRIPTORS_MAX = 4
+#: What is kept of the reason for a failure that travels from a child to its master.
+REASON_CHARACTERS_MAX = 1024
 
 assert FRAME_PAYLOAD_BYTES_MAX <= SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES
 assert FRAME_BYTES_MAX < STREAM_MESSAGE_BYTES_MAX < RECEIVED_BYTES_MAX
 assert CONTROL_RESERVE_BYTES * 3 <= WRITELOG_BYTES_MIN
+assert SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES_MIN <= SEND_WINDOW_BYTES <= SEND_WINDOW_BYTES_MAX
+assert RECONNECT_SECONDS_MIN <= RECONNECT_MAX_SECONDS_MIN <= RECONNECT_SECONDS_MAX
+assert CHILDREN_DEFAULT <= GROUPS_MAX
+assert CHILD_RESTART_SECONDS_MAX < CHILD_HEALTHY_SECONDS
+#: JSON writes a character as up to 12 bytes.
+assert 12 * REASON_CHARACTERS_MAX < CHANNEL_MESSAGE_BYTES_MAX
 assert PING_SECONDS * 2 < SILENT_PEER_SECONDS
 assert NBD_PAYLOAD_BYTES_MAX <= REQUEST_BUDGET_BYTES
+assert NBD_PAYLOAD_BYTES_MAX <= NBD_SKIP_BYTES_MAX
+assert 2 * NBD_NAME_BYTES_MAX < NBD_OPTION_BYTES_MAX < NBD_RECEIVE_BYTES
+assert INLINE_AVERAGE_SECONDS_MAX < INLINE_JOB_SECONDS_MAX < INLINE_BURST_SECONDS_MAX
 assert UNAUTHENTICATED_PER_ADDRESS_MAX <= UNAUTHENTICATED_MAX

@@ -1,0 +1,394 @@
+"""The configuration of a host (``qds.cfg``) and of its groups (``dsgrpNNN.cfg``), checked.
+
+Man pages qds.cfg(5) and dsgrp.cfg(5) describe the keys.  A group's file is the same on both
+systems (patent: "logical group configuration files, including primary and secondary computer
+systems"); which part a host plays follows from its name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blake3 import blake3
+
+from qdsmirror.configsource import (
+    Problem,
+    ProblemsError,
+    Source,
+    parse,
+    parse_seconds,
+    parse_size,
+    read_text,
+    shown,
+)
+from qdsmirror.errors import ConfigError
+from qdsmirror.limits import (
+    CHILDREN_DEFAULT,
+    GROUPS_MAX,
+    LDSU_NAME_CHARS_MAX,
+    LDSUS_PER_GROUP_MAX,
+    METADATA_ENTRIES_DEFAULT,
+    METADATA_SECONDS_DEFAULT,
+    RECONNECT_SECONDS_MAX,
+    SECRET_BYTES,
+    SEND_WINDOW_BYTES,
+)
+from qdsmirror.paths import Paths, group_name
+
+__all__ = [
+    "GroupConfig",
+    "HostConfig",
+    "LdsuConfig",
+    "Problem",
+    "ProblemsError",
+    "Tunables",
+    "load_group",
+    "load_groups",
+    "load_host",
+    "load_secret",
+    "parse_seconds",
+    "parse_size",
+    "read_group",
+    "read_host",
+    "scan_groups",
+]
+
+Role = Literal["primary", "secondary"]
+
+_LDSU_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LDSU_NAME_CHARS_MAX - 1}}}")
+_GROUP_FILE = re.compile(r"dsgrp([0-9]{3})\.cfg", re.ASCII)
+_SECRET = re.compile(rb"[0-9a-fA-F]{%d}" % (2 * SECRET_BYTES))
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """``qds.cfg``.
+
+    :ivar name: this host's identity, in lower case; its certificate bears it.
+    :ivar certificate: PEM file; default ``host.pem`` beside ``qds.cfg``.
+    :ivar key: PEM file; default ``host.key``.
+    :ivar ca: PEM file; default ``ca.pem``.
+    :ivar user: whom the daemons run as; empty: whoever starts them.
+    :ivar children: child processes per daemon at most; more groups share them (rules.md 18).
+    """
+
+    name: str
+    certificate: Path
+    key: Path
+    ca: Path
+    user: str = ""
+    children: int = CHILDREN_DEFAULT
+
+
+@dataclass(frozen=True)
+class Tunables:
+    """The ``[tunables]`` of a group.
+
+    :ivar metadata_entries: superblocks are updated at least every so many entries.
+    :ivar metadata_seconds: and at least this often while there is something to record.
+    :ivar send_window: bytes sent and not yet acknowledged.
+    :ivar reconnect_max: longest pause between two attempts to connect, seconds.
+    """
+
+    metadata_entries: int = METADATA_ENTRIES_DEFAULT
+    metadata_seconds: float = METADATA_SECONDS_DEFAULT
+    send_window: int = SEND_WINDOW_BYTES
+    reconnect_max: float = RECONNECT_SECONDS_MAX
+
+
+@dataclass(frozen=True)
+class LdsuConfig:
+    """A local data storage unit.
+
+    :ivar index: its position in the file, from 0; the two sides' positions agree.
+    :ivar name: unique on the host; the name of its NBD export.
+    :ivar data_device: absolute path at the primary; so is ``writelog_device``.
+    :ivar mirror_device: absolute path at the secondary.
+    """
+
+    index: int
+    name: str
+    data_device: str
+    writelog_device: str
+    mirror_device: str
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """``dsgrpNNN.cfg``: a logical group.
+
+    :ivar number: NNN; ``name`` is ``dsgrpNNN``; ``path`` is the file.
+    :ivar primary_host: the primary's name, in lower case; likewise ``secondary_host``.
+    :ivar primary_address: IP address or host name; default: the host's name.
+    :ivar secondary_address: where the rmd is reached, at ``port``.
+    :ivar journal_device: absolute path at the secondary.
+    """
+
+    number: int
+    name: str
+    path: Path
+    operation: str
+    durability: str
+    on_overflow: str
+    primary_host: str
+    primary_address: str
+    secondary_host: str
+    secondary_address: str
+    port: int
+    journal_device: str
+    tunables: Tunables
+    ldsus: tuple[LdsuConfig, ...]
+
+    def role_of(self, host: str) -> Role | None:
+        """Tell which part a host plays in this group, by its configured name."""
+        if host == self.primary_host:
+            return "primary"
+        return "secondary" if host == self.secondary_host else None
+
+    def identity_digest(self) -> bytes:
+        """Give the 32 bytes that must be equal on both systems (handshake, ``Hello``).
+
+        They cover identity only: hosts, group, LDSU names in order, mirror devices and journal;
+        addresses and tunables may differ, and sizes are checked when LDSUs are mapped.
+        """
+        fields = ["qdsmirror group 1", self.name, self.primary_host, self.secondary_host]
+        fields.append(self.journal_device)
+        for ldsu in self.ldsus:
+            fields += [ldsu.name, ldsu.mirror_device]
+        digest = blake3()
+        for text in fields:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+        return digest.digest()
+
+    def devices(self) -> list[tuple[tuple[str, ...], str, str]]:
+        """Give (key, host, path) of every device that the group uses, the path normalised."""
+        found: list[tuple[tuple[str, ...], str, str]] = []
+        journal = ("secondary", "journal_device")
+        found.append((journal, self.secondary_host, self.journal_device))
+        for ldsu in self.ldsus:
+            for key, host in (
+                ("data_device", self.primary_host),
+                ("writelog_device", self.primary_host),
+                ("mirror_device", self.secondary_host),
+            ):
+                found.append((("ldsus", ldsu.name, key), host, getattr(ldsu, key)))
+        return [(key, host, os.path.normpath("/" + path.lstrip("/"))) for key, host, path in found]
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load_host(paths: Paths) -> HostConfig:
+    """Load ``qds.cfg``.
+
+    :raises ConfigError: it is missing, unreadable or wrong; names file, line and key.
+    """
+    host, problems = read_host(paths.host_config)
+    if host is None:
+        raise ProblemsError(problems, _check_command(paths))
+    return host
+
+
+def load_group(paths: Paths, number: int) -> GroupConfig:
+    """Load ``dsgrpNNN.cfg`` by itself; :func:`load_groups` also compares it with the others.
+
+    :raises ConfigError: it is missing, unreadable or wrong; names file, line and key.
+    """
+    group, problems = read_group(paths.group_config(number))
+    if group is None:
+        raise ProblemsError(problems, _check_command(paths))
+    return group
+
+
+def load_groups(paths: Paths) -> list[GroupConfig]:
+    """Load every group file, in number order; none at all is an empty list.
+
+    :raises ConfigError: one of them is wrong, or two of them clash.
+    """
+    groups, problems = scan_groups(paths)
+    if problems:
+        raise ProblemsError(problems, _check_command(paths))
+    return groups
+
+
+def scan_groups(paths: Paths) -> tuple[list[GroupConfig], list[Problem]]:
+    """Load the group files that are good, and name what is wrong in the others.
+
+    Of two groups that clash (an LDSU's name, a device of one host) the lower number stands.
+
+    :raises ConfigError: the directory cannot be read.
+    """
+    try:
+        names = sorted(name for name in os.listdir(paths.etc) if name.endswith(".cfg"))
+    except OSError as error:
+        raise ConfigError(
+            f"{paths.etc}: {error.strerror}", "create it with qds.cfg and the group files in it"
+        ) from error
+    groups: list[GroupConfig] = []
+    problems: list[Problem] = []
+    names_seen: dict[str, str] = {}
+    devices_seen: dict[tuple[str, str], str] = {}
+    for name in names:
+        if not name.startswith("dsgrp"):
+            continue
+        group, wrong = read_group(paths.etc / name)
+        if group is not None:
+            wrong = _clashes(group, names_seen, devices_seen)
+            if not wrong:
+                groups.append(group)
+                names_seen.update((ldsu.name, group.name) for ldsu in group.ldsus)
+                devices_seen.update(((h, p), group.name) for _key, h, p in group.devices())
+        problems += wrong
+    return groups, problems
+
+
+def load_secret(paths: Paths, number: int) -> bytes:
+    """Load a group's 256-bit secret: 64 hexadecimal digits in a file of mode 0600.
+
+    The mode is checked on the opened descriptor; what the file holds never reaches a message.
+
+    :raises ConfigError: it is missing, open to others, or not 64 hexadecimal digits.
+    """
+    path = paths.group_secret(number)
+    hint = f"chmod 600 {path}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path}: not a regular file", _MAKE_SECRET)
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise ConfigError(f"{path}: mode {mode:04o} lets others read the secret", hint)
+            if status.st_uid not in (0, os.geteuid()):
+                raise ConfigError(f"{path}: belongs to another user", f"chown it; {hint}")
+            content = file.read(4 * SECRET_BYTES).strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", _MAKE_SECRET) from error
+    if not _SECRET.fullmatch(content):
+        raise ConfigError(
+            f"{path}: not a secret of {2 * SECRET_BYTES} hexadecimal digits", _MAKE_SECRET
+        )
+    return bytes.fromhex(content.decode("ascii"))
+
+
+_MAKE_SECRET = "make one with qdsconfigtool pki and copy it to both hosts"
+
+
+def _check_command(paths: Paths) -> str:
+    return " ".join(["qdsconfigtool check", *paths.arguments()])
+
+
+# -- reading one file ------------------------------------------------------------------------------
+
+
+def read_host(path: Path) -> tuple[HostConfig | None, list[Problem]]:
+    """Read a host's file; either the configuration or what is wrong with it."""
+    source = _source(path, "qds.ini")
+    if source.problems:
+        return None, source.problems
+    values = source.values
+    return HostConfig(
+        name=values["name"],
+        certificate=Path(values["certificate"] or path.absolute().parent / "host.pem"),
+        key=Path(values["key"] or path.absolute().parent / "host.key"),
+        ca=Path(values["ca"] or path.absolute().parent / "ca.pem"),
+        user=values["user"],
+        children=values["children"],
+    ), []
+
+
+def read_group(path: Path) -> tuple[GroupConfig | None, list[Problem]]:
+    """Read a group's file, its number from its name; either the group or what is wrong."""
+    match = _GROUP_FILE.fullmatch(path.name)
+    if match is None or int(match[1]) >= GROUPS_MAX:
+        first, last = group_name(0), group_name(GROUPS_MAX - 1)
+        message = f"a group's file is named {first}.cfg to {last}.cfg"
+        return None, [Problem(path, 0, "", message)]
+    source = _source(path, "dsgrp.ini")
+    if source.problems:
+        return None, source.problems
+    group = _group(int(match[1]), path, source.values)
+    _judge(group, source)
+    return (None, source.problems) if source.problems else (group, [])
+
+
+def _source(path: Path, spec: str) -> Source:
+    try:
+        return parse(path, read_text(path), spec)
+    except ProblemsError as error:
+        return Source(path, problems=list(error.problems))
+    except ConfigError as error:
+        message = error.message.removeprefix(f"{path}: ")
+        return Source(path, problems=[Problem(path, 0, "", message)])
+
+
+def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
+    primary, secondary = values["primary"], values["secondary"]
+    return GroupConfig(
+        number=number,
+        name=group_name(number),
+        path=path,
+        operation=values["operation"],
+        durability=values["durability"],
+        on_overflow=values["on_overflow"],
+        primary_host=primary["host"],
+        primary_address=primary["address"] or primary["host"],
+        secondary_host=secondary["host"],
+        secondary_address=secondary["address"] or secondary["host"],
+        port=secondary["port"],
+        journal_device=secondary["journal_device"],
+        tunables=Tunables(**values["tunables"]),
+        ldsus=tuple(
+            LdsuConfig(index, name, **devices)
+            for index, (name, devices) in enumerate(values["ldsus"].items())
+        ),
+    )
+
+
+def _judge(group: GroupConfig, source: Source) -> None:
+    """Complain about what no single key can show."""
+    if group.primary_host == group.secondary_host:
+        source.complain(
+            ("secondary", "host"), f"{shown(group.secondary_host)} is the primary's name too"
+        )
+        return
+    if not group.ldsus:
+        source.complain(("ldsus",), "no LDSU: give at least one [[name]] section")
+    if len(group.ldsus) > LDSUS_PER_GROUP_MAX:
+        source.complain(("ldsus",), f"more than {LDSUS_PER_GROUP_MAX} LDSUs")
+    for ldsu in group.ldsus:
+        if not _LDSU_NAME.fullmatch(ldsu.name):
+            source.complain(
+                ("ldsus", ldsu.name),
+                f"an LDSU's name has at most {LDSU_NAME_CHARS_MAX} letters, digits, -_. "
+                "and begins with a letter or digit",
+            )
+    seen: dict[tuple[str, str], tuple[str, ...]] = {}
+    for key, host, path in group.devices():
+        other = seen.setdefault((host, path), key)
+        if other != key:
+            source.complain(key, f"{path} is {'.'.join(other)} of the same host already")
+
+
+def _clashes(
+    group: GroupConfig, names: dict[str, str], devices: dict[tuple[str, str], str]
+) -> list[Problem]:
+    source = Source(group.path)
+    source.lines = parse(group.path, read_text(group.path), "dsgrp.ini").lines
+    for ldsu in group.ldsus:
+        if ldsu.name in names:
+            source.complain(
+                ("ldsus", ldsu.name),
+                f"{names[ldsu.name]} has an LDSU of this name; names are unique on a host",
+            )
+    for key, host, path in group.devices():
+        if (host, path) in devices:
+            source.complain(key, f"{devices[host, path]} uses {path} of {host} already")
+    return source.problems

@@ -1,0 +1,441 @@
+"""Configuration files as text: bounded reading, ConfigObj, configspec checks, lines of errors.
+
+What this module adds around ConfigObj closes its traps: lines are taken apart here and handed
+over in one canonical form, because its regular expressions take time that grows with the cube of
+a line's length, and cut an unquoted value at any ``#``; ``[DEFAULT]`` is never validated; a missing key is
+reported as ``False``; unknown keys pass.  man page dsgrp.cfg(5) describes the files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from configobj import ConfigObj, ConfigObjError
+from configobj.validate import ValidateError, Validator, VdtMissingValue
+
+from qdsmirror.errors import ConfigError
+from qdsmirror.limits import (
+    CONFIG_FILE_BYTES_MAX,
+    CONFIG_LINE_CHARS_MAX,
+    CONFIG_PROBLEMS_MAX,
+    DEVICE_PATH_BYTES_MAX,
+    GIB,
+    HOST_NAME_CHARS_MAX,
+    KIB,
+    MIB,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+_SIZE = re.compile(r"([0-9]{1,15}) ?([KMGT]?)", re.ASCII)
+_SECONDS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|s|min|h|)", re.ASCII)
+_SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_SECONDS_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a configuration.
+
+    :ivar file: where.
+    :ivar line: from 1; 0 where the problem is not a line's.
+    :ivar key: sections and key joined by dots, e.g. ``secondary.port``; may be empty.
+    :ivar message: what is wrong, with the nearest valid name where there is one.
+    :ivar severity: ``error``, or ``warning`` for what works today and deserves a look.
+    """
+
+    file: Path
+    line: int
+    key: str
+    message: str
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        place = str(self.file) + (f":{self.line}" if self.line else "")
+        mark = "warning: " if self.severity == "warning" else ""
+        return f"{place}: {mark}" + (f"{self.key}: " if self.key else "") + self.message
+
+
+class ProblemsError(ConfigError):
+    """A configuration with problems; the message is the first of them.
+
+    :ivar problems: all of them, never empty.
+    """
+
+    def __init__(self, problems: Sequence[Problem], hint: str = "qdsconfigtool check") -> None:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"{problems[0]}{more}", hint)
+        self.problems = tuple(problems)
+
+
+@dataclass
+class Source:
+    """A configuration file taken apart and checked against its configspec.
+
+    :ivar values: sections as dictionaries in file order, values converted, defaults filled in.
+        Only complete when there are no problems.
+    :ivar lines: where each section and key stands, by its path, e.g. ``("secondary", "port")``.
+    """
+
+    file: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def complain(self, path: tuple[str, ...], message: str, line: int | None = None) -> None:
+        """Record a problem at a section or key; a missing one is placed at its section."""
+        if line is None:
+            known = [path[:size] for size in range(len(path), 0, -1) if path[:size] in self.lines]
+            line = self.lines[known[0]] if known else 1
+        if len(self.problems) < CONFIG_PROBLEMS_MAX:
+            self.problems.append(Problem(self.file, line, ".".join(path), message))
+
+
+def shown(value: str) -> str:
+    """Quote a value for a message, shortened and without control characters."""
+    short = value if len(value) <= 60 else value[:57] + "..."
+    return '"' + "".join(c if c.isprintable() else "?" for c in short) + '"'
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Give ``; did you mean "x"?`` for the valid name nearest to ``name``, or nothing."""
+    found = difflib.get_close_matches(name[:100].lower(), list(valid), n=1, cutoff=0.5)
+    return f'; did you mean "{found[0]}"?' if found else ""
+
+
+def parse_size(text: str) -> int:
+    """Convert ``64K``, ``16M``, ``1G``, ``2T`` or plain bytes to bytes (1K = 1024 bytes).
+
+    :raises ValueError: the text is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip().upper())
+    if match is None:
+        raise ValueError(f"{shown(text)} is not a size such as 65536, 64K, 16M or 1G")
+    return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+def parse_seconds(text: str) -> float:
+    """Convert ``5 s``, ``200 ms``, ``2 min``, ``1 h`` or a plain number to seconds.
+
+    :raises ValueError: the text is not a time.
+    """
+    match = _SECONDS.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{shown(text)} is not a time such as 5 s, 200 ms, 2 min or 1 h")
+    return float(match[1]) * _SECONDS_UNITS[match[2]]
+
+
+def valid_host_name(text: str) -> bool:
+    """Tell whether ``text`` can be a host's name (letters, digits, ``-_.``; RFC 1123 labels)."""
+    return len(text) <= HOST_NAME_CHARS_MAX and all(
+        _HOST_LABEL.fullmatch(label) for label in text.split(".")
+    )
+
+
+# -- checks named by the configspecs: each takes the text and gives the value ------------------
+
+
+def _one_of(value: str, *choices: str) -> str:
+    if value not in choices:
+        raise ValidateError(
+            f"{shown(value)} is not one of: {', '.join(choices)}{nearest(value, choices)}"
+        )
+    return value
+
+
+def _whole_number(value: str, low: str, high: str) -> int:
+    if not (value.isascii() and value.isdecimal() and len(value) <= 15):
+        raise ValidateError(f"{shown(value)} is not a whole number from {low} to {high}")
+    if not int(low) <= int(value) <= int(high):
+        raise ValidateError(f"{value} is not from {low} to {high}")
+    return int(value)
+
+
+def _seconds(value: str, low: str, high: str) -> float:
+    try:
+        seconds = parse_seconds(value)
+    except ValueError as error:
+        raise ValidateError(str(error)) from None
+    if not float(low) <= seconds <= float(high):
+        raise ValidateError(f"{value} is not from {low} s to {high} s")
+    return seconds
+
+
+def _byte_size(value: str, low: str, high: str) -> int:
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValidateError(str(error)) from None
+    if not parse_size(low) <= size <= parse_size(high):
+        raise ValidateError(f"{value} is not from {low} to {high} bytes")
+    return size
+
+
+def _absolute_path(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValidateError(f"{shown(value)} is not an absolute path (it must begin with /)")
+    if len(value.encode()) > DEVICE_PATH_BYTES_MAX:
+        raise ValidateError(f"the path is longer than {DEVICE_PATH_BYTES_MAX} bytes")
+    if value.endswith("/"):
+        raise ValidateError(f"{shown(value)} is a directory's path")
+    return value
+
+
+def _host_name(value: str) -> str:
+    if not valid_host_name(value):
+        raise ValidateError(f"{shown(value)} is not a host name (letters, digits, -_.)")
+    return value.lower()
+
+
+def _address(value: str) -> str:
+    try:
+        return str(ip_address(value))
+    except ValueError:
+        if not valid_host_name(value):
+            raise ValidateError(f"{shown(value)} is not an IP address or host name") from None
+        return value
+
+
+def _user_name(value: str) -> str:
+    if not _USER.fullmatch(value):
+        raise ValidateError(f"{shown(value)} is not a user's name")
+    return value
+
+
+def _or_default(check: Any) -> Any:
+    # An empty default means "derived elsewhere"; an empty value in the file is refused before.
+    return lambda value, *bounds: value if value == "" else check(value, *bounds)
+
+
+_CHECKS = {
+    "one_of": _one_of,
+    "whole_number": _whole_number,
+    "seconds": _seconds,
+    "byte_size": _byte_size,
+    "absolute_path": _or_default(_absolute_path),
+    "host_name": _host_name,
+    "address": _or_default(_address),
+    "user_name": _or_default(_user_name),
+}
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Read a configuration file, at most 1 MiB of UTF-8.
+
+    :raises ConfigError: it is missing, not a regular file, unreadable, too large or not UTF-8.
+    """
+    try:
+        # Non-blocking, so that a FIFO under this name cannot hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{path}: not a regular file", "qdsconfigtool check")
+            raw = file.read(CONFIG_FILE_BYTES_MAX + 1)
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, OSError) and error.errno == errno.ENOENT
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        hint = "write it after the commented sample" if missing else "check its permissions"
+        raise ConfigError(f"{path}: {reason}", hint) from error
+    if len(raw) > CONFIG_FILE_BYTES_MAX:
+        raise ConfigError(f"{path}: larger than {CONFIG_FILE_BYTES_MAX} bytes", "shorten it")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ProblemsError([Problem(path, line, "", "not UTF-8 text")]) from error
+
+
+def parse(path: Path, text: str, spec: str) -> Source:
+    """Take a configuration file's text apart and check it against a configspec.
+
+    :param spec: the configspec's file name in this package, e.g. ``dsgrp.ini``.
+    :returns: the source, with every problem found; never raises for what the text holds.
+    """
+    source = Source(path)
+    lines = _canonical_lines(source, text)
+    if source.problems:
+        return source
+    try:
+        parsed = ConfigObj(lines, interpolation=False, list_values=False, raise_errors=True)
+    except ConfigObjError as error:
+        where = error.line_number or 1
+        reason = str(error.msg).removesuffix(".").replace(f" at line {where}", "").lower()
+        source.complain((), f"{reason}: {shown(lines[where - 1])}", where)
+        return source
+    _unquote(parsed)
+    specification = ConfigObj(
+        Path(__file__).with_name(spec).read_text("utf-8").splitlines(),
+        interpolation=False,
+        list_values=False,
+        raise_errors=True,
+        _inspec=True,
+    )
+    _drop_unknown(source, parsed, specification, ())
+    parsed.configspec = specification
+    results = parsed.validate(Validator(_CHECKS), preserve_errors=True)
+    _collect(source, parsed, specification, results, ())
+    source.values = parsed.dict()
+    source.problems.sort(key=lambda problem: problem.line)
+    return source
+
+
+def _canonical_lines(source: Source, text: str) -> list[str]:
+    """Take each line apart; give it back as ``[[name]]``, ``key = "value"`` or nothing."""
+    canonical: list[str] = []
+    section: tuple[str, ...] = ()
+    for number, raw in enumerate(text.split("\n"), 1):
+        canonical.append("")
+        line = raw.strip(" \t\r")
+        if not line or (line.startswith("#") and len(line) <= CONFIG_LINE_CHARS_MAX):
+            continue
+        try:
+            _refuse_strange(line)
+            if line.startswith("["):
+                depth, name = _section_line(line)
+                section = (*section[: depth - 1], name)
+                path, made = section, "[" * depth + name + "]" * depth
+            else:
+                key, value = _key_line(line)
+                quote = "'" if '"' in value else '"'
+                path, made = (*section, key), f"{key} = {quote}{value}{quote}"
+        except ValueError as error:
+            source.complain((), str(error), number)
+            continue
+        source.lines.setdefault(path, number)
+        canonical[-1] = made
+    return canonical
+
+
+def _refuse_strange(line: str) -> None:
+    if len(line) > CONFIG_LINE_CHARS_MAX:
+        raise ValueError(f"the line is longer than {CONFIG_LINE_CHARS_MAX} characters")
+    for character in line:
+        if character != "\t" and unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise ValueError(f"a control character (U+{ord(character):04X}) stands in the line")
+
+
+def _section_line(line: str) -> tuple[int, str]:
+    inner = line.lstrip("[")
+    depth = len(line) - len(inner)
+    name, bracket, rest = inner.partition("]")
+    closing = (bracket + rest).lstrip("]")
+    closed = len(bracket + rest) - len(closing)
+    name, closing = name.strip(), closing.strip()
+    if closed != depth or (closing and not closing.startswith("#")):
+        raise ValueError(f"{shown(line)} is not a section: write [name] or [[name]]")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{shown(name)} is not a section's name (letters, digits, -_.)")
+    return depth, name
+
+
+def _key_line(line: str) -> tuple[str, str]:
+    key, equals, rest = line.partition("=")
+    key, rest = key.strip(), rest.strip()
+    if not equals:
+        raise ValueError(f"{shown(line)} is neither [section] nor key = value")
+    if not _NAME.fullmatch(key):
+        raise ValueError(f"{shown(key)} is not a key's name")
+    if rest[:1] in ("'", '"'):
+        if rest[:3] in ("'''", '"""'):
+            raise ValueError(f"{key}: a value must stand on one line")
+        value, quote, rest = rest[1:].partition(rest[0])
+        rest = rest.strip()
+        if not quote or (rest and not rest.startswith("#")):
+            raise ValueError(f"{key}: the quotes around the value are not closed as they should be")
+    else:
+        value, mark, _comment = rest.partition("#")
+        if mark and value and not value[-1].isspace():
+            raise ValueError(f"{key}: quote a value with # in it, or put a space before a comment")
+        value = value.strip()
+    if not value:
+        raise ValueError(f"{key}: the value is empty; give one or leave the key out")
+    if "'" in value and '"' in value:
+        raise ValueError(f"{key}: a value cannot hold both kinds of quotes")
+    return key, value
+
+
+def _unquote(section: Any) -> None:
+    # With list_values=False ConfigObj leaves the quotes on; _canonical_lines put them there.
+    for key in section.scalars:
+        section[key] = section[key][1:-1]
+    for name in section.sections:
+        _unquote(section[name])
+
+
+def _drop_unknown(source: Source, section: Any, spec: Any, path: tuple[str, ...]) -> None:
+    """Complain about what the configspec does not name, and take it out before validation.
+
+    ``get_extra_values`` would name most of it, but neither ``[DEFAULT]`` nor a key given as a
+    section, over which ``validate`` stumbles.
+    """
+    many = "__many__" in spec.sections
+    for key in list(section.scalars):
+        if key in spec.sections:
+            source.complain((*path, key), f"this is a section: write [{key}]")
+        elif key not in spec.scalars:
+            valid = [] if many else [*spec.scalars, *spec.sections]
+            source.complain((*path, key), f"unknown key{nearest(key, valid)}")
+        else:
+            continue
+        del section[key]
+    for name in list(section.sections):
+        if name in spec.scalars:
+            source.complain((*path, name), f"this is a key: write {name} = VALUE")
+        elif many and not name.startswith("__"):
+            _drop_unknown(source, section[name], spec["__many__"], (*path, name))
+            continue
+        elif not many and name in spec.sections:
+            _drop_unknown(source, section[name], spec[name], (*path, name))
+            continue
+        else:
+            valid = [] if many else [*spec.sections, *spec.scalars]
+            source.complain((*path, name), f"unknown section{nearest(name, valid)}")
+        del section[name]
+
+
+def _collect(source: Source, section: Any, spec: Any, results: Any, path: tuple[str, ...]) -> None:
+    """Turn ``validate``'s results into problems; ``False`` means missing.
+
+    ``flatten_errors`` would sort exceptions, which cannot be compared.
+    """
+    if results is True:
+        return
+    if path and path not in source.lines and any(_required(spec)):
+        needed = ", ".join(_required(spec))
+        source.complain(path, f"the section [{path[-1]}] is missing (it needs {needed})")
+        return
+    for key in spec.scalars:
+        result = results if isinstance(results, bool) else results[key]
+        if isinstance(result, Exception):
+            source.complain((*path, key), str(result))
+        elif result is False and key in _required(spec):
+            source.complain((*path, key), "missing")
+    for name in section.sections:
+        inner = spec["__many__"] if "__many__" in spec.sections else spec[name]
+        result = results if isinstance(results, bool) else results[name]
+        _collect(source, section[name], inner, result, (*path, name))
+
+
+def _required(spec: Any) -> list[str]:
+    validator = Validator(_CHECKS)
+    required = []
+    for key in spec.scalars:
+        try:
+            validator.check(spec[key], None, missing=True)
+        except VdtMissingValue:
+            required.append(key)
+    return required
