@@ -1,0 +1,271 @@
+"""An open file or block device as bytes at offsets; once its sync failed it stays failed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from zope.interface import implementer
+
+from qdsmirror import limits
+from qdsmirror.errors import DeviceFailedError
+from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.storage import ioctl
+from qdsmirror.storage.identity import Identity, identity_of
+
+#: What a file is treated as: the smallest sector there is, and the page that is written as one.
+FILE_LOGICAL_BLOCK = 512
+FILE_PHYSICAL_BLOCK = 4096
+
+#: File systems in memory: reading never waits for a disk.
+_MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM})
+_ZEROES = bytes(limits.DEVICE_ZERO_WRITE_BYTES)
+
+
+@implementer(IBlockDevice)
+class FileDevice:
+    """One open regular file or block device.
+
+    Writes and reads may be issued from several threads at once.
+
+    :ivar role: what it is for, e.g. ``data device``; used in messages.
+    :ivar is_block: whether it is a block device.
+    :ivar failed: why nothing is written any more (rules.md 4), or ``None``.  A failed fdatasync
+        latches it, since the kernel calls the next one good; reads go on.
+    """
+
+    def __init__(self, fd: int, path: str, role: str = "device") -> None:
+        """Take over a descriptor.
+
+        :raises OSError: its size or blocks cannot be found out.
+        """
+        self.path = path
+        self.role = role
+        self.failed: str | None = None
+        self.is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.logical_block = ioctl.logical_block(fd) if self.is_block else FILE_LOGICAL_BLOCK
+        self.physical_block = ioctl.physical_block(fd) if self.is_block else FILE_PHYSICAL_BLOCK
+        self.identity: Identity = identity_of(fd)
+        self._fd = fd
+        self._nowait_flags: int | None = os.RWF_NOWAIT
+        if not self.is_block and _file_system(os.fstat(fd).st_dev) in _MEMORY_FILE_SYSTEMS:
+            self._nowait_flags = 0
+        self._syncing = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<FileDevice {self.role} {self.path} {self.size} bytes>"
+
+    def fileno(self) -> int:
+        """Give the descriptor, -1 once closed."""
+        return self._fd
+
+    def latch(self, reason: str) -> None:
+        """Refuse every write and sync from now on; the first reason stays."""
+        if self.failed is None:
+            self.failed = reason
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read exactly ``length`` bytes.
+
+        :raises OSError: EIO also where the device ends before.
+        """
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
+        pieces = [data]
+        got = len(data)
+        while got < length:
+            data = os.pread(self._fd, length - got, offset + got)
+            if not data:
+                raise OSError(errno.EIO, f"read past the end at byte {offset + got}", self.path)
+            pieces.append(data)
+            got += len(data)
+        return b"".join(pieces)
+
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        """Read what the page cache holds (preadv2's RWF_NOWAIT): all of it, or ``None``."""
+        flags = self._nowait_flags
+        if flags is None:
+            return None
+        buffer = bytearray(length)
+        try:
+            got = os.preadv(self._fd, (buffer,), offset, flags)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            self._nowait_flags = None
+            return None
+        return bytes(buffer) if got == length else None
+
+    def pwritev(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+        """Write the buffers (views of single bytes) one after another from ``offset``.
+
+        :raises OSError: ENOSPC where they reach beyond the end; a file is never made longer.
+        :raises DeviceFailedError: the device was latched.
+        """
+        if self.failed is not None:
+            self._refuse()
+        total = sum(map(len, buffers))
+        self._check_range(offset, total)
+        if len(buffers) <= limits.DEVICE_IOV_MAX:
+            written = os.pwritev(self._fd, buffers, offset)
+            if written == total:
+                return
+        else:
+            written = 0
+        self._write_rest(buffers, offset, written)
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None:
+        """Make the range read as zeroes: zero-out, never a plain discard (rules.md 25).
+
+        :param unmap: the space may be freed, where a hole reads as zeroes for certain.
+        :raises OSError: as for :meth:`pwritev`.
+        :raises DeviceFailedError: the device was latched.
+        """
+        if self.failed is not None:
+            self._refuse()
+        self._check_range(offset, length)
+        if length == 0:
+            return
+        # On a block device PUNCH_HOLE is a zero-out that the device must offer by itself, and
+        # ZERO_RANGE one that the kernel falls back to writing for.
+        modes = [ioctl.FALLOC_FL_ZERO_RANGE | ioctl.FALLOC_FL_KEEP_SIZE]
+        if unmap:
+            modes.insert(0, ioctl.FALLOC_FL_PUNCH_HOLE | ioctl.FALLOC_FL_KEEP_SIZE)
+        for mode in modes:
+            try:
+                ioctl.fallocate(self._fd, mode, offset, length)
+                return
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+        for start in range(offset, offset + length, len(_ZEROES)):
+            piece = memoryview(_ZEROES)[: min(len(_ZEROES), offset + length - start)]
+            self._write_rest([piece], start, 0)
+
+    def fdatasync(self) -> None:
+        """Make every completed write durable.
+
+        :raises DeviceFailedError: it failed, now or ever before: the device is latched.
+        """
+        # One at a time: the kernel reports a lost write to one caller only.
+        with self._syncing:
+            if self.failed is not None:
+                self._refuse()
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self.latch(f"fdatasync: {error.strerror}")
+                self._refuse(error)
+
+    def drop_cache(self) -> None:
+        """Forget cached pages; only those already durable can be, so fdatasync comes first."""
+        if self.is_block:
+            try:
+                ioctl.flush_buffers(self._fd)
+            except PermissionError:
+                pass  # posix_fadvise does the same but for pages in use
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Give (length, allocated) pairs that cover the range, neighbours merged.
+
+        After ``DEVICE_EXTENTS_MAX`` pairs the rest counts as allocated, and so does the whole of
+        a block device.  What is not allocated reads as zeroes.
+        """
+        if self.is_block:
+            return [(length, True)] if length else []
+        pairs: list[tuple[int, bool]] = []
+        position, end = offset, offset + length
+        while position < end:
+            if len(pairs) + 1 >= limits.DEVICE_EXTENTS_MAX:
+                pairs.append((end - position, True))
+                break
+            start = min(self._seek(position, os.SEEK_DATA), end)
+            if start > position:
+                pairs.append((start - position, False))
+            if start < end:
+                position = min(self._seek(start, os.SEEK_HOLE), end)
+                pairs.append((position - start, True))
+            else:
+                position = end
+        return pairs
+
+    def open_shared(self) -> int:
+        """Open the same device again, read-only, with neither lock nor claim (rules.md 10).
+
+        :return: a descriptor that the caller owns; it can be passed to another process.
+        :raises OSError: it cannot be opened.
+        """
+        # The path may lead elsewhere by now; the descriptor cannot.
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Release lock, claim and descriptor; doing it again changes nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _seek(self, offset: int, whence: int) -> int:
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return self.size
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or offset + length > self.size:
+            raise OSError(errno.ENOSPC, f"range {offset}+{length} exceeds the device", self.path)
+
+    def _write_rest(
+        self, buffers: Sequence[bytes | bytearray | memoryview], offset: int, written: int
+    ) -> None:
+        pending = _skip([memoryview(buffer) for buffer in buffers if len(buffer)], written)
+        position = offset + written
+        while pending:
+            count = os.pwritev(self._fd, pending[: limits.DEVICE_IOV_MAX], position)
+            if count == 0:
+                raise OSError(errno.EIO, f"nothing could be written at byte {position}", self.path)
+            pending = _skip(pending, count)
+            position += count
+
+    def _refuse(self, cause: OSError | None = None) -> None:
+        raise DeviceFailedError(
+            f"{self.role} {self.path} failed earlier and takes no more writes ({self.failed})"
+            if cause is None
+            else f"{self.role} {self.path}: {self.failed}",
+            hint="check the disk (dmesg); writes since its last sync may be lost",
+        ) from cause
+
+
+def _skip(views: list[memoryview], count: int) -> list[memoryview]:
+    """Give the views without their first ``count`` bytes."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []
+
+
+def _file_system(device: int) -> str:
+    """Give the type of the mounted file system with this st_dev, or an empty string."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        # 36 35 98:0 /root /mount options [optional ...] - type source options
+        fields = line.split()
+        if fields[2] == number and "-" in fields[6:]:
+            return fields[fields.index("-", 6) + 1]
+    return ""
