@@ -2,8 +2,8 @@
 
 What this module adds around ConfigObj closes its traps: lines are taken apart here and handed
 over in one canonical form, because its regular expressions take time that grows with the cube of
-a line's length, and cut an unquoted value at any ``#``; ``[DEFAULT]`` is never validated; a missing key is
-reported as ``False``; unknown keys pass.  man page dsgrp.cfg(5) describes the files.
+a line's length, and cut an unquoted value at any ``#``; ``[DEFAULT]`` is never validated; a
+missing key is reported as ``False``; unknown keys pass.  Man page dsgrp.cfg(5) describes the files.
 """
 
 from __future__ import annotations
