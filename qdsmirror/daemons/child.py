@@ -1,0 +1,183 @@
+"""A child process: ``python -m qdsmirror.daemons.child ROLE [--root DIR] --groups .. --fds ..``.
+
+It hosts groups (daemons.hosting) for the master that started it and ends when that one is gone:
+the end of file on the channel is noticed by the kernel's word, so a master killed with -9 leaves
+nothing behind.  Its standard error is the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twisted.logger import FileLogObserver, Logger, formatEventAsClassicLogText, globalLogBeginner
+
+from qdsmirror import errors, limits
+from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.daemons.channel import Channel
+from qdsmirror.daemons.hosting import Factory, Hosting
+from qdsmirror.interfaces import IGroup
+from qdsmirror.paths import Paths, group_name
+
+_log = Logger()
+
+_PR_SET_IO_FLUSHER = 57
+_OOM_SCORE = b"-1000"
+#: A worker thread that holds the interpreter delays the reactor by at most this.
+_SWITCH_INTERVAL_SECONDS = 0.0005
+
+
+def _driver(
+    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None
+) -> IGroup:
+    from qdsmirror.groups.driver import DriverGroup
+
+    assert nbd is not None
+    group: IGroup = DriverGroup(config, host, paths, reactor, nbd)
+    return group
+
+
+def _primary(
+    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, _nbd: int | None
+) -> IGroup:
+    from qdsmirror.groups.primary import PrimaryGroup
+
+    group: IGroup = PrimaryGroup(config, host, paths, reactor)
+    return group
+
+
+def _remote(
+    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, _nbd: int | None
+) -> IGroup:
+    from qdsmirror.groups.remote import RemoteGroup
+
+    group: IGroup = RemoteGroup(config, host, paths, reactor)
+    return group
+
+
+#: What each role's groups are; the modules load only in the processes that need them.
+FACTORIES: Mapping[str, Factory] = {"driver": _driver, "pmd": _primary, "rmd": _remote}
+
+
+class _Child:
+    """The process: its channel to the master, its groups, its end."""
+
+    def __init__(
+        self, role: str, paths: Paths, groups: dict[int, int | None], factory: Factory
+    ) -> None:
+        from twisted.internet import reactor
+
+        self._reactor: Any = reactor
+        self._groups = groups
+        self._hosting = Hosting(role, paths, reactor, factory, self._report, self._end)
+        self._channel: Channel | None = None
+        self.exit_code = errors.EXIT_OK
+
+    def run(self, channel: socket.socket) -> int:
+        """Serve until told to end; give the exit code."""
+        self._channel = Channel(self._reactor, channel, self._hosting.ordered, _end_at_once)
+        self._reactor.callWhenRunning(self._begin)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._hosting.stop)
+        self._reactor.run()
+        return self.exit_code
+
+    def _begin(self) -> None:
+        self._hosting.start(self._groups.items()).addCallback(lambda _: _freeze())
+
+    def _report(self, number: int, state: str, reason: str, code: int) -> None:
+        assert self._channel is not None
+        text = reason[: limits.REASON_CHARACTERS_MAX]
+        self._channel.send({"group": number, "state": state, "reason": text, "code": code})
+
+    def _end(self, code: int) -> None:
+        """End after a failed start, not from within the reactor's own start."""
+        self.exit_code = code
+        self._reactor.callLater(0, self._stop)
+
+    def _stop(self) -> None:
+        if self._reactor.running:
+            self._reactor.stop()
+
+
+def _end_at_once() -> None:
+    """End without any order: the master is gone, and its successor must find nothing held."""
+    os._exit(errors.EXIT_FAILED)
+
+
+def _freeze() -> None:
+    """Keep the collector from walking what was loaded at start, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _protect_from_memory_pressure() -> None:
+    """Let the kernel reclaim memory through us without waiting for us (rules.md 20)."""
+    try:
+        with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+            file.write(_OOM_SCORE)
+    except OSError as error:
+        _log.debug("oom_score_adj stays as it is: {error}", error=error)
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
+        _log.debug("no PR_SET_IO_FLUSHER: {error}", error=os.strerror(ctypes.get_errno()))
+
+
+def _begin_logging(prefix: str) -> None:
+    def with_prefix(event: Any) -> str | None:
+        text = formatEventAsClassicLogText(event)
+        return None if text is None else f"{prefix} {text}"
+
+    globalLogBeginner.beginLoggingTo(
+        [FileLogObserver(sys.stderr, with_prefix)], redirectStandardIO=False
+    )
+
+
+def _descriptors(text: str) -> dict[str, int]:
+    """Parse ``NAME=FD,...``."""
+    pairs = (one.partition("=") for one in text.split(","))
+    return {name: int(number) for name, _, number in pairs}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of a child's command line; only masters write it."""
+    parser = argparse.ArgumentParser(prog="qdsmirror.daemons.child")
+    parser.add_argument("role", choices=sorted(FACTORIES))
+    parser.add_argument("--root")
+    parser.add_argument("--groups", type=lambda text: [int(one) for one in text.split(",")])
+    parser.add_argument("--fds", type=_descriptors, help="channel=FD,NUMBER=FD,...")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = FACTORIES) -> int:
+    """Run a child.
+
+    :param argv: the command line; default: the process's.
+    :param factories: what makes the groups of each role.
+    :returns: the exit code, errors.py.
+    """
+    arguments = build_parser().parse_args(argv)
+    # The master passes on what it means for us; a terminal's signals are for the master.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for one in arguments.fds.values():
+        os.set_inheritable(one, False)
+    names = " ".join(group_name(number) for number in arguments.groups)
+    _begin_logging(f"[{arguments.role} {names}]")
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+    if arguments.role in ("driver", "pmd"):
+        _protect_from_memory_pressure()
+    groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}
+    paths = Paths.of(arguments.root)
+    child = _Child(arguments.role, paths, groups, factories[arguments.role])
+    return child.run(socket.socket(fileno=arguments.fds["channel"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

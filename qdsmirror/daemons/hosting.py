@@ -1,0 +1,243 @@
+"""The groups inside one child: started, retried, stopped, each without regard to the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, DeferredLock, gatherResults, inlineCallbacks
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+
+from qdsmirror import errors, limits
+from qdsmirror.config import GroupConfig, HostConfig, load_group, load_host
+from qdsmirror.errors import QdsError
+from qdsmirror.interfaces import IGroup
+from qdsmirror.net.control import ControlServer
+from qdsmirror.paths import Paths, group_name
+from qdsmirror.pidfile import PidFile
+
+_log = Logger()
+
+#: After these the same attempt would fail in the same way: somebody has to do something first.
+FATAL_CODES = frozenset({errors.EXIT_CONFIG, errors.EXIT_IDENTITY, errors.EXIT_BROKEN})
+
+
+class Factory(Protocol):
+    """Makes a group; the last argument is the driver's listening NBD socket, else ``None``."""
+
+    def __call__(
+        self, config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None, /
+    ) -> IGroup:
+        """Construct the group without starting it."""
+
+
+Report = Callable[[int, str, str, int], None]
+
+
+class HostedGroup:
+    """One group's life in a child.
+
+    :param report: told (number, state, reason, exit code) at each change; states are
+        ``starting``, ``running``, ``retrying``, ``failed`` and ``stopped``.
+    :param give_up: called with the exit code after a failed start; ends the child and gives
+        ``True`` if it has no other group, so that the master's back-off applies.  Otherwise the
+        group is retried here.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        role: str,
+        paths: Paths,
+        reactor: Any,
+        factory: Factory,
+        report: Report,
+        give_up: Callable[[int], bool],
+        nbd: int | None = None,
+    ) -> None:
+        self.number = number
+        self.group: IGroup | None = None
+        self._name = f"{group_name(number)}.{role}"
+        self._paths = paths
+        self._reactor = reactor
+        self._factory = factory
+        self._report = report
+        self._give_up = give_up
+        self._nbd = nbd
+        self._lock = DeferredLock()
+        self._pid_file = PidFile(paths.pid_file(self._name))
+        self._control: ControlServer | None = None
+        self._retry: IDelayedCall | None = None
+        self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
+        self._wanted = False
+
+    def start(self) -> Deferred[None]:
+        """Start the group; never fails, but reports."""
+        self._wanted = True
+        return self._lock.run(self._start)
+
+    def stop(self) -> Deferred[None]:
+        """Stop the group in order; never fails."""
+        self._wanted = False
+        self._cancel_retry()
+        return self._lock.run(self._stop)
+
+    def restart(self) -> Deferred[None]:
+        """Stop the group and start it from its files as they are now."""
+        self._cancel_retry()
+        self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
+        self._wanted = True
+        self._lock.run(self._stop)
+        return self._lock.run(self._start)
+
+    def adopt(self, descriptor: int) -> None:
+        """Give an accepted connection to the group, or close it."""
+        adopt = getattr(self.group, "adopt", None)
+        if adopt is None:
+            os.close(descriptor)
+        else:
+            adopt(descriptor)
+
+    def close(self) -> None:
+        """Close the listening socket after the group was removed."""
+        if self._nbd is not None:
+            os.close(self._nbd)
+            self._nbd = None
+
+    @inlineCallbacks
+    def _start(self) -> Any:
+        if not self._wanted or self.group is not None:
+            return
+        self._report(self.number, "starting", "", 0)
+        try:
+            self._pid_file.acquire()
+            self._pid_file.write()
+            group = self._make()
+            yield group.start()
+            control = ControlServer(self._reactor, self._paths.control_socket(self._name), group)
+            control.start()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other groups go on
+            self._failed(error)
+            return
+        self.group, self._control = group, control
+        self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
+        self._report(self.number, "running", "", 0)
+
+    def _make(self) -> IGroup:
+        host = load_host(self._paths)
+        config = load_group(self._paths, self.number)
+        nbd = None if self._nbd is None else os.dup(self._nbd)
+        return self._factory(config, host, self._paths, self._reactor, nbd)
+
+    def _failed(self, error: Exception) -> None:
+        """Report a failed start, and try again later if that can help."""
+        self._pid_file.release()
+        if isinstance(error, QdsError):
+            code, reason = error.exit_code, error.message
+            _log.error("{name}: {reason}", name=self._name, reason=reason)
+        else:
+            code, reason = errors.EXIT_FAILED, f"{type(error).__name__}: {error}"
+            _log.failure("{name} does not start", name=self._name)
+        fatal = code in FATAL_CODES
+        retrying = not fatal and self._wanted
+        self._report(self.number, "retrying" if retrying else "failed", reason, code)
+        if self._wanted and not self._give_up(code) and retrying:
+            self._retry = self._reactor.callLater(self._delay_seconds, self._try_again)
+            self._delay_seconds = min(2 * self._delay_seconds, limits.CHILD_RESTART_SECONDS_MAX)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._lock.run(self._start)
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    @inlineCallbacks
+    def _stop(self) -> Any:
+        group, self.group = self.group, None
+        control, self._control = self._control, None
+        try:
+            if control is not None:
+                yield control.stop()
+            if group is not None:
+                yield group.stop()
+        except Exception:  # noqa: BLE001 - the others are to be stopped too
+            _log.failure("{name} did not stop in order", name=self._name)
+        self._pid_file.release()
+        self._report(self.number, "stopped", "", 0)
+
+
+class Hosting:
+    """All groups of one child.
+
+    :param role: ``driver``, ``pmd`` or ``rmd``.
+    :param report: as for :class:`HostedGroup`.
+    :param end: called with an exit code when the only group did not start.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        paths: Paths,
+        reactor: Any,
+        factory: Factory,
+        report: Report,
+        end: Callable[[int], None],
+    ) -> None:
+        self._role = role
+        self._paths = paths
+        self._reactor = reactor
+        self._factory = factory
+        self._report = report
+        self._end = end
+        self._groups: dict[int, HostedGroup] = {}
+
+    def start(self, groups: Iterable[tuple[int, int | None]]) -> Deferred[Any]:
+        """Start groups, each (number, listening NBD socket); done when each was tried once."""
+        added = [self._add(number, nbd) for number, nbd in groups]
+        return gatherResults([one.start() for one in added])
+
+    def _add(self, number: int, nbd: int | None) -> HostedGroup:
+        self._groups[number] = HostedGroup(
+            number,
+            self._role,
+            self._paths,
+            self._reactor,
+            self._factory,
+            self._report,
+            self._give_up,
+            nbd,
+        )
+        return self._groups[number]
+
+    def _give_up(self, code: int) -> bool:
+        if len(self._groups) > 1:
+            return False
+        self._end(code)
+        return True
+
+    def stop(self) -> Deferred[Any]:
+        """Stop every group."""
+        return gatherResults([one.stop() for one in self._groups.values()])
+
+    def ordered(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        """Do what the master says: ``start``, ``stop``, ``restart`` or ``adopt`` a group."""
+        order, number = message.get("order"), message.get("group")
+        group = self._groups.get(number) if isinstance(number, int) else None
+        if order == "start" and isinstance(number, int) and group is None:
+            self._add(number, descriptors.pop() if descriptors else None).start()
+        elif order == "adopt" and group is not None and descriptors:
+            group.adopt(descriptors.pop())
+        elif order == "restart" and group is not None:
+            group.restart()
+        elif order == "stop" and group is not None:
+            del self._groups[group.number]
+            group.stop().addCallback(lambda _: group.close())
+        else:
+            _log.error("cannot {order} group {number}", order=order, number=number)
+        for one in descriptors:
+            os.close(one)

@@ -1,0 +1,337 @@
+"""What the three masters share: configuration, pid file, control socket, children, signals.
+
+Privileges: a master that root starts, with ``user`` in qds.cfg, opens the port(s) as root and
+becomes that user itself before it makes anything else, children included.  So it is the same
+under twistd, systemd (which better starts it unprivileged at once) and the launch commands, and
+no ``--uid`` is needed.  That user must be able to open the devices, the key and the secrets; its
+run and var directories are given to it.
+"""
+
+# Twisted's Service and switchUID have no annotations.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from twisted.application.service import Service
+from twisted.internet.defer import inlineCallbacks
+from twisted.logger import Logger
+from twisted.python import usage
+from twisted.python.util import switchUID
+
+from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
+from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
+from qdsmirror.errors import ConfigError, QdsError
+from qdsmirror.net.control import ControlServer
+from qdsmirror.paths import Paths
+from qdsmirror.pidfile import PidFile
+
+_log = Logger()
+_T = TypeVar("_T")
+
+#: A group's configuration with whatever else its processes depend on; equal means undisturbed.
+Fingerprint = tuple[Any, ...]
+
+
+class Options(usage.Options):
+    """What a master takes on twistd's command line."""
+
+    optParameters = [  # noqa: RUF012
+        ["root", None, None, "Use DIR/etc, DIR/var, DIR/run, DIR/dev instead of the system's."],
+    ]
+
+
+class Master(Service):
+    """A master daemon.
+
+    :cvar daemon: the name of its pid file, control socket and log, e.g. ``qdsdriver``.
+    :cvar role: of its children.
+    :cvar side: the part this host plays in the groups it takes.
+    :param command: how a child is started.
+    """
+
+    daemon = ""
+    role = ""
+    side = ""
+
+    def __init__(
+        self, reactor: Any, paths: Paths, command: tuple[str, ...] = CHILD_COMMAND
+    ) -> None:
+        self.reactor = reactor
+        self.paths = paths
+        self.groups: dict[int, GroupConfig] = {}
+        self._command = command
+        self._pid_file = PidFile(paths.pid_file(self.daemon))
+        self._control = ControlServer(reactor, paths.control_socket(self.daemon), self)
+        self._fingerprints: dict[int, Fingerprint] = {}
+        self._problems: list[Problem] = []
+        self._since = time.time()
+        self._log_descriptor: int | None = None
+        self._host: HostConfig
+        self._supervisor: Supervisor
+
+    # -- what a role adds -----------------------------------------------------------------------
+
+    def open_privileged(self) -> None:
+        """Open what needs root, before privileges are given up.
+
+        :raises QdsError: that is not possible.
+        """
+
+    def open_group(self, group: GroupConfig) -> None:
+        """Open what the master holds for a group.
+
+        :raises QdsError: that is not possible.
+        """
+
+    def close_group(self, number: int) -> None:
+        """Close what the master holds for a group; its child may still be ending."""
+
+    def close(self) -> None:
+        """Stop taking anything new; called before the children are stopped."""
+
+    def listening(self, number: int) -> int | None:
+        """Give the listening descriptor that a group's child inherits."""
+        return None
+
+    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
+        """Name the files whose change means a restart of a group's process."""
+        return []
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Claim the name and load the configuration; still in the foreground, on stderr.
+
+        :raises QdsError: another master runs, or a directory cannot be made.
+        :raises ConfigError: there is nothing to run.
+        """
+        for directory in (self.paths.run, self.paths.var):
+            try:
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            except OSError as error:
+                raise QdsError(
+                    f"{directory}: {error.strerror}", hint="create it, or run as root"
+                ) from None
+        self._host = load_host(self.paths)
+        self._pid_file.acquire()
+        try:
+            self._load()
+        except QdsError:
+            self._pid_file.release()
+            raise
+
+    def _load(self) -> None:
+        found, self._problems = scan_groups(self.paths)
+        mine = [group for group in found if group.role_of(self._host.name) == self.side]
+        if not mine:
+            raise ConfigError(
+                "; ".join(str(problem) for problem in self._problems)
+                or f"no dsgrpNNN.cfg in {self.paths.etc} names {self._host.name} as its "
+                f"{self.side} host",
+                hint=" ".join(["qdsconfigtool check", *self.paths.arguments()]),
+            )
+        self._tell_problems()
+        self.groups = {group.number: group for group in mine}
+        self._fingerprints = {group.number: self._fingerprint(group) for group in mine}
+
+    def _tell_problems(self) -> None:
+        for problem in self._problems:
+            _log.error("{problem}", problem=problem)
+
+    def privilegedStartService(self) -> None:  # noqa: N802
+        """Open what needs root; part of IService."""
+        super().privilegedStartService()
+        exiting(self.open_privileged)
+
+    def startService(self) -> None:  # noqa: N802
+        """Become the user, serve, start the children; part of IService."""
+        super().startService()
+        exiting(self._start)
+
+    def _start(self) -> None:
+        self._become_user()
+        self._log_descriptor = _log_for_children(self.paths.log_file(self.daemon))
+        self._pid_file.write()
+        for group in self.groups.values():
+            self.open_group(group)
+        self._control.start()
+        setting = Setting(
+            self.reactor, self.role, self.paths, self.listening, self._children_log, self._command
+        )
+        self._supervisor = Supervisor(setting, self._host.children)
+        self._supervisor.start(self.groups)
+        signal.signal(signal.SIGHUP, self._hang_up)
+
+    def _children_log(self) -> int:
+        return 2 if self._log_descriptor is None else self._log_descriptor
+
+    def _become_user(self) -> None:
+        if not self._host.user or os.geteuid() != 0:
+            return
+        try:
+            user = pwd.getpwnam(self._host.user)
+        except KeyError:
+            raise ConfigError(
+                f"{self.paths.host_config}: user: no such user {self._host.user}",
+                hint="create the user, or remove the line",
+            ) from None
+        for path in (self.paths.run, self.paths.var, self._pid_file.path):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        if user.pw_uid != 0:
+            switchUID(user.pw_uid, user.pw_gid)
+
+    @inlineCallbacks
+    def stopService(self) -> Any:  # noqa: N802
+        """Stop the children in order; done when they are reaped; part of IService."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        super().stopService()
+        self.close()
+        yield self._supervisor.stop()
+        for number in list(self.groups):
+            self.close_group(number)
+        yield self._control.stop()
+        self._pid_file.release()
+        if self._log_descriptor is not None:
+            os.close(self._log_descriptor)
+
+    # -- control channel and signals ------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Give the master's Status: itself, ``children``, ``groups``, configuration ``errors``."""
+        return {
+            "name": self.daemon,
+            "role": self.role,
+            "host": self._host.name,
+            "pid": os.getpid(),
+            "since": self._since,
+            "errors": [str(problem) for problem in self._problems],
+            **self._supervisor.status(),
+        }
+
+    def apply(self) -> dict[str, list[Any]]:
+        """Take up changed, new and removed group files; unchanged groups are not disturbed.
+
+        A group whose file is broken goes on as it is.  What failed before is tried again.
+
+        :returns: the group numbers ``started``, ``stopped``, ``restarted``, ``retried``, and the
+            ``errors`` as lines.
+        :raises ConfigError: qds.cfg is wrong; nothing was changed.
+        """
+        host = load_host(self.paths)
+        if host.name != self._host.name:
+            raise ConfigError(
+                f"{self.paths.host_config}: name: changed from {self._host.name} to {host.name}",
+                hint="stop the daemons and start them again",
+            )
+        found, self._problems = scan_groups(self.paths)
+        self._tell_problems()
+        self._host = host
+        self._supervisor.children_max = host.children
+        wanted = {one.number: one for one in found if one.role_of(host.name) == self.side}
+        broken = {problem.file for problem in self._problems}
+        result: dict[str, list[Any]] = {
+            "started": [],
+            "stopped": [],
+            "restarted": [],
+            "retried": self._supervisor.retry(),
+            "errors": [str(problem) for problem in self._problems],
+        }
+        for number in sorted(self.groups.keys() | wanted.keys()):
+            try:
+                done = self._apply_one(number, wanted.get(number), broken)
+            except QdsError as error:
+                _log.error("{error}", error=error)
+                result["errors"].append(str(error))
+            else:
+                if done:
+                    result[done].append(number)
+        _log.info("configuration applied: {result}", result=result)
+        return result
+
+    def _apply_one(self, number: int, group: GroupConfig | None, broken: set[Path]) -> str:
+        """Bring one group to its wanted state; give what that took, nothing if nothing."""
+        if group is None:
+            if self.paths.group_config(number) in broken:
+                return ""
+            self._supervisor.remove(number)
+            self.close_group(number)
+            del self.groups[number], self._fingerprints[number]
+            return "stopped"
+        fingerprint = self._fingerprint(group)
+        if number not in self.groups:
+            self.open_group(group)
+            self.groups[number], self._fingerprints[number] = group, fingerprint
+            self._supervisor.add(number)
+            return "started"
+        if fingerprint == self._fingerprints[number]:
+            return ""
+        self.open_group(group)
+        self.groups[number], self._fingerprints[number] = group, fingerprint
+        self._supervisor.restart(number)
+        return "restarted"
+
+    def _fingerprint(self, group: GroupConfig) -> Fingerprint:
+        files = self.depends_on(self._host, group.number)
+        return (group, *(_identity(path) for path in files))
+
+    def _hang_up(self, _signal: int, _frame: object) -> None:
+        self.reactor.callFromThread(self._apply_quietly)
+
+    def _apply_quietly(self) -> None:
+        try:
+            self.apply()
+        except QdsError as error:
+            _log.error("configuration not applied: {error}", error=error)
+
+
+_M = TypeVar("_M", bound=Master)
+
+
+def make_service(kind: type[_M], options: Any) -> _M:
+    """Make a master for twistd; what is wrong ends the process with its exit code.
+
+    :param options: parsed :class:`Options`.
+    """
+    from twisted.internet import reactor
+
+    def make() -> _M:
+        master = kind(reactor, Paths.of(options["root"]))
+        master.prepare()
+        return master
+
+    return exiting(make)
+
+
+def exiting(step: Callable[[], _T]) -> _T:
+    """Run a step of the start; an error of the world is told and ends the process."""
+    try:
+        return step()
+    except QdsError as error:
+        text = f"{error.message}: {error.hint}" if error.hint else error.message
+        _log.critical("{text}", text=text)
+        sys.stderr.write(f"{text}\n")
+        sys.exit(error.exit_code)
+
+
+def _log_for_children(path: Path) -> int | None:
+    """Open the log for children where the master's stderr leads nowhere (twistd's daemons)."""
+    if os.fstat(2).st_rdev != os.stat(os.devnull).st_rdev:
+        return None
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_size, status.st_mtime_ns)

@@ -1,0 +1,29 @@
+"""The master primary mirror daemon as a twistd plugin: ``twistd -n qdspmd [--root DIR]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qdsmirror.config import HostConfig
+from qdsmirror.daemons.master import Master, Options, make_service
+
+
+class PmdMaster(Master):
+    """Supervises the children that ship the writelogs of this host's primary groups."""
+
+    daemon = "qdspmd"
+    role = "pmd"
+    side = "primary"
+
+    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
+        """Name the identity's files: a new certificate or secret takes effect by apply."""
+        return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
+
+
+def makeService(options: Any) -> PmdMaster:  # noqa: N802
+    """Make the service for twistd."""
+    return make_service(PmdMaster, options)
+
+
+__all__ = ["Options", "PmdMaster", "makeService"]

@@ -1,0 +1,148 @@
+"""The master remote mirror daemon as a twistd plugin: ``twistd -n qdsrmd [--root DIR]``.
+
+It listens on the ports of this host's secondary groups, or takes the listening sockets of a
+service manager (``LISTEN_FDS``, sd_listen_fds(3)) or of inetd (``wait``: descriptor 0), and
+routes each connection to the child that hosts its group (daemons.routing).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any, ClassVar
+
+from twisted.logger import Logger
+
+from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.daemons import master
+from qdsmirror.daemons.routing import Router
+from qdsmirror.errors import QdsError
+
+_log = Logger()
+
+_LISTEN_FDS_START = 3
+_BACKLOG = 128
+
+
+class Options(master.Options):
+    """What the rmd's master takes on twistd's command line."""
+
+    optFlags: ClassVar[list[list[str | None]]] = [
+        ["inetd", None, "Descriptor 0 is the listening socket (inetd's wait)."],
+    ]
+
+
+class RmdMaster(master.Master):
+    """Supervises the children that host this host's secondary groups, and accepts for them.
+
+    :param inherited: listening sockets given by whoever started this process.
+    """
+
+    daemon = "qdsrmd"
+    role = "rmd"
+    side = "secondary"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.inherited: list[socket.socket] = []
+        self._router = Router(self.reactor, self._route)
+        self._given_ports: set[int] = set()
+
+    def open_privileged(self) -> None:
+        """Listen; ports below 1024 need root or CAP_NET_BIND_SERVICE.
+
+        :raises QdsError: a port is in use or not permitted.
+        """
+        for listening in self.inherited:
+            self._router.listen(listening)
+        self._given_ports = self._router.ports()
+        for group in self.groups.values():
+            self.open_group(group)
+
+    def open_group(self, group: GroupConfig) -> None:
+        """Listen on the group's port, unless that is so already.
+
+        :raises QdsError: the port is in use or not permitted.
+        """
+        if group.port not in self._router.ports():
+            self._router.listen(_listen(group.port))
+        self._close_unused({**self.groups, group.number: group})
+
+    def close_group(self, number: int) -> None:
+        """Stop listening on a port that no other group uses."""
+        self._close_unused({one: group for one, group in self.groups.items() if one != number})
+
+    def _close_unused(self, groups: dict[int, GroupConfig]) -> None:
+        used = {group.port for group in groups.values()} | self._given_ports
+        for port in self._router.ports() - used:
+            self._router.close(port)
+
+    def close(self) -> None:
+        """Stop accepting."""
+        self._router.close()
+
+    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
+        """Name the identity's files: a new certificate or secret takes effect by apply."""
+        return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
+
+    def _route(self, number: int, descriptor: int) -> bool:
+        return number in self.groups and self._supervisor.adopt(number, descriptor)
+
+
+def _listen(port: int) -> socket.socket:
+    """Listen on a TCP port of every address, IPv6 and IPv4 alike where there is IPv6."""
+    try:
+        if socket.has_dualstack_ipv6():
+            try:
+                return socket.create_server(
+                    ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+                )
+            except OSError as error:
+                # Compiled in, but switched off on this machine.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+        return socket.create_server(("", port), backlog=_BACKLOG)
+    except OSError as error:
+        raise QdsError(
+            f"port {port}: {error.strerror}",
+            hint="a port below 1024 needs root or socket activation; is another daemon there?",
+        ) from None
+
+
+def inherited_sockets(inetd: bool) -> list[socket.socket]:
+    """Take the listening sockets that a service manager or inetd gave to this process.
+
+    :param inetd: descriptor 0 is one.
+    :raises QdsError: a descriptor given is no listening socket.
+    """
+    numbers = [0] if inetd else []
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+        numbers += range(_LISTEN_FDS_START, _LISTEN_FDS_START + count)
+    found = []
+    for number in numbers:
+        try:
+            one = socket.socket(fileno=os.dup(number))
+            accepting = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise QdsError(f"descriptor {number}: {error.strerror}") from None
+        if not accepting:
+            one.close()
+            raise QdsError(
+                f"descriptor {number} is no listening socket",
+                hint="inetd: use wait; systemd: Accept=no",
+            )
+        found.append(one)
+    return found
+
+
+def makeService(options: Any) -> RmdMaster:  # noqa: N802
+    """Make the service for twistd."""
+    service = master.make_service(RmdMaster, options)
+    service.inherited = master.exiting(lambda: inherited_sockets(bool(options["inetd"])))
+    return service
+
+
+__all__ = ["Options", "RmdMaster", "inherited_sockets", "makeService"]

@@ -1,0 +1,203 @@
+"""Accepted connections, routed to groups by the server name of their TLS ClientHello.
+
+The hello is only peeked at: the child that gets the connection does TLS from byte 0 and
+authenticates; the name proves nothing (rules.md 17).  While UNAUTHENTICATED_MAX connections are
+being looked at, others wait in the backlog.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.main import CONNECTION_LOST
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from qdsmirror import limits
+from qdsmirror.core.clienthello import Peek, group_hint, peek_server_name
+
+_log = Logger()
+
+#: After these a connection is gone or resources are short; the listening socket is good.
+_PASSING = frozenset({errno.ECONNABORTED, errno.EPERM, errno.EINTR, errno.EAGAIN})
+#: So long accepting pauses when the process is out of descriptors or memory.
+_SHORTAGE_SECONDS = 1.0
+
+Route = Callable[[int, int], bool]
+
+
+class Router:
+    """Takes connections from listening sockets and passes each to its group.
+
+    :param reactor: provides IReactorFDSet and IReactorTime.
+    :param route: called with (group number, descriptor); passes a duplicate on, or gives
+        ``False``: then the connection is closed.
+    """
+
+    def __init__(self, reactor: Any, route: Route) -> None:
+        self.reactor = reactor
+        self._route = route
+        self._listeners: list[_Listener] = []
+        self._peeking: dict[_Peeked, str] = {}
+        self._paused = False
+        self._addresses: Counter[str] = Counter()
+
+    def listen(self, listening: socket.socket) -> None:
+        """Begin to accept; the socket belongs to the router then."""
+        listening.setblocking(False)
+        listener = _Listener(self, listening)
+        self._listeners.append(listener)
+        if not self._paused:
+            self.reactor.addReader(listener)
+
+    def ports(self) -> set[int]:
+        """Give the TCP ports listened on."""
+        return {listener.listening.getsockname()[1] for listener in self._listeners}
+
+    def close(self, port: int | None = None) -> None:
+        """Stop accepting, on one port or (with all connections not yet routed) everywhere."""
+        for listener in list(self._listeners):
+            if port is None or listener.listening.getsockname()[1] == port:
+                self._listeners.remove(listener)
+                self.reactor.removeReader(listener)
+                listener.listening.close()
+        if port is None:
+            for peeked in list(self._peeking):
+                peeked.finish(None)
+
+    def accept(self, listening: socket.socket) -> None:
+        """Accept what waits, as far as the limits allow."""
+        while len(self._peeking) < limits.UNAUTHENTICATED_MAX:
+            try:
+                connection, address = listening.accept()
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    _log.error("cannot accept: {error}", error=error)
+                    self._pause()
+                    self.reactor.callLater(_SHORTAGE_SECONDS, self._resume)
+                return
+            self._begin(connection, str(address[0]))
+        self._pause()
+
+    def _begin(self, connection: socket.socket, address: str) -> None:
+        if self._addresses[address] >= limits.UNAUTHENTICATED_PER_ADDRESS_MAX:
+            _log.warn("too many unauthenticated connections from {address}", address=address)
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._addresses[address] += 1
+        peeked = _Peeked(self, connection)
+        self._peeking[peeked] = address
+        peeked.start()
+
+    def finished(self, peeked: _Peeked, connection: socket.socket, number: int | None) -> None:
+        """Route a connection (``None``: nowhere) and make room for the next."""
+        address = self._peeking.pop(peeked)
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
+        with connection:
+            if number is None:
+                _log.warn("{address} asks for no group of ours", address=address)
+            elif not self._route(number, connection.fileno()):
+                _log.info("dsgrp{n:03d} takes no connection now", n=number)
+        self._resume()
+
+    def _pause(self) -> None:
+        self._paused = True
+        for listener in self._listeners:
+            self.reactor.removeReader(listener)
+
+    def _resume(self) -> None:
+        if self._paused and len(self._peeking) < limits.UNAUTHENTICATED_MAX:
+            self._paused = False
+            for listener in self._listeners:
+                self.reactor.addReader(listener)
+
+
+@implementer(IReadDescriptor)
+class _Descriptor:
+    """A socket in the reactor."""
+
+    def __init__(self, router: Router, one: socket.socket) -> None:
+        self.router = router
+        self.socket = one
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def logPrefix(self) -> str:  # noqa: N802
+        return "router"
+
+    def doRead(self) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    def connectionLost(self, reason: Failure) -> None:  # noqa: N802
+        """Follow doRead's own verdict."""
+
+
+class _Listener(_Descriptor):
+    @property
+    def listening(self) -> socket.socket:
+        return self.socket
+
+    def doRead(self) -> None:  # noqa: N802
+        self.router.accept(self.socket)
+
+
+class _Peeked(_Descriptor):
+    """One connection whose hello is not complete."""
+
+    def start(self) -> None:
+        self._seen = 0
+        reactor = self.router.reactor
+        self._timer = reactor.callLater(limits.HANDSHAKE_SECONDS, self.finish, None)
+        reactor.addReader(self)
+
+    def doRead(self) -> Any:  # noqa: N802
+        """Look at what has arrived without taking it."""
+        try:
+            data = self.socket.recv(limits.CLIENT_HELLO_BYTES_MAX, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        name = peek_server_name(data)
+        if isinstance(name, str):
+            self.finish(group_hint(name))
+        elif name is Peek.NOT_TLS or len(data) <= self._seen:
+            # Woken without a byte more than last time: the peer has hung up.
+            self.finish(None)
+        else:
+            self._seen = len(data)
+            # Peeked bytes keep a socket readable: only more of them are to wake us again.
+            self._wake_at(len(data) + 1)
+        return None
+
+    def connectionLost(self, reason: Failure) -> None:  # noqa: N802
+        self.finish(None)
+
+    def finish(self, number: int | None) -> None:
+        """Leave the reactor and hand the connection back."""
+        if self._timer is None:
+            return
+        if self._timer.active():
+            self._timer.cancel()
+        self._timer = None
+        self.router.reactor.removeReader(self)
+        if number is not None:
+            self._wake_at(1)
+        self.router.finished(self, self.socket, number)
+
+    def _wake_at(self, count: int) -> None:
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        except OSError as error:
+            _log.debug("SO_RCVLOWAT: {error}", error=os.strerror(error.errno or 0))
