@@ -1,0 +1,235 @@
+"""``qdsinfo``: state and metrics of the groups of this host."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qdsmirror.config import load_groups, load_host
+from qdsmirror.errors import (
+    EXIT_BROKEN,
+    EXIT_CONFIG,
+    EXIT_DEGRADED,
+    EXIT_IDENTITY,
+    EXIT_OK,
+    BrokenError,
+    ConfigError,
+    DegradedError,
+    IdentityError,
+    QdsError,
+    UnreachableError,
+    UsageError,
+)
+from qdsmirror.paths import Paths
+from qdsmirror.tools import cli, info_view
+from qdsmirror.tools.status import Group, collect_groups, failure_of
+
+#: What ``--is`` and ``--wait`` take: the states, and two predicates.
+STATES = ("accumulating", "connected", "refresh", "setup")
+PREDICATES = (*STATES, "coherent", "drained")
+
+POLL_SECONDS = 0.1
+TIMEOUT_SECONDS_DEFAULT = 60.0
+INTERVAL_SECONDS_DEFAULT = 1.0
+INTERVAL_SECONDS_MIN = 0.1
+_DRAINED = ("written", "applied", "committed", "mirrored")
+_ERRORS: dict[int, type[QdsError]] = {
+    EXIT_IDENTITY: IdentityError,
+    EXIT_CONFIG: ConfigError,
+    EXIT_BROKEN: BrokenError,
+}
+
+#: Gives the host's name and the selected group objects as they are now.
+Look = Callable[[], tuple[str, list[Group]]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
+    made = cli.parser("qdsinfo", "Show the state and the metrics of logical groups.", groups=True)
+    how = made.add_mutually_exclusive_group()
+    how.add_argument(
+        "--is",
+        dest="is_state",
+        metavar="STATE",
+        choices=PREDICATES,
+        help="exit 0 if every selected group is so, else 3: " + ", ".join(PREDICATES),
+    )
+    how.add_argument(
+        "--wait", metavar="STATE", choices=PREDICATES, help="wait until every group is so"
+    )
+    how.add_argument("--watch", action="store_true", help="show the state again and again")
+    made.add_argument(
+        "--timeout",
+        metavar="S",
+        type=_seconds,
+        default=None,
+        help=f"with --wait: exit 3 after S seconds (default: {TIMEOUT_SECONDS_DEFAULT:g})",
+    )
+    made.add_argument(
+        "--interval",
+        metavar="S",
+        type=_seconds,
+        default=None,
+        help=f"with --watch: seconds between two looks (default: {INTERVAL_SECONDS_DEFAULT:g})",
+    )
+    return made
+
+
+@cli.run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``qdsinfo``."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.timeout is not None and arguments.wait is None:
+        raise UsageError("--timeout goes with --wait", hint="qdsinfo --help")
+    if arguments.interval is not None and not arguments.watch:
+        raise UsageError("--interval goes with --watch", hint="qdsinfo --help")
+    look = _look(cli.paths_of(arguments), arguments)
+    if arguments.watch:
+        interval = arguments.interval or INTERVAL_SECONDS_DEFAULT
+        watch(look, max(interval, INTERVAL_SECONDS_MIN), arguments.json)
+        return EXIT_OK
+    if arguments.wait is not None:
+        timeout = arguments.timeout
+        seconds = TIMEOUT_SECONDS_DEFAULT if timeout is None else timeout
+        host, groups = wait(look, arguments.wait, seconds)
+    else:
+        host, groups = look()
+    if arguments.json:
+        cli.print_json(report(host, groups))
+    elif arguments.is_state is None and arguments.wait is None:
+        info_view.show(groups)
+    if arguments.is_state is not None and not all_are(groups, arguments.is_state):
+        return EXIT_DEGRADED
+    return EXIT_OK
+
+
+def report(host: str, groups: list[Group]) -> dict[str, Any]:
+    """Give what ``--json`` prints, less the schema's number."""
+    return {"host": host, "groups": groups}
+
+
+def is_so(group: Group, predicate: str) -> bool:
+    """Tell whether a group satisfies one of PREDICATES; what is not known is not so.
+
+    ``drained``: the last number written is applied here and committed and applied at the
+    secondary.  The secondary does not know what was written, so a group is drained as seen from
+    the primary only.
+    """
+    if predicate == "coherent":
+        return group["coherent"] is True
+    if predicate == "drained":
+        gsn = group["gsn"]
+        return gsn["written"] is not None and len({gsn[key] for key in _DRAINED}) == 1
+    return predicate == group["state"] or predicate in group["modes"]
+
+
+def all_are(groups: Sequence[Group], predicate: str) -> bool:
+    """Tell whether every group satisfies the predicate."""
+    return all(is_so(group, predicate) for group in groups)
+
+
+def wait(
+    look: Look,
+    predicate: str,
+    timeout_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[str, list[Group]]:
+    """Wait until every group satisfies a predicate; daemons may come and go meanwhile.
+
+    :returns: what the last look gave.
+    :raises DegradedError: not within the time.
+    :raises IdentityError: the link is refused for good; likewise ConfigError, BrokenError.
+    """
+    deadline = clock() + timeout_seconds
+    while True:
+        try:
+            host, groups = look()
+        except UnreachableError as error:
+            lacking = error.message
+        else:
+            open_ones = [group for group in groups if not is_so(group, predicate)]
+            if not open_ones:
+                return host, groups
+            _refuse(open_ones)
+            lacking = describe(open_ones[0], predicate)
+        if clock() >= deadline:
+            raise DegradedError(
+                f"not {predicate} after {timeout_seconds:g} s: {lacking}", hint="qdsinfo"
+            )
+        sleep(min(POLL_SECONDS, max(deadline - clock(), 0.0)))
+
+
+def describe(group: Group, predicate: str) -> str:
+    """Say in a few words how a group is that does not satisfy the predicate."""
+    name = group["name"]
+    if predicate == "drained":
+        if group["role"] == "secondary":
+            return f"{name} is secondary here, only its primary knows when it is drained"
+        gsn = group["gsn"]
+        return f"{name}: " + ", ".join(f"{key} {gsn[key]}" for key in _DRAINED)
+    text = f"{name} is {'+'.join(group['modes'])}"
+    if predicate == "coherent":
+        text += ", not known to be coherent" if group["coherent"] is None else ", not coherent"
+    reasons = (group["reason"], group["pmd"].get("reason"), group["rmd"].get("reason"))
+    reason = next((one for one in reasons if one), "")
+    return f"{text} ({reason})" if reason else text
+
+
+def _refuse(groups: Sequence[Group]) -> None:
+    """Raise for the first group that waiting does not help."""
+    for group in groups:
+        failure = failure_of(group)
+        if failure is not None:
+            code, reason = failure
+            kind = _ERRORS.get(code, QdsError)
+            raise kind(f"{group['name']}: {reason}", hint="qdsconfigtool check, then qdsinfo")
+
+
+def watch(
+    look: Look,
+    interval_seconds: float,
+    as_json: bool,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show the groups again and again, until Ctrl-C."""
+    if as_json or not info_view.is_terminal():
+        while True:
+            host, groups = look()
+            if as_json:
+                cli.print_json(report(host, groups), indent=None)
+            else:
+                info_view.show(groups)
+                print()
+            sleep(interval_seconds)
+    from rich.live import Live
+
+    _, groups = look()
+    with Live(info_view.rich_view(groups, time.time()), auto_refresh=False) as live:
+        while True:
+            sleep(interval_seconds)
+            _, groups = look()
+            live.update(info_view.rich_view(groups, time.time()), refresh=True)
+
+
+def _look(paths: Paths, arguments: argparse.Namespace) -> Look:
+    """Read the configuration once; give what looks at the selected groups."""
+    host = load_host(paths)
+    selected = cli.select_groups(arguments, load_groups(paths))
+    here = [group for group in selected if group.role_of(host.name) is not None]
+    if not here:
+        names = ", ".join(group.name for group in selected)
+        raise ConfigError(
+            f"host {host.name} is neither primary nor secondary of {names}",
+            hint=f"compare name in {paths.host_config} with the groups' hosts",
+        )
+    return lambda: (host.name, collect_groups(paths, host.name, here))
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value

@@ -1,0 +1,178 @@
+"""How ``qdsinfo`` shows groups to a person: a table, in colour on a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qdsmirror.tools.status import Group
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+HEADINGS = ("GROUP", "ROLE", "STATE", "SINCE", "COHERENT", "GSN", "COMMITTED", "MIRRORED", "LAG")
+UNIT_HEADINGS = ("GROUP", "LDSU", "SIZE", "LOG USED", "ENTRIES", "DEVICE")
+_UNKNOWN = "-"
+_COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow", "setup": "red"}
+
+
+def is_terminal() -> bool:
+    """Tell whether stdout is a terminal that may show more than plain text (``NO_COLOR``)."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def size_text(size: float | None) -> str:
+    """Give bytes as a person reads them: ``256 MiB``."""
+    if size is None:
+        return _UNKNOWN
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Give a duration: ``3.2 s``, ``5 min``, ``2.5 h``."""
+    if seconds is None:
+        return _UNKNOWN
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def group_row(group: Group, now: float) -> tuple[str, ...]:
+    """Give a group's cells under HEADINGS.
+
+    :param now: seconds since 1970.
+    """
+    gsn, lag = group["gsn"], group["lag"]
+    since = group["since"]
+    coherent = {True: "yes", False: "NO"}.get(group["coherent"], _UNKNOWN)
+    return (
+        group["name"],
+        group["role"],
+        "+".join(group["modes"]) or group["state"],
+        _UNKNOWN if since is None else duration_text(max(now - since, 0.0)),
+        coherent,
+        _number(gsn["written"]),
+        _number(gsn["committed"]),
+        _number(gsn["mirrored"]),
+        _lag_text(lag),
+    )
+
+
+def unit_rows(group: Group) -> list[tuple[str, ...]]:
+    """Give the cells of a group's LDSUs under UNIT_HEADINGS."""
+    rows: list[tuple[str, ...]] = []
+    for unit in group["ldsus"]:
+        log: dict[str, Any] = unit.get("writelog") or group.get("journal") or {}
+        ratio = log.get("used_ratio")
+        at = unit["mirror_device"] if group["role"] == "secondary" else unit["data_device"]
+        rows.append(
+            (
+                group["name"],
+                unit["name"],
+                size_text(unit["size"]),
+                _UNKNOWN if ratio is None else f"{100 * ratio:.1f} %",
+                _number(log.get("entries")),
+                unit["device"] or at,
+            )
+        )
+    return rows
+
+
+def remarks(group: Group) -> list[str]:
+    """Give the lines that say what is going on, or wrong."""
+    lines = []
+    progress = group["refresh"]
+    if progress:
+        lines.append(f"{group['name']}: {refresh_text(progress)}")
+    seen = []
+    for reason in (group["reason"], *(group[part].get("reason") for part in ("pmd", "rmd"))):
+        if reason and reason not in seen:
+            seen.append(reason)
+    lines += [f"{group['name']}: {reason}" for reason in seen]
+    for unit in group["ldsus"]:
+        lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
+    return lines
+
+
+def refresh_text(progress: dict[str, Any]) -> str:
+    """Give a refresh's progress in one line."""
+    done, remaining = progress["done_bytes"], progress["remaining_bytes"]
+    total = done + remaining
+    share = 100 * done / total if total else 100.0
+    text = f"{progress['kind']} refresh {share:.0f} %, {size_text(remaining)} remain"
+    if progress.get("rate"):
+        text += f", {size_text(progress['rate'])}/s"
+    if progress.get("eta_seconds") is not None:
+        text += f", {duration_text(progress['eta_seconds'])} to go"
+    return text
+
+
+def plain(groups: Sequence[Group], now: float) -> str:
+    """Give the whole report as plain text with aligned columns."""
+    parts = [_aligned(HEADINGS, [group_row(group, now) for group in groups])]
+    units = [row for group in groups for row in unit_rows(group)]
+    if units:
+        parts.append(_aligned(UNIT_HEADINGS, units))
+    notes = [line for group in groups for line in remarks(group)]
+    if notes:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def rich_view(groups: Sequence[Group], now: float) -> RenderableType:
+    """Give the whole report for rich to print."""
+    from rich.console import Group as Stack
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*HEADINGS, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for group in groups:
+        row: list[str | Text] = list(group_row(group, now))
+        row[2] = Text(str(row[2]), style=_COLOURS.get(group["state"], ""))
+        row[4] = Text(str(row[4]), style="green" if group["coherent"] else "bold red")
+        table.add_row(*row)
+    units = Table(*UNIT_HEADINGS, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for group in groups:
+        for cells in unit_rows(group):
+            units.add_row(*cells)
+    notes = [Text(line, style="yellow") for group in groups for line in remarks(group)]
+    return Stack(table, Text(""), units, *([Text(""), *notes] if notes else []))
+
+
+def show(groups: Sequence[Group]) -> None:
+    """Print the report to stdout, in colour where that is welcome."""
+    if not is_terminal():
+        print(plain(groups, time.time()), flush=True)
+        return
+    from rich.console import Console
+
+    Console().print(rich_view(groups, time.time()))
+
+
+def _number(value: int | None) -> str:
+    return _UNKNOWN if value is None else str(value)
+
+
+def _lag_text(lag: dict[str, Any]) -> str:
+    if lag["entries"] is None:
+        return _UNKNOWN
+    if not lag["entries"]:
+        return "none"
+    return f"{lag['entries']} entries, {size_text(lag['bytes'])}, {duration_text(lag['seconds'])}"
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [headings, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )

@@ -1,0 +1,237 @@
+"""The group objects of ``qdsinfo --json``: what driver, pmd and rmd say, merged, for this host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from qdsmirror.config import GroupConfig, LdsuConfig
+from qdsmirror.errors import EXIT_FAILED, QdsError, UnreachableError
+from qdsmirror.paths import Paths
+from qdsmirror.tools.client import ControlClient
+
+#: For one daemon's answer; they answer from memory.
+ASK_SECONDS = 2.0
+
+Group = dict[str, Any]
+#: Asks the daemon behind a control socket for its status.
+Ask = Callable[[Path], dict[str, Any]]
+
+_GSN_PRIMARY = ("written", "durable", "applied", "sent", "committed", "mirrored")
+
+
+def ask_status(path: Path) -> dict[str, Any]:
+    """Ask one control socket.
+
+    :raises UnreachableError: nobody answers there.
+    """
+    return ControlClient(path, ASK_SECONDS).call("Status")
+
+
+def collect_groups(
+    paths: Paths, host_name: str, configs: Iterable[GroupConfig], ask: Ask = ask_status
+) -> list[Group]:
+    """Give the group objects of these groups, as far as this host takes part in them.
+
+    :raises UnreachableError: there may be daemons, but this user may not ask any of them.
+    """
+    if paths.run.exists() and not os.access(paths.run, os.X_OK):
+        raise UnreachableError(
+            f"no permission to ask the daemons in {paths.run}",
+            hint="run as root or as the daemons' user",
+        )
+    daemons = _Daemons(paths, ask)
+    groups = []
+    for config in sorted(configs, key=lambda one: one.number):
+        role = config.role_of(host_name)
+        if role == "primary":
+            groups.append(_primary(paths, config, daemons))
+        elif role == "secondary":
+            groups.append(_secondary(config, daemons))
+    return groups
+
+
+def nbd_uri(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> str:
+    """Give the NBD URI of an LDSU."""
+    socket_path = quote(str(paths.nbd_socket(config.number)), safe="/")
+    return f"nbd+unix:///{quote(ldsu.name, safe='')}?socket={socket_path}"
+
+
+def failure_of(group: Group) -> tuple[int, str] | None:
+    """Give (exit code, reason) when only an operator's act can end a group's failure.
+
+    That is a link which one side refused, or a daemon's child that failed for good: waiting
+    does not help.
+    """
+    for daemon in ("driver", "pmd", "rmd"):
+        part = group[daemon]
+        if part.get("state") in ("refused", "failed"):
+            code = part.get("code")
+            reason = str(part.get("reason") or group["reason"])
+            return code if isinstance(code, int) and code else EXIT_FAILED, reason
+    return None
+
+
+class _Daemons:
+    """What the daemons answer; each master is asked at most once."""
+
+    def __init__(self, paths: Paths, ask: Ask) -> None:
+        self._paths = paths
+        self._ask = ask
+        self._masters: dict[str, dict[str, Any] | None] = {}
+
+    def group(self, config: GroupConfig, role: str) -> dict[str, Any] | None:
+        """Ask a group's child; ``None`` when it does not answer."""
+        return self._status(f"{config.name}.{role}")
+
+    def trouble(self, config: GroupConfig, role: str) -> dict[str, Any]:
+        """Say why a group's child does not answer: {state, reason, code}."""
+        if role not in self._masters:
+            self._masters[role] = self._status(f"qds{role}")
+        master = self._masters[role]
+        if master is None:
+            return {"state": "stopped", "reason": f"{role} not running", "code": None}
+        for entry in master.get("groups", []):
+            if isinstance(entry, dict) and entry.get("group") == config.number:
+                if entry.get("state") == "failed":
+                    reason = entry.get("reason") or f"{role} failed"
+                    return {"state": "failed", "reason": reason, "code": entry.get("code")}
+                if entry.get("reason"):
+                    return {"state": "stopped", "reason": entry["reason"], "code": None}
+        return {"state": "stopped", "reason": f"{role} is being relaunched", "code": None}
+
+    def _status(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self._ask(self._paths.control_socket(name))
+        except QdsError:
+            return None
+
+
+def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
+    """Give a group object as it is while nothing is known but the configuration."""
+    return {
+        "group": config.number,
+        "name": config.name,
+        "role": role,
+        "operation": config.operation,
+        "state": "setup",
+        "modes": ["setup"],
+        "since": None,
+        "reason": "",
+        "coherent": None,
+        "generation": None,
+        "peer": peer,
+        "gsn": dict.fromkeys(_GSN_PRIMARY),
+        "lag": {"entries": None, "bytes": None, "seconds": None},
+        "refresh": None,
+        "verify": None,
+        "driver": {"pid": None},
+        "pmd": {"pid": None, "state": "stopped"},
+        "rmd": {"pid": None, "state": "stopped"},
+        "ldsus": [],
+    }
+
+
+def _merge(base: Any, news: Any) -> Any:
+    """Lay what a daemon says over what was known; ``None`` says nothing new."""
+    if isinstance(base, dict) and isinstance(news, dict):
+        merged = dict(base)
+        for key, value in news.items():
+            merged[key] = _merge(base.get(key), value)
+        return merged
+    return base if news is None else news
+
+
+def _overlay(group: Group, status: dict[str, Any], ldsus: list[dict[str, Any]]) -> Group:
+    """Lay a daemon's status over the skeleton; LDSUs are matched by name."""
+    told = {one.get("name"): one for one in status.get("ldsus") or []}
+    merged: Group = _merge(group, {k: v for k, v in status.items() if k != "ldsus"})
+    merged["ldsus"] = [_merge(one, told.get(one["name"])) for one in ldsus]
+    return merged
+
+
+def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
+    group = _skeleton(config, "primary", config.secondary_host)
+    ldsus = [_primary_ldsu(paths, config, one) for one in config.ldsus]
+    driver = daemons.group(config, "driver")
+    pmd = daemons.group(config, "pmd")
+    if driver is None:
+        if pmd is not None:
+            group = _overlay(group, {"pmd": pmd.get("pmd"), "gsn": pmd.get("gsn")}, ldsus)
+        group["ldsus"] = ldsus
+        trouble = daemons.trouble(config, "driver")
+        group["reason"] = trouble["reason"]
+        if trouble["state"] == "failed":
+            group["driver"] |= {"state": "failed", "code": trouble["code"]}
+            group["driver"]["reason"] = trouble["reason"]
+    else:
+        group = _overlay(group, driver, ldsus)
+    _link(group, config, pmd, daemons)
+    return group
+
+
+def _link(group: Group, config: GroupConfig, pmd: dict[str, Any] | None, daemons: _Daemons) -> None:
+    """Set the pmd's part: its own word counts before the driver's."""
+    if pmd is not None and isinstance(pmd.get("pmd"), dict):
+        group["pmd"] = _merge(group["pmd"], pmd["pmd"])
+        return
+    group["pmd"] = {"pid": None, **daemons.trouble(config, "pmd")}
+    if group["rmd"]["state"] == "connected":
+        group["rmd"]["state"] = "stopped"
+
+
+def _primary_ldsu(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> dict[str, Any]:
+    device = paths.dev / ldsu.name
+    return {
+        "name": ldsu.name,
+        "nbd_uri": nbd_uri(paths, config, ldsu),
+        "device": str(device) if device.exists() else None,
+        "data_device": ldsu.data_device,
+        "mirror_device": ldsu.mirror_device,
+        "size": None,
+        "coherent": None,
+        "writelog": {
+            "devices": [ldsu.writelog_device],
+            "size": None,
+            "used_bytes": None,
+            "used_ratio": None,
+            "entries": None,
+            "oldest_age_seconds": None,
+        },
+        "errors": [],
+    }
+
+
+def _secondary(config: GroupConfig, daemons: _Daemons) -> Group:
+    group = _skeleton(config, "secondary", config.primary_host)
+    group["journal"] = {
+        "devices": [config.journal_device],
+        "size": None,
+        "used_bytes": None,
+        "used_ratio": None,
+        "entries": None,
+    }
+    ldsus: list[dict[str, Any]] = [
+        {
+            "name": one.name,
+            "nbd_uri": None,
+            "device": None,
+            "data_device": one.data_device,
+            "mirror_device": one.mirror_device,
+            "size": None,
+            "coherent": None,
+            "errors": [],
+        }
+        for one in config.ldsus
+    ]
+    rmd = daemons.group(config, "rmd")
+    if rmd is not None:
+        return _overlay(group, rmd, ldsus)
+    group["ldsus"] = ldsus
+    trouble = daemons.trouble(config, "rmd")
+    group["reason"] = trouble["reason"]
+    group["rmd"] = {"pid": None, **trouble}
+    return group
