@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -100,7 +101,8 @@ class MemoryDevice:
         self.cached = True
         self.closed = False
         self._disk = bytearray(content.ljust(size, b"\0"))
-        self._seen = bytearray(self._disk)
+        self._seen: bytearray | mmap.mmap = bytearray(self._disk)
+        self._memory: int | None = None
 
     # -- what happens to a disk ---------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class MemoryDevice:
         self._seen[offset : offset + len(data)] = data
 
     def _successor(
-        self, disk: bytearray, seen: bytearray, unsynced: list[Unsynced]
+        self, disk: bytearray, seen: bytearray | mmap.mmap, unsynced: list[Unsynced]
     ) -> MemoryDevice:
         self.close()
         device = MemoryDevice(
@@ -212,8 +214,22 @@ class MemoryDevice:
             offset += step
         return pairs
 
+    def open_shared(self) -> int:
+        self._enter("open_shared")
+        if self._memory is None:
+            # From now on the page cache lies in a file, which the descriptor shows as it changes.
+            self._memory = os.memfd_create("qds-test")
+            os.truncate(self._memory, self.size)
+            shared = mmap.mmap(self._memory, self.size)
+            shared[:] = bytes(self._seen)
+            self._seen = shared
+        return os.open(f"/proc/self/fd/{self._memory}", os.O_RDONLY | os.O_CLOEXEC)
+
     def close(self) -> None:
         self.closed = True
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
 
     def _write(self, offset: int, data: bytes) -> None:
         if offset < 0 or offset + len(data) > self.size:

@@ -186,8 +186,9 @@ class FileDevice:
         pairs: list[tuple[int, bool]] = []
         position, end = offset, offset + length
         while position < end:
-            if len(pairs) + 1 >= limits.DEVICE_EXTENTS_MAX:
-                pairs.append((end - position, True))
+            if len(pairs) + 2 > limits.DEVICE_EXTENTS_MAX:
+                # The last pair is data.
+                pairs[-1] = (pairs[-1][0] + end - position, True)
                 break
             start = min(self._seek(position, os.SEEK_DATA), end)
             if start > position:
