@@ -12,14 +12,11 @@ Source: RFC 8446, RFC 9525 (service identity, DNS-ID), RFC 9266 (channel binding
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import extract_patterns
@@ -28,23 +25,23 @@ from twisted.internet.interfaces import (
     IOpenSSLClientConnectionCreator,
     IOpenSSLServerConnectionCreator,
 )
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.core.authentication import EXPORTER_BYTES
 from qdsmirror.errors import ConfigError, IdentityError, ProtocolError, QdsError
-from qdsmirror.limits import CERTIFICATE_FILE_BYTES_MAX
-
-_log = Logger()
+from qdsmirror.net.certificates import (
+    HINT_PKI,
+    HostIdentity,
+    check_own_name,
+    describe,
+    load_certificates,
+    use_own,
+)
 
 #: RFC 9266 section 2.
 EXPORTER_LABEL = b"EXPORTER-Channel-Binding"
 
-_NAMES_SHOWN = 3
-_NAME_CHARACTERS_SHOWN = 80
-
-_HINT_PKI = "see `qdsconfigtool check` on both hosts; `qdsconfigtool pki` makes certificates"
 _HINT_PORT = "check `port` and `address` in the group's file, and what listens there"
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h.
@@ -55,25 +52,25 @@ _WRONG_PURPOSE = 26
 
 #: What OpenSSL says when this end ended the TLS handshake, other than over a certificate.
 _LOCAL_REASONS = {
-    "peer did not return a certificate": ("{peer} showed no certificate", _HINT_PKI),
+    "peer did not return a certificate": ("{peer} showed no certificate", HINT_PKI),
     "unsupported protocol": ("{peer} does not speak TLS 1.3", _HINT_PORT),
     "http request": ("what answers as {peer} does not speak TLS (plaintext)", _HINT_PORT),
     "wrong version number": ("what answers as {peer} does not speak TLS (plaintext)", _HINT_PORT),
     "packet length too long": ("what answers as {peer} does not speak TLS (plaintext)", _HINT_PORT),
-    "bad signature": ("{peer} does not hold the key of its certificate", _HINT_PKI),
+    "bad signature": ("{peer} does not hold the key of its certificate", HINT_PKI),
 }
 
 #: What an alert says when the peer ended it (RFC 8446 section 6.2); {own} is our certificate.
 _ALERTS = {
-    "certificate expired": ("{peer} refuses {own}: expired, by its clock", _HINT_PKI),
-    "unknown ca": ("{peer} refuses {own}: not issued by its CA", _HINT_PKI),
-    "certificate required": ("{peer} requires a certificate and saw none", _HINT_PKI),
-    "bad certificate": ("{peer} refuses {own}", _HINT_PKI),
-    "unsupported certificate": ("{peer} refuses {own}: not made for this use", _HINT_PKI),
-    "certificate revoked": ("{peer} refuses {own}: revoked", _HINT_PKI),
-    "certificate unknown": ("{peer} refuses {own}", _HINT_PKI),
-    "access denied": ("{peer} refuses {own}", _HINT_PKI),
-    "decrypt error": ("{peer} could not verify our signature with {own}", _HINT_PKI),
+    "certificate expired": ("{peer} refuses {own}: expired, by its clock", HINT_PKI),
+    "unknown ca": ("{peer} refuses {own}: not issued by its CA", HINT_PKI),
+    "certificate required": ("{peer} requires a certificate and saw none", HINT_PKI),
+    "bad certificate": ("{peer} refuses {own}", HINT_PKI),
+    "unsupported certificate": ("{peer} refuses {own}: not made for this use", HINT_PKI),
+    "certificate revoked": ("{peer} refuses {own}: revoked", HINT_PKI),
+    "certificate unknown": ("{peer} refuses {own}", HINT_PKI),
+    "access denied": ("{peer} refuses {own}", HINT_PKI),
+    "decrypt error": ("{peer} could not verify our signature with {own}", HINT_PKI),
     "protocol version": ("{peer} does not speak TLS 1.3", _HINT_PORT),
     # What OpenSSL sends when a verification callback refuses a chain that is good in itself: here
     # that is the name, see _Judge.
@@ -82,26 +79,6 @@ _ALERTS = {
         "compare `host` in the group's file on both hosts, `name` in qds.cfg and the certificate",
     ),
 }
-
-
-class HostIdentity(Protocol):
-    """What this module needs of a host's configuration (``config.HostConfig``)."""
-
-    @property
-    def name(self) -> str:
-        """The host's identity."""
-
-    @property
-    def certificate(self) -> str | os.PathLike[str]:
-        """PEM file: the host's certificate, then intermediate ones, if any."""
-
-    @property
-    def key(self) -> str | os.PathLike[str]:
-        """PEM file, mode 0600: the certificate's private key."""
-
-    @property
-    def ca(self) -> str | os.PathLike[str]:
-        """PEM file: the certificates that a peer's chain may end in."""
 
 
 class JudgedConnection(SSL.Connection):
@@ -138,7 +115,7 @@ class _Judge:
                 refusal = self._name_refusal(judged)
         except Exception as problem:  # noqa: BLE001 - whatever cannot be judged is refused
             refusal = IdentityError(
-                f"{self.expected_peer}'s certificate cannot be read: {problem}", hint=_HINT_PKI
+                f"{self.expected_peer}'s certificate cannot be read: {problem}", hint=HINT_PKI
             )
         if refusal is not None and isinstance(connection, JudgedConnection):
             connection.refusal = refusal
@@ -156,7 +133,7 @@ class _Judge:
             why = "is not made for this use (extended key usage)"
         else:
             why = f"does not verify (OpenSSL X509 error {error})"
-        return IdentityError(f"{what} {why}", hint=_HINT_PKI)
+        return IdentityError(f"{what} {why}", hint=HINT_PKI)
 
     def _name_refusal(self, certificate: x509.Certificate) -> IdentityError | None:
         try:
@@ -258,25 +235,9 @@ def _openssl_reason(reason: Failure) -> str:
     return str(error.args[0][-1][2]) if error.args[0] else ""
 
 
-def describe(certificate: x509.Certificate) -> str:
-    """Name a certificate for people: its DNS names, else its subject; bounded and printable."""
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-        names = extension.value.get_values_for_type(x509.DNSName)
-    except (x509.ExtensionNotFound, ValueError):
-        names = []
-    if not names:
-        names = [f"{certificate.subject.rfc4514_string() or 'nobody'}, no DNS name"]
-    shown = [
-        "".join(c if c.isprintable() else "?" for c in name)[:_NAME_CHARACTERS_SHOWN]
-        for name in names[:_NAMES_SHOWN]
-    ]
-    return ", ".join(shown) + (", …" if len(names) > _NAMES_SHOWN else "")
-
-
 def _context(host: HostIdentity, expected_peer: str) -> tuple[SSL.Context, str]:
     """Make the context of either end, and the words for our own certificate."""
-    chain = _certificates(Path(host.certificate), "certificate")
+    chain = load_certificates(Path(host.certificate), "certificate")
     own = f"our certificate (for {describe(chain[0])})"
     try:
         expected = DNS_ID(expected_peer)
@@ -285,88 +246,21 @@ def _context(host: HostIdentity, expected_peer: str) -> tuple[SSL.Context, str]:
             f"the host {expected_peer!r} is not a DNS name that a certificate could be for",
             hint="set `host` in the group's file to the name in that host's certificate",
         ) from None
-    _check_own_name(host, chain[0])
+    check_own_name(host, chain[0])
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     # No session outlives its connection: a resumed one would skip the certificates.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION)
+    context.set_options(SSL.OP_NO_TICKET)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    _use_own(context, host, chain)
+    use_own(context, host, chain)
     store = context.get_cert_store()
     if store is None:  # pragma: no cover - a new context always has one
         raise ConfigError("OpenSSL has no certificate store")
-    for authority in _certificates(Path(host.ca), "ca"):
+    for authority in load_certificates(Path(host.ca), "ca"):
         store.add_cert(crypto.X509.from_cryptography(authority))
     context.set_verify(
         SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT,
         _Judge(expected, expected_peer, os.fspath(host.ca)),
     )
     return context, own
-
-
-def _use_own(context: SSL.Context, host: HostIdentity, chain: list[x509.Certificate]) -> None:
-    key_path = Path(host.key)
-    try:
-        key = load_pem_private_key(_read(key_path, "key", secret=True), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        # Nothing of the file goes into the message: it is a secret.
-        raise ConfigError(
-            f"{key_path}: not a private key in PEM form without a passphrase", hint=_HINT_PKI
-        ) from None
-    try:
-        context.use_certificate(chain[0])
-        for intermediate in chain[1:]:
-            context.add_extra_chain_cert(intermediate)
-        context.use_privatekey(key)  # type: ignore[arg-type]
-        context.check_privatekey()
-    except (SSL.Error, TypeError, ValueError):
-        raise ConfigError(
-            f"{key_path}: not the key of the certificate in {os.fspath(host.certificate)}",
-            hint=_HINT_PKI,
-        ) from None
-
-
-def _check_own_name(host: HostIdentity, certificate: x509.Certificate) -> None:
-    """Warn where the peer is going to refuse us: it tells its side too, so it has the last word."""
-    try:
-        verify_service_identity(extract_patterns(certificate), [DNS_ID(host.name)], [])
-    except (VerificationError, CertificateError, ValueError):
-        _log.warn(
-            "{path}: the certificate is for {names}, not for this host's name {name}: "
-            "the peer will refuse it",
-            path=os.fspath(host.certificate),
-            names=describe(certificate),
-            name=host.name,
-        )
-
-
-def _certificates(path: Path, key: str) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(_read(path, key))
-    except ValueError:
-        raise ConfigError(f"{path}: no certificate in PEM form", hint=_HINT_PKI) from None
-
-
-def _read(path: Path, key: str, *, secret: bool = False) -> bytes:
-    """Read one file of ``qds.cfg``; a secret's mode is checked on the opened descriptor."""
-    try:
-        # A FIFO in its place must not hang the daemon.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{path}: not a regular file", hint=f"check `{key}` in qds.cfg")
-            if secret and status.st_mode & 0o077:
-                raise ConfigError(
-                    f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others read the key",
-                    hint=f"chmod 0600 {path}",
-                )
-            data = file.read(CERTIFICATE_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}", hint=f"check `{key}` in qds.cfg"
-        ) from None
-    if len(data) > CERTIFICATE_FILE_BYTES_MAX:
-        raise ConfigError(f"{path}: longer than {CERTIFICATE_FILE_BYTES_MAX} bytes")
-    return data

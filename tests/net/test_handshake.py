@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from OpenSSL import SSL
+from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.endpoints import TCP4ClientEndpoint, wrapClientTLS
 from twisted.internet.protocol import ClientFactory, Factory, Protocol
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 from twisted.logger import globalLogPublisher
 from twisted.protocols import amp
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.test import iosim
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
 
 from qdsmirror.core.authentication import Role, Transcript
@@ -44,6 +47,7 @@ from qdsmirror.net.tls import client_options, exporter, server_context_factory
 from tests.net.tlsworld import PRIMARY, SECONDARY, connect, host, issue, settle
 from tests.net.tlsworld import tls as wrap
 
+reactor: Any = _reactor
 SECRET = bytes(range(32))
 DIGEST = b"D" * 32
 SESSION = b"S" * 16
@@ -290,6 +294,9 @@ class AcceptTests(HandshakeTestCase):
 
 
 class RefuseTests(HandshakeTestCase):
+    def test_secret_is_in_no_text(self) -> None:
+        self.assertNotIn(repr(SECRET), repr(offer()))
+
     def test_wrong_secret(self) -> None:
         primary, _ = self.shake(secret=bytes(32))
         error = self.assert_refused(primary, IdentityError, "did not prove the secret of dsgrp000")
@@ -305,17 +312,14 @@ class RefuseTests(HandshakeTestCase):
         self.assert_refused(primary, MismatchError, "group 0 here, 1 on the other side")
 
     def test_wrong_version(self) -> None:
-        self.patch(commands, "PROTOCOL_VERSION", 1)
-        from qdsmirror.net import handshake
-
-        original = handshake.PrimaryHandshake._ask
+        original = PrimaryHandshake._ask
 
         def newer(channel: Any, command: Any, *args: Any, **values: Any) -> Any:
             if command is commands.Hello:
                 values["version"] = 2
             return original(channel, command, *args, **values)
 
-        self.patch(handshake.PrimaryHandshake, "_ask", newer)
+        self.patch(PrimaryHandshake, "_ask", newer)
         primary, _ = self.shake()
         self.assert_refused(primary, MismatchError, "protocol version 1 here, 2")
 
@@ -654,6 +658,47 @@ class AttackTests(HandshakeTestCase):
     def test_secondary_that_knows_no_command(self) -> None:
         primary = self.rogue_secondary()
         self.failureResultOf(primary.done, ProtocolError)
+
+
+class TcpTests(TestCase):
+    """The same over real sockets, wired as the daemons do."""
+
+    async def attempt(self, leaf: Any) -> tuple[PrimaryHandshake, Authority]:
+        directory = Path(self.mktemp())
+        one = host(directory / "one", PRIMARY, leaf)
+        two = host(directory / "two", SECONDARY)
+        authority = Authority()
+        remotes = Factory.forProtocol(lambda: RemoteHandshake(authority, reactor))
+        remotes.noisy = False
+        server = TLSMemoryBIOFactory(server_context_factory(two, PRIMARY), False, remotes)
+        port: Any = reactor.listenTCP(0, server, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        primaries = Factory.forProtocol(lambda: PrimaryHandshake(offer(), reactor))
+        primaries.noisy = False
+        endpoint = wrapClientTLS(
+            client_options(one, SECONDARY, "dsgrp000.qdsmirror"),
+            TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port),
+        )
+        primary: Any = await endpoint.connect(primaries)
+        return primary, authority
+
+    async def test_good(self) -> None:
+        primary, authority = await self.attempt(issue(PRIMARY))
+        stream: Any = await primary.done
+        while not (stream.received and authority.streams.built[0].received):
+            await deferLater(reactor, 0)
+        stream.transport.abortConnection()
+        while authority.streams.built[0].lost is None or stream.lost is None:
+            await deferLater(reactor, 0)
+
+    async def test_refused_certificate(self) -> None:
+        """The alert arrives although the client's Hello was already under way."""
+        primary, authority = await self.attempt(issue("other.example"))
+        error = await self.assertFailure(primary.done, IdentityError)
+        self.assertIn("other.example", error.message)
+        while not authority.errors or primary.transport is not None:
+            await deferLater(reactor, 0)
+        self.assertIn("other.example", authority.errors[0].message)
 
 
 class BoxTests(HandshakeTestCase):

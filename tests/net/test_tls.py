@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from qdsmirror.errors import ConfigError, IdentityError, ProtocolError, QdsError
+from qdsmirror.limits import CERTIFICATE_FILE_BYTES_MAX
 from qdsmirror.net import tls
 from qdsmirror.net.tls import client_options, exporter, server_context_factory, why_lost
 from tests.net.tlsworld import PRIMARY, SECONDARY, connect, host, issue
@@ -307,7 +308,7 @@ class FilesTests(TlsTestCase):
             path.write_bytes(saved)
 
     def test_too_long(self) -> None:
-        self.one.ca.write_bytes(bytes(tls.CERTIFICATE_FILE_BYTES_MAX + 1))
+        self.one.ca.write_bytes(bytes(CERTIFICATE_FILE_BYTES_MAX + 1))
         self.assert_config_error(self.one.ca, "longer")
 
     def test_key_of_another_certificate(self) -> None:
