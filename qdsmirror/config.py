@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -248,11 +249,12 @@ def scan_groups(paths: Paths) -> tuple[list[GroupConfig], list[Problem]]:
     return groups, problems
 
 
-def load_secret(paths: Paths, number: int) -> bytes:
+def load_secret(paths: Paths, number: int, owners: Collection[int] = ()) -> bytes:
     """Load a group's 256-bit secret: 64 hexadecimal digits in a file of mode 0600.
 
     The mode is checked on the opened descriptor; what the file holds never reaches a message.
 
+    :param owners: user ids that may own the file besides root and this process's own.
     :raises ConfigError: it is missing, open to others, or not 64 hexadecimal digits.
     """
     path = paths.group_secret(number)
@@ -266,7 +268,7 @@ def load_secret(paths: Paths, number: int) -> bytes:
             if stat.S_IMODE(status.st_mode) & 0o077:
                 mode = stat.S_IMODE(status.st_mode)
                 raise ConfigError(f"{path}: mode {mode:04o} lets others read the secret", hint)
-            if status.st_uid not in (0, os.geteuid()):
+            if status.st_uid not in (0, os.geteuid(), *owners):
                 raise ConfigError(f"{path}: belongs to another user", f"chown it; {hint}")
             content = file.read(4 * SECRET_BYTES).strip()
     except OSError as error:

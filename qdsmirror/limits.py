@@ -126,6 +126,8 @@ UNMIRRORED_BYTES_MAX = 32 * MIB
 
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB
+#: How long qdsconfigtool waits for a daemon to take up changed files.
+APPLY_SECONDS = 60.0
 CONTROL_CONNECTIONS_MAX = 64
 CHILD_RESTART_SECONDS_MIN = 0.1
 CHILD_RESTART_SECONDS_MAX = 5.0
