@@ -76,6 +76,9 @@ class IBlockDevice(Interface):
     def extents(offset: int, length: int) -> list[tuple[int, bool]]:
         """Give (length, allocated) pairs that cover the range."""
 
+    def open_shared() -> int:
+        """Give a new read-only descriptor with no lock on it, for another process (rules.md 10)."""
+
     def close() -> None:
         """Release locks and the descriptor."""
 

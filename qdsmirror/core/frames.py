@@ -109,7 +109,7 @@ class Entry(NamedTuple):
     offset: int
     length: int
     kind: int
-    payload: memoryview | None
+    payload: bytes | memoryview | None
 
 
 def pack_entry(offset: int, length: int, kind: int) -> bytes:

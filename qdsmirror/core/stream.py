@@ -1,16 +1,15 @@
 """The stream that follows the handshake: small messages around frames.
 
-The format is in man page qdsmirror-protocol(7).  A message is a fixed header (type, flags, payload length) and a payload.  Frames travel as they are
-in the log; the ACK-requested flag rides on the last frame of a buffer (patent: "a flag is set in
-the header requesting an acknowledgment").
+The format is in man page qdsmirror-protocol(7).  A message is a fixed header (type, flags, payload
+length) and a payload.  Frames travel as they are in the log; the ACK-requested flag rides on the
+last frame of a buffer (patent: "a flag is set in the header requesting an acknowledgment").
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qdsmirror.errors import LimitError, ProtocolError
 from qdsmirror.limits import KIB, STREAM_MESSAGE_BYTES_MAX
@@ -19,8 +18,7 @@ FRAME = 1
 ACK = 2
 PING = 3
 BYE = 4
-STATUS = 5
-_TYPES = frozenset((FRAME, ACK, PING, BYE, STATUS))
+_TYPES = frozenset((FRAME, ACK, PING, BYE))
 
 #: Flag of a FRAME: answer with an ACK once it is committed.
 ACK_REQUESTED = 1
@@ -79,26 +77,6 @@ def pack_bye(reason: str) -> bytes:
     """Make a BYE: an orderly end, with the reason."""
     text = reason.encode()[:1024]
     return _HEADER.pack(BYE, 0, 0, len(text)) + text
-
-
-def pack_status(status: dict[str, Any]) -> bytes:
-    """Make a STATUS: the secondary's states and errors for the primary's tools."""
-    text = json.dumps(status, separators=(",", ":")).encode()
-    return _HEADER.pack(STATUS, 0, 0, len(text)) + text
-
-
-def parse_status(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Read a STATUS' payload.
-
-    :raises ProtocolError: it is not a JSON object.
-    """
-    try:
-        status = json.loads(bytes(payload))
-    except ValueError as error:
-        raise ProtocolError(f"STATUS cannot be read: {error}") from error
-    if not isinstance(status, dict):
-        raise ProtocolError("STATUS is not an object")
-    return status
 
 
 class MessageParser:

@@ -7,6 +7,7 @@ bound to differs.  Every method that does I/O blocks: callers run it in a worker
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,8 @@ class Writelog:
         self.head = superblock.head.position
         self.durable_tail = superblock.tail.position
         self._slot_bytes = slot_bytes_for(len(superblock.units))
+        # Workers of the same log may each have something to record.
+        self._superblock_lock = threading.Lock()
 
     @classmethod
     def open(cls, device: IBlockDevice) -> Writelog:
@@ -157,8 +160,9 @@ class Writelog:
         self.durable_tail = superblock.tail.position
 
     def update(self, *, both: bool = False, **changes: Any) -> None:
-        """Write a superblock with these changes."""
-        self.write_superblock(renewed(self.superblock, **changes), both=both)
+        """Write a superblock with these changes; safe from several threads."""
+        with self._superblock_lock:
+            self.write_superblock(renewed(self.superblock, **changes), both=both)
 
     @property
     def used_bytes(self) -> int:

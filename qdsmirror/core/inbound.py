@@ -1,0 +1,81 @@
+"""What the secondary checks of every frame before it takes it (rules.md 2, 7, 8; security.md 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from qdsmirror.core.frames import (
+    ENTRIES,
+    Buffer,
+    Entry,
+    FrameHeader,
+    chain_follows,
+    check_body,
+    entries,
+    parse_header,
+)
+from qdsmirror.core.records import Cursor, Point
+from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
+
+
+class Intake:
+    """Follows a group's history frame by frame.
+
+    :param cursor: where it stands.
+    :param sizes: bytes of each LDSU's mirror device, by index.
+    :param generations: ids of the histories that are valid; empty while the secondary is blank,
+        and then the first frame's becomes the one.
+    """
+
+    def __init__(
+        self, cursor: Cursor, sizes: Sequence[int], generations: Collection[bytes]
+    ) -> None:
+        self._sizes = sizes
+        self.generations = frozenset(generations)
+        self.gsn = cursor.gsn
+        self._points: dict[int, Point] = dict(cursor.points)
+        self._start = cursor
+
+    def point(self, ldsu: int) -> Point:
+        """Give where an LDSU's history stands behind the frames taken."""
+        return self._points.get(ldsu) or self._start.point(ldsu)
+
+    @property
+    def points(self) -> Mapping[int, Point]:
+        """A copy of all LDSUs' points."""
+        return dict(self._points)
+
+    def check(self, frame: Buffer) -> tuple[FrameHeader, Sequence[Entry]]:
+        """Check that a frame is intact, comes next, and stays on its device; take it.
+
+        :raises ProtocolError: it is damaged, out of order, or reaches beyond its device.
+        :raises DivergedError: it belongs to another history.
+        """
+        try:
+            header = parse_header(frame)
+            check_body(header, frame)
+            found = entries(header, frame) if header.kind == ENTRIES else ()
+        except CorruptError as error:
+            raise ProtocolError(f"damaged frame: {error.message}") from error
+        if header.ldsu >= len(self._sizes):
+            raise ProtocolError(f"frame for LDSU {header.ldsu}, which is not mapped")
+        if self.generations and header.generation not in self.generations:
+            raise DivergedError(f"frame of another generation: {header.generation.hex()}")
+        if header.gsn_first != self.gsn:
+            raise ProtocolError(f"frame with GSN {header.gsn_first} where {self.gsn} comes next")
+        sequence, chain = self.point(header.ldsu)
+        if header.sequence != sequence or not chain_follows(header, frame, chain):
+            raise DivergedError(
+                f"frame {header.sequence} of LDSU {header.ldsu} does not continue its history"
+            )
+        size = self._sizes[header.ldsu]
+        for entry in found:
+            if entry[0] + entry[1] > size:
+                raise ProtocolError(
+                    f"entry of {entry[1]} bytes at {entry[0]} is beyond LDSU {header.ldsu}"
+                )
+        if not self.generations:
+            self.generations = frozenset((header.generation,))
+        self.gsn = header.gsn_first + header.gsn_count
+        self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
+        return header, found

@@ -1,0 +1,105 @@
+"""The fixed binary messages between a driver and the pmd that is attached to it.
+
+Watermarks change with every frame, so they do not travel as AMP boxes: a message is a type, a
+length and a payload.  The driver says what is durable; the pmd says what is committed, and how its
+link stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from struct import Struct
+from typing import Any, NamedTuple
+
+from qdsmirror.core.records import Point
+from qdsmirror.errors import ProtocolError
+from qdsmirror.limits import LDSUS_PER_GROUP_MAX
+
+#: driver → pmd: the group's durable GSN, and per LDSU the position up to which its log is durable.
+DURABLE = 1
+#: driver → pmd: a JSON object: what a refresh may replace (see man page qdsmirror-architecture(7)).
+REFRESH = 2
+#: pmd → driver: sent, committed and mirrored GSN, and per LDSU where its committed part ends.
+COMMITTED = 3
+#: pmd → driver: a JSON object: the link's state, with reason and exit code.
+LINK = 4
+_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK))
+
+_HEADER = Struct(">BBHI")
+_GSN = Struct(">Q")
+_GSNS = Struct(">QQQ")
+_DURABLE = Struct(">IQ")
+_COMMITTED = Struct(">IQQ16s")
+_PAYLOAD_BYTES_MAX = _GSNS.size + LDSUS_PER_GROUP_MAX * _COMMITTED.size
+
+
+class Committed(NamedTuple):
+    """Where the committed part of an LDSU's log ends: position, next sequence and chain there."""
+
+    ldsu: int
+    position: int
+    sequence: int
+    chain: bytes
+
+    @property
+    def point(self) -> Point:
+        """Where the LDSU's history stands there."""
+        return Point(self.sequence, self.chain)
+
+
+def pack_durable(gsn: int, positions: Iterable[tuple[int, int]]) -> bytes:
+    """Make a DURABLE from (LDSU index, position) pairs."""
+    return _message(DURABLE, _GSN.pack(gsn) + b"".join(_DURABLE.pack(*p) for p in positions))
+
+
+def parse_durable(payload: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """Read a DURABLE's payload: the GSN and the pairs."""
+    return _GSN.unpack_from(payload)[0], list(_DURABLE.iter_unpack(payload[_GSN.size :]))
+
+
+def pack_committed(sent: int, committed: int, mirrored: int, ends: Iterable[Committed]) -> bytes:
+    """Make a COMMITTED."""
+    body = b"".join(_COMMITTED.pack(*end) for end in ends)
+    return _message(COMMITTED, _GSNS.pack(sent, committed, mirrored) + body)
+
+
+def parse_committed(payload: bytes) -> tuple[int, int, int, list[Committed]]:
+    """Read a COMMITTED's payload: sent, committed and mirrored GSN, and the ends."""
+    sent, committed, mirrored = _GSNS.unpack_from(payload)
+    ends = [Committed(*row) for row in _COMMITTED.iter_unpack(payload[_GSNS.size :])]
+    return sent, committed, mirrored, ends
+
+
+def pack_json(kind: int, body: dict[str, Any] | None) -> bytes:
+    """Make a LINK or REFRESH."""
+    return _message(kind, json.dumps(body).encode())
+
+
+def _message(kind: int, payload: bytes) -> bytes:
+    return _HEADER.pack(kind, 0, 0, len(payload)) + payload
+
+
+class WatermarkParser:
+    """Cuts received bytes into (type, payload) pairs."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Take received bytes and give the messages that are whole now.
+
+        :raises ProtocolError: an unknown type or an absurd length.
+        """
+        buffer = self._buffer + data if self._buffer else data
+        position = 0
+        while len(buffer) - position >= _HEADER.size:
+            kind, _, _, length = _HEADER.unpack_from(buffer, position)
+            if kind not in _TYPES or length > _PAYLOAD_BYTES_MAX:
+                raise ProtocolError(f"watermark message of type {kind}, {length} bytes")
+            end = position + _HEADER.size + length
+            if end > len(buffer):
+                break
+            yield kind, buffer[position + _HEADER.size : end]
+            position = end
+        self._buffer = buffer[position:]

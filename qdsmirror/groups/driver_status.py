@@ -1,0 +1,86 @@
+"""The driver's part of ``qdsinfo --json`` (man page qdsinfo(1))."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+    from qdsmirror.groups.unit import DriverUnit
+
+
+def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
+    """Describe a group as the driver sees it."""
+    config = group.config
+    written = group.next_gsn - 1
+    age = group.lag.age(group.committed_gsn, written, group.runtime.reactor.seconds())
+    link = group.link
+    return {
+        "group": group.number,
+        "name": group.name,
+        "role": "primary",
+        "operation": config.operation,
+        "state": group.state.value,
+        "modes": sorted(mode.value for mode in group.modes.modes),
+        "since": group.modes.since,
+        "reason": group.reason,
+        "coherent": group.coherent,
+        "generation": group.generation.hex(),
+        "peer": config.secondary_host,
+        "gsn": {
+            "written": written,
+            "durable": group.durable_gsn,
+            "applied": _applied(group),
+            "sent": group.sent_gsn,
+            "committed": group.committed_gsn,
+            "mirrored": group.mirrored_gsn,
+        },
+        "lag": {
+            "entries": written - group.committed_gsn,
+            "bytes": sum(u.writelog.head - u.committed_end for u in group.units),
+            "seconds": round(age, 3),
+        },
+        "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
+        "verify": None,
+        "driver": {"pid": pid},
+        "pmd": {
+            "pid": link.get("pid"),
+            "state": link["state"],
+            "reason": link["reason"],
+            "code": link["code"],
+        },
+        "rmd": {"pid": None, "state": link["state"]},
+        "ldsus": [_unit_status(group, unit, age) for unit in group.units],
+        "errors": list(group.notes),
+    }
+
+
+def _applied(group: DriverGroup) -> int:
+    """Give the last GSN up to which every frame is on its data device (synced or not)."""
+    return group.next_gsn - 1 if group.all_applied else group.applied_gsn
+
+
+def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, Any]:
+    writelog = unit.writelog
+    waiting = unit.framed_point.sequence - unit.committed_point.sequence
+    device = group.paths.dev / unit.name
+    socket = quote(str(group.paths.nbd_socket(group.number)))
+    return {
+        "name": unit.name,
+        "nbd_uri": f"nbd+unix:///{quote(unit.name)}?socket={socket}",
+        "device": str(device) if device.exists() else None,
+        "data_device": unit.config.data_device,
+        "mirror_device": unit.config.mirror_device,
+        "size": unit.size,
+        "coherent": group.coherent,
+        "writelog": {
+            "devices": [unit.config.writelog_device],
+            "size": writelog.ring.size,
+            "used_bytes": writelog.used_bytes,
+            "used_ratio": round(writelog.used_bytes / writelog.ring.size, 4),
+            "entries": waiting,
+            "oldest_age_seconds": round(age, 3) if waiting else 0.0,
+        },
+        "errors": list(unit.errors),
+    }

@@ -1,0 +1,272 @@
+"""What a pmd sends: the writelogs of a group, merged by GSN, within a window.
+
+Only frames up to the group's durable GSN leave (NO-AHEAD), each checked on the way (rules.md 6).
+A frame is remembered until the secondary has committed it; then the driver learns where the
+committed part of its log ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qdsmirror.core.records import Cursor, Point
+from qdsmirror.core.ring import Ring
+from qdsmirror.core.stream import Ack
+from qdsmirror.core.watermark import Committed
+from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
+from qdsmirror.interfaces import IWorker
+from qdsmirror.limits import MIB, SEND_BUFFER_BYTES
+from qdsmirror.net.link import Link
+from qdsmirror.storage.logreader import LogFrame, LogReader
+
+_READ_BYTES_MIN = 64 * 1024
+
+
+@dataclass
+class OutUnit:
+    """One LDSU's writelog as the pmd reads it.
+
+    :ivar durable: position up to which it may be read.
+    :ivar committed: behind the last frame that the secondary committed.
+    """
+
+    index: int
+    name: str
+    size: int
+    fd: int
+    log: bytes
+    ring: Ring
+    generation: bytes
+    committed: Cursor
+    durable: int
+    reader: LogReader | None = None
+    buffer: deque[LogFrame] = field(default_factory=deque)
+
+    @classmethod
+    def from_info(cls, info: dict[str, Any], generation: bytes, fd: int) -> OutUnit:
+        """Make it of what the driver said at attach."""
+        return cls(
+            index=info["index"],
+            name=info["name"],
+            size=info["size"],
+            fd=fd,
+            log=bytes.fromhex(info["log"]),
+            ring=Ring(*info["ring"]),
+            generation=generation,
+            committed=Cursor.from_json(info["tail"]),
+            durable=info["durable"],
+        )
+
+    def read_from(self, cursor: Cursor) -> LogReader:
+        """Read the writelog from a cursor, through the descriptor that the driver passed."""
+        return LogReader(self._pread, self.ring, self.log, cursor, frozenset((self.generation,)))
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        data = os.pread(self.fd, length, offset)
+        if len(data) != length:
+            raise CorruptError(f"writelog of {self.name}: short read at {offset}")
+        return data
+
+    def find(self, point: Point) -> Cursor:
+        """Find the place where this LDSU's history stands at ``point`` (rules.md 8); blocking.
+
+        :raises DivergedError: the history never stood there, or that part is gone.
+        """
+        cursor = self.committed
+        if point.sequence < cursor.point(self.index).sequence:
+            raise DivergedError(
+                f"{self.name}: the secondary lost committed frames (it expects {point.sequence}, "
+                f"the writelog begins at {cursor.point(self.index).sequence})",
+                hint="make a new mirror with qdsrefresh --full",
+            )
+        reader = self.read_from(cursor)
+        while reader.point(self.index).sequence < point.sequence:
+            found = reader.read(MIB, self.durable)
+            if not found:
+                raise DivergedError(
+                    f"{self.name}: the secondary is ahead of the primary (it expects frame "
+                    f"{point.sequence}, the writelog ends before "
+                    f"{reader.point(self.index).sequence})",
+                    hint="make a new mirror with qdsrefresh --full",
+                )
+            for frame in found:
+                if frame.header.sequence + 1 == point.sequence:
+                    return self._proven(
+                        Cursor(
+                            frame.end,
+                            frame.header.gsn_last + 1,
+                            {self.index: Point(point.sequence, frame.header.chain)},
+                        ),
+                        point,
+                    )
+        return self._proven(cursor, point)
+
+    def _proven(self, cursor: Cursor, point: Point) -> Cursor:
+        if cursor.point(self.index).chain != point.chain:
+            raise DivergedError(
+                f"{self.name}: the secondary's history differs from the primary's before frame "
+                f"{point.sequence}",
+                hint="make a new mirror with qdsrefresh --full",
+            )
+        return cursor
+
+
+class Outbound:
+    """The sending side of one session.
+
+    :param worker: reads the writelogs.
+    :param window: bytes that may be unacknowledged.
+    :param committed: told of (sent, committed, mirrored GSN, changed log ends).
+    :param failed: told when a writelog cannot be read.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[OutUnit],
+        worker: IWorker,
+        window: int,
+        committed: Callable[[int, int, int, Iterable[Committed]], None],
+        failed: Callable[[CorruptError], None],
+    ) -> None:
+        self._units = {unit.index: unit for unit in units}
+        self._worker = worker
+        self._window = window
+        self._committed = committed
+        self._failed = failed
+        self._link: Link | None = None
+        self._reading = False
+        self._heads: dict[int, OutUnit] = {}
+        self._in_flight: deque[tuple[int, int, OutUnit, Cursor]] = deque()
+        self._in_flight_bytes = 0
+        self._next_gsn = 1
+        self._durable_gsn = 0
+        self._read_bytes = max(_READ_BYTES_MIN, SEND_BUFFER_BYTES // max(1, len(units)))
+        self._mirrored = 0
+
+    def begin(
+        self, link: Link, cursors: dict[int, Cursor], next_gsn: int, durable_gsn: int
+    ) -> None:
+        """Send from these places on; what lies before them is committed."""
+        self._link = link
+        self._next_gsn = next_gsn
+        self._durable_gsn = durable_gsn
+        for index, cursor in cursors.items():
+            unit = self._units[index]
+            unit.committed = cursor
+            unit.reader = unit.read_from(cursor)
+            unit.buffer.clear()
+        self._report(self._units.values(), next_gsn - 1)
+        self.pump()
+
+    def end(self) -> None:
+        """Send nothing more."""
+        self._link = None
+
+    def durable(self, gsn: int, ends: Iterable[tuple[int, int]]) -> None:
+        """Learn what has become durable."""
+        for index, position in ends:
+            self._units[index].durable = position
+        self._durable_gsn = max(gsn, self._durable_gsn)
+        self.pump()
+
+    def pump(self) -> None:
+        """Send what may be sent; read what is missing for it."""
+        while self._link is not None and not self._reading:
+            if not self._link.can_send or self._in_flight_bytes >= self._window:
+                return
+            hungry = [u for u in self._units.values() if not u.buffer and self._unread(u)]
+            if hungry:
+                self._read(hungry)
+                continue
+            if not self._send():
+                return
+
+    @staticmethod
+    def _unread(unit: OutUnit) -> bool:
+        return unit.reader is not None and unit.reader.position < unit.durable
+
+    def _send(self) -> bool:
+        """Send one buffer of frames; tell whether there were any."""
+        batch: list[memoryview] = []
+        size = 0
+        while size < SEND_BUFFER_BYTES:
+            unit = self._heads.get(self._next_gsn)
+            if unit is None or unit.buffer[0].header.gsn_last > self._durable_gsn:
+                break
+            del self._heads[self._next_gsn]
+            header, end, frame = unit.buffer.popleft()
+            self._next_gsn = header.gsn_last + 1
+            batch.append(frame)
+            size += len(frame)
+            cursor = Cursor(
+                end, self._next_gsn, {unit.index: Point(header.sequence + 1, header.chain)}
+            )
+            self._in_flight.append((header.gsn_last, len(frame), unit, cursor))
+            if unit.buffer:
+                self._heads[unit.buffer[0].header.gsn_first] = unit
+            elif self._unread(unit):
+                break
+        if not batch or self._link is None:
+            return False
+        self._in_flight_bytes += size
+        self._link.send_frames(batch)
+        return True
+
+    def _read(self, hungry: list[OutUnit]) -> None:
+        self._reading = True
+        limit = self._read_bytes
+
+        def job() -> list[list[LogFrame]]:
+            return [u.reader.read(limit, u.durable) for u in hungry if u.reader is not None]
+
+        link = self._link
+
+        def done(found: list[list[LogFrame]] | None, error: BaseException | None) -> None:
+            self._reading = False
+            if self._link is not link:
+                return
+            for unit, got in zip(hungry, found or [[]] * len(hungry), strict=True):
+                if not got:
+                    why = error or (unit.reader.stopped if unit.reader is not None else "")
+                    self._failed(
+                        CorruptError(
+                            f"writelog of {unit.name}: cannot be read up to its durable end: {why}",
+                            hint="its device lost or changed data; see qdswlscan(1)",
+                        )
+                    )
+                    return
+                unit.buffer.extend(got)
+                self._heads[unit.buffer[0].header.gsn_first] = unit
+            self.pump()
+
+        self._worker.run(job, done)
+
+    def acknowledged(self, ack: Ack) -> None:
+        """Take an ACK.
+
+        :raises ProtocolError: it acknowledges what was never sent.
+        """
+        if ack.committed >= self._next_gsn:
+            raise ProtocolError(
+                f"ACK for GSN {ack.committed}, but only {self._next_gsn - 1} was sent"
+            )
+        changed: dict[int, OutUnit] = {}
+        in_flight = self._in_flight
+        while in_flight and in_flight[0][0] <= ack.committed:
+            _, size, unit, cursor = in_flight.popleft()
+            self._in_flight_bytes -= size
+            unit.committed = cursor
+            changed[unit.index] = unit
+        self._mirrored = ack.mirrored
+        self._report(changed.values(), ack.committed)
+        self.pump()
+
+    def _report(self, units: Iterable[OutUnit], committed: int) -> None:
+        ends = [
+            Committed(u.index, u.committed.position, *u.committed.point(u.index)) for u in units
+        ]
+        self._committed(self._next_gsn - 1, committed, self._mirrored, ends)

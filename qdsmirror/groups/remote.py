@@ -1,0 +1,623 @@
+"""RemoteGroup: a group's remote mirror daemon, its one writer at the secondary (rules.md 17).
+
+What arrives is checked, appended to the secondary journal, made durable, acknowledged, and applied
+to the mirror devices in order.  A newer authenticated connection supersedes an older one; where it
+goes on is what is durable in the journal then.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.protocol import Factory
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from zope.interface import implementer
+
+from qdsmirror.config import GroupConfig, HostConfig, load_secret
+from qdsmirror.core import stream
+from qdsmirror.core.frames import HEADER_BYTES, REFRESH_BEGIN, REFRESH_END
+from qdsmirror.core.inbound import Intake
+from qdsmirror.core.records import Cursor, Generation, Point
+from qdsmirror.core.ring import Placement
+from qdsmirror.core.stream import Message
+from qdsmirror.errors import (
+    DeviceFailedError,
+    MismatchError,
+    ProtocolError,
+    QdsError,
+)
+from qdsmirror.groups.runtime import Runtime
+from qdsmirror.interfaces import IGroup
+from qdsmirror.limits import RECEIVED_BYTES_MAX, UNAUTHENTICATED_MAX, UNMIRRORED_BYTES_MAX
+from qdsmirror.net.handshake import (
+    IRemoteAuthority,
+    RebasePosition,
+    RemoteHandshake,
+    UnitPosition,
+)
+from qdsmirror.net.link import ILinkOwner, Link, LinkFactory
+from qdsmirror.net.tls import server_context_factory
+from qdsmirror.paths import Paths
+from qdsmirror.storage.journal import Change, Mirror
+from qdsmirror.storage.writelog import Writes
+
+_ERRORS_KEPT = 8
+
+
+class _Received:
+    """A checked frame on its way; ``end`` is known once it is placed in the journal."""
+
+    __slots__ = ("change", "end", "frame", "points")
+
+    def __init__(self, change: Change, frame: bytes | bytearray | memoryview) -> None:
+        self.change = change
+        self.frame = frame
+        self.end = 0
+        self.points: dict[int, Point] = {}
+
+
+@implementer(IGroup, ILinkOwner)
+class RemoteGroup:
+    """The remote mirror daemon of one group.
+
+    :ivar committed_gsn: durable in the journal; ``mirrored_gsn``: on the mirror devices.
+    :ivar epoch: counts what invalidates positions that a handshake was told.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        host: HostConfig,
+        paths: Paths,
+        reactor: Any,
+        runtime: Runtime | None = None,
+    ) -> None:
+        self.config = config
+        self.host = host
+        self.paths = paths
+        self.number = config.number
+        self.name = config.name
+        self.runtime = runtime or Runtime.real(reactor)
+        self._reactor = self.runtime.reactor
+        self.secret = b""
+        self.mirror: Mirror | None = None
+        self.epoch = 0
+        self.committed_gsn = self.mirrored_gsn = 0
+        self.failed = ""
+        self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+        self._since = self.runtime.wall()
+        self._notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
+        self._intake: Intake | None = None
+        self._durable = Cursor()
+        self._journal_worker = self.runtime.quick_worker(f"{self.name} journal")
+        self._mirror_worker = self.runtime.quick_worker(f"{self.name} mirror")
+        self._link: Link | None = None
+        self._handshakes = 0
+        self._received: deque[_Received] = deque()
+        self._received_bytes = 0
+        self._journaling = False
+        self._journal_full = False
+        self._ack_wanted = False
+        self._to_mirror: deque[_Received] = deque()
+        self._unmirrored_bytes = 0
+        self._mirroring = False
+        self._checkpointing = False
+        self._paused = False
+        self._entries_at_checkpoint = 0
+        self._timer: Any = None
+        self._idle: list[Deferred[None]] = []
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @inlineCallbacks
+    def start(self) -> Any:
+        """Open and lock everything, replay the journal, then take connections."""
+        self.secret = load_secret(self.paths, self.number)
+        server_context_factory(self.host, self.config.primary_host)
+        pool = self._reactor.getThreadPool()
+        mirror: Mirror = yield deferToThreadPool(
+            self._reactor, pool, Mirror.open, self.config, self.runtime.open_device
+        )
+        try:
+            replayed = yield deferToThreadPool(self._reactor, pool, mirror.replay)
+        except BaseException:
+            mirror.close()
+            raise
+        if replayed:
+            self.log.info(
+                "{group}: replayed {count} frames of the journal", group=self.name, count=replayed
+            )
+        self.mirror = mirror
+        self._stand_at(mirror.applied)
+        self._say("connecting", "waiting for the primary")
+        self._tick()
+
+    def _stand_at(self, cursor: Cursor) -> None:
+        """Take a place as the end of what is durable, applied and expected next."""
+        assert self.mirror is not None
+        self.epoch += 1
+        self._durable = cursor
+        self.committed_gsn = self.mirrored_gsn = cursor.gsn - 1
+        self._new_intake()
+
+    def _new_intake(self) -> None:
+        assert self.mirror is not None
+        generations = [g.id for g in self.mirror.journal.superblock.generations]
+        sizes = [unit.size for unit in self.mirror.journal.superblock.units]
+        self._intake = Intake(self._durable, sizes, generations)
+
+    @inlineCallbacks
+    def stop(self) -> Any:
+        """End the link, commit and apply what has arrived, close the devices."""
+        if self.mirror is None:
+            return
+        self._drop_link("the remote mirror daemon was stopped")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        yield self._quiet()
+        if not self.failed:
+            self._checkpoint()
+            yield self._quiet()
+        yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
+        mirror, self.mirror = self.mirror, None
+        mirror.close()
+        self._say("stopped", "the rmd was stopped")
+
+    @property
+    def _busy(self) -> bool:
+        return (
+            self._journaling
+            or self._mirroring
+            or self._checkpointing
+            or bool(not self.failed and (self._received or self._to_mirror))
+        )
+
+    def _quiet(self) -> Deferred[None]:
+        """Fire when nothing that was received is under way."""
+        quiet: Deferred[None] = Deferred()
+        self._idle.append(quiet)
+        self._note_idle()
+        return quiet
+
+    def _note_idle(self) -> None:
+        if self._idle and not self._busy:
+            waiting, self._idle = self._idle, []
+            for quiet in waiting:
+                quiet.callback(None)
+
+    def _tick(self) -> None:
+        self._timer = self._reactor.callLater(self.config.tunables.metadata_seconds, self._tick)
+        self._checkpoint()
+
+    def _say(self, state: str, reason: str, code: int = 0) -> None:
+        if state != self.link_state["state"]:
+            self._since = self.runtime.wall()
+        self.link_state = {"state": state, "code": code, "reason": reason}
+
+    # -- connections --------------------------------------------------------------------------
+
+    def adopt(self, fd: int) -> None:
+        """Take an accepted connection: TLS and authentication happen here.
+
+        :param fd: a connected TCP socket; closed here.
+        """
+        if self.mirror is None or self._handshakes >= UNAUTHENTICATED_MAX:
+            os.close(fd)
+            return
+        with socket.socket(fileno=fd) as accepted:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            family = accepted.family
+            factory = Factory.forProtocol(partial(self._handshake))
+            factory.noisy = False
+            tls = TLSMemoryBIOFactory(
+                server_context_factory(self.host, self.config.primary_host), False, factory
+            )
+            tls.noisy = False
+            self._handshakes += 1
+            self._reactor.adoptStreamConnection(accepted.fileno(), family, tls)
+
+    def _handshake(self) -> RemoteHandshake:
+        return RemoteHandshake(_Authority(self), self._reactor)
+
+    def handshake_ended(self) -> None:
+        """Count a handshake as over."""
+        self._handshakes -= 1
+
+    def refused(self, error: QdsError) -> None:
+        """Learn why a connection did not become a stream."""
+        self._notes.append(f"refused: {error.message}")
+        if self._link is None:
+            self._say("refused", error.message, error.exit_code)
+
+    def supersede(self) -> None:
+        """End the present session: an authenticated peer is about to begin another.
+
+        :raises ProtocolError: what the old one sent is being committed; the peer tries again.
+        """
+        self._drop_link("superseded by a newer connection")
+        if self._journaling:
+            raise ProtocolError("the last session's frames are being committed; try again")
+        if self.failed:
+            raise DeviceFailedError(self.failed, hint="see qdsinfo on the secondary")
+        # What was received and not made durable counts as never received.
+        self._received.clear()
+        self._received_bytes = 0
+        self._new_intake()
+
+    def position(self, index: int) -> UnitPosition:
+        """Give where an LDSU's durable history ends."""
+        assert self.mirror is not None
+        sequence, chain = self._durable.point(index)
+        return UnitPosition(
+            index, self.mirror.journal.superblock.generation, sequence, chain, self._durable.gsn
+        )
+
+    @inlineCallbacks
+    def rebase(self, positions: Sequence[RebasePosition]) -> Any:
+        """Replace the history: durably incoherent, then the new place (rules.md 7)."""
+        mirror = self.mirror
+        assert mirror is not None
+        yield self._quiet()
+        first = positions[0]
+        self.log.warn(
+            "{group}: a full refresh replaces the history of generation {old}",
+            group=self.name, old=first.predecessor.hex() or "(none)",
+        )  # fmt: skip
+        cursor = Cursor(
+            mirror.journal.head,
+            first.next_gsn,
+            {p.index: Point(p.next_sequence, p.chain) for p in positions},
+        )
+        yield deferToThreadPool(
+            self._reactor,
+            self._reactor.getThreadPool(),
+            lambda: mirror.mark_incoherent(
+                first.refresh_id,
+                generations=(Generation(first.generation, first.next_gsn),),
+                tail=cursor,
+                applied=cursor,
+                head=cursor,
+                durable_gsn=first.next_gsn - 1,
+            ),
+        )
+        mirror.applied = cursor
+        self._stand_at(cursor)
+
+    def _drop_link(self, reason: str) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            self.epoch += 1
+            link.close(reason)
+
+    # -- ILinkOwner ---------------------------------------------------------------------------
+
+    def link_made(self, link: Link) -> None:
+        """See :class:`ILinkOwner`."""
+        self._drop_link("superseded by a newer connection")
+        self._link = link
+        self._paused = False
+        self._say("connected", "")
+        self.log.info("{group}: connected", group=self.name)
+        self._ack()
+
+    def link_message(self, link: Link, message: Message) -> None:
+        """See :class:`ILinkOwner`."""
+        if link is not self._link or self._intake is None:
+            return
+        if message.type != stream.FRAME:
+            raise ProtocolError(f"the primary sent a message of type {message.type}")
+        header, entries = self._intake.check(message.payload)
+        refresh_id = b""
+        if header.kind in (REFRESH_BEGIN, REFRESH_END):
+            refresh_id = bytes(message.payload[HEADER_BYTES:])
+        self._received.append(_Received(Change(header, entries, refresh_id), message.payload))
+        self._received_bytes += len(message.payload)
+        if message.flags & stream.ACK_REQUESTED:
+            self._ack_wanted = True
+        self._press()
+        # The whole of what a buffer brought is journaled at once: one sync for all of it.
+        if self._ack_wanted or self._received_bytes > RECEIVED_BYTES_MAX // 4:
+            self._journal()
+
+    def link_writable(self, link: Link) -> None:
+        """See :class:`ILinkOwner`."""
+
+    def link_lost(self, link: Link, reason: str) -> None:
+        """See :class:`ILinkOwner`."""
+        if link is self._link:
+            self._link = None
+            self.epoch += 1
+            self._say("connecting", reason)
+            self.log.info("{group}: link lost: {reason}", group=self.name, reason=reason)
+            self._journal()
+
+    def _press(self) -> None:
+        """Pause or resume the peer as what is under way grows or shrinks (BOUND)."""
+        full = (
+            self._received_bytes > RECEIVED_BYTES_MAX
+            or self._unmirrored_bytes > UNMIRRORED_BYTES_MAX
+        )
+        if full != self._paused and self._link is not None:
+            self._paused = full
+            if full:
+                self._link.pause_reading()
+            else:
+                self._link.resume_reading()
+
+    # -- journal ------------------------------------------------------------------------------
+
+    def _journal(self) -> None:
+        """Append what has arrived to the journal, and make it durable."""
+        if self._journaling or not self._received or self.failed or self.mirror is None:
+            return
+        journal = self.mirror.journal
+        writes: Writes = []
+        batch: list[_Received] = []
+        while self._received:
+            received = self._received[0]
+            placement: Placement | None = journal.place(len(received.frame))
+            if placement is None:
+                self._journal_full = True
+                break
+            self._received.popleft()
+            received.end = placement.end
+            writes += journal.record(placement, len(received.frame), [received.frame])
+            batch.append(received)
+        if not batch:
+            self._checkpoint()
+            return
+        self._journaling = True
+        first = batch[0].change.header
+        blank = not journal.superblock.generations
+
+        def job() -> None:
+            if blank:
+                journal.update(
+                    both=True, generations=(Generation(first.generation, first.gsn_first),)
+                )
+            for offset, buffers in writes:
+                journal.device.pwritev(buffers, offset)
+            journal.device.fdatasync()
+
+        self._journal_worker.run(job, partial(self._journaled, batch))
+
+    def _journaled(
+        self, batch: list[_Received], _result: None, error: BaseException | None
+    ) -> None:
+        self._journaling = False
+        if error is not None:
+            self._fail(f"journal {self.config.journal_device} failed: {error}")
+            return
+        points = dict(self._durable.points)
+        size = 0
+        for received in batch:
+            header = received.change.header
+            points[header.ldsu] = Point(header.sequence + 1, header.chain)
+            size += len(received.frame)
+        last = batch[-1]
+        last.points = points
+        self._durable = Cursor(last.end, last.change.header.gsn_last + 1, points)
+        self.committed_gsn = last.change.header.gsn_last
+        self._received_bytes -= size
+        self._unmirrored_bytes += size
+        self._to_mirror.extend(batch)
+        if self._ack_wanted:
+            self._ack_wanted = False
+            self._ack()
+        self._press()
+        self._apply()
+        self._journal()
+        self._note_idle()
+
+    def _ack(self) -> None:
+        if self._link is not None:
+            self._link.send(stream.pack_ack(self.committed_gsn, self.mirrored_gsn))
+
+    # -- mirror devices -----------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        if self._mirroring or not self._to_mirror or self.failed or self.mirror is None:
+            return
+        self._mirroring = True
+        batch = list(self._to_mirror)
+        self._to_mirror.clear()
+        changes = [received.change for received in batch]
+        self._mirror_worker.run(partial(self.mirror.apply, changes), partial(self._applied, batch))
+
+    def _applied(self, batch: list[_Received], _result: None, error: BaseException | None) -> None:
+        self._mirroring = False
+        if error is not None or self.mirror is None:
+            self._fail(f"a mirror device of {self.name} failed: {error}")
+            return
+        last = batch[-1]
+        # Batches end where journal batches end, so the last frame knows every LDSU's point.
+        self.mirror.applied = Cursor(last.end, last.change.header.gsn_last + 1, last.points)
+        self.mirrored_gsn = last.change.header.gsn_last
+        self._unmirrored_bytes -= sum(len(received.frame) for received in batch)
+        self._press()
+        self._apply()
+        if not self._mirroring:
+            self._ack()
+        done = self.mirrored_gsn - self._entries_at_checkpoint
+        ring = self.mirror.journal.ring.size
+        if (
+            self._journal_full
+            or done > self.config.tunables.metadata_entries
+            or self.mirror.journal.used_bytes > ring // 2
+        ):
+            self._checkpoint()
+        self._note_idle()
+
+    def _checkpoint(self) -> None:
+        """Sync the mirror devices and free what the journal held for them."""
+        mirror = self.mirror
+        if self._checkpointing or self.failed or mirror is None:
+            return
+        upto = mirror.applied
+        if upto.position == mirror.journal.superblock.applied.position:
+            return
+        self._checkpointing = True
+        self._entries_at_checkpoint = self.mirrored_gsn
+        self._mirror_worker.run(partial(mirror.checkpoint, upto), self._checkpointed)
+
+    def _checkpointed(self, _result: None, error: BaseException | None) -> None:
+        self._checkpointing = False
+        if error is not None:
+            self._fail(f"a mirror device or the journal of {self.name} failed: {error}")
+            return
+        self._journal_full = False
+        self._journal()
+        self._note_idle()
+
+    def _fail(self, reason: str) -> None:
+        """Latch a failure: nothing is acknowledged any more (LOUD)."""
+        self.failed = self.failed or reason
+        self._notes.append(reason)
+        self.log.error("{group}: {reason}", group=self.name, reason=reason)
+        self._drop_link(reason)
+        self._say("refused", reason, DeviceFailedError.exit_code)
+        self._note_idle()
+
+    # -- status -------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """See :class:`IGroup`."""
+        mirror = self.mirror
+        superblock = mirror.journal.superblock if mirror is not None else None
+        connected = self.link_state["state"] == "connected"
+        coherent = superblock is not None and superblock.coherent
+        modes = ["connected" if connected else "accumulating"] if mirror is not None else ["setup"]
+        refreshing = superblock is not None and superblock.refresh is not None
+        if refreshing:
+            modes.append("refresh")
+        reason = self.failed or ("" if connected else str(self.link_state["reason"]))
+        return {
+            "group": self.number,
+            "name": self.name,
+            "role": "secondary",
+            "operation": self.config.operation,
+            "state": "refresh" if refreshing else modes[0],
+            "modes": sorted(modes),
+            "since": self._since,
+            "reason": reason or (superblock.reason if superblock is not None else ""),
+            "coherent": coherent,
+            "generation": superblock.generation.hex() if superblock is not None else "",
+            "peer": self.config.primary_host,
+            "gsn": {
+                "written": None,
+                "durable": None,
+                "applied": None,
+                "sent": None,
+                "committed": self.committed_gsn if mirror is not None else None,
+                "mirrored": self.mirrored_gsn if mirror is not None else None,
+            },
+            "lag": {
+                "entries": self.committed_gsn - self.mirrored_gsn,
+                "bytes": self._unmirrored_bytes,
+                "seconds": None,
+            },
+            "refresh": None,
+            "verify": None,
+            "driver": {"pid": None},
+            "pmd": {"pid": None, "state": self.link_state["state"]},
+            "rmd": {"pid": os.getpid(), **self.link_state},
+            "ldsus": [
+                {
+                    "name": ldsu.name,
+                    "nbd_uri": None,
+                    "device": None,
+                    "data_device": ldsu.data_device,
+                    "mirror_device": ldsu.mirror_device,
+                    "size": mirror.devices[ldsu.index].size if mirror is not None else None,
+                    "coherent": coherent,
+                    "errors": [self.failed] if self.failed else [],
+                }
+                for ldsu in self.config.ldsus
+            ],
+            "journal": self._journal_status(),
+            "errors": list(self._notes),
+        }
+
+    def _journal_status(self) -> dict[str, Any] | None:
+        if self.mirror is None:
+            return None
+        journal = self.mirror.journal
+        return {
+            "devices": [self.config.journal_device],
+            "size": journal.ring.size,
+            "used_bytes": journal.used_bytes,
+            "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
+            "entries": self.committed_gsn - self.mirrored_gsn,
+        }
+
+
+@implementer(IRemoteAuthority)
+class _Authority:
+    """The group, as the handshake of one connection sees it."""
+
+    def __init__(self, group: RemoteGroup) -> None:
+        self._group = group
+        self._epoch: int | None = None
+        self.group = group.number
+        self.digest = group.config.identity_digest()
+        self.secret = group.secret
+        self.ldsus = len(group.config.ldsus)
+
+    def map_ldsu(self, index: int, name: str, size: int) -> UnitPosition:
+        """Match an LDSU with its mirror device; the first one ends any older session."""
+        group = self._group
+        if group.mirror is None:
+            raise ProtocolError("the remote mirror daemon is stopping")
+        if self._epoch is None:
+            group.supersede()
+            self._epoch = group.epoch
+        ldsu = group.config.ldsus[index]
+        device = group.mirror.devices[index]
+        if ldsu.name != name:
+            raise MismatchError(
+                f"LDSU {index} is {name} at the primary and {ldsu.name} at the secondary",
+                hint="compare the group's file on both hosts",
+            )
+        if device.size < size:
+            raise MismatchError(
+                f"mirror device {ldsu.mirror_device} of {name} has {device.size} bytes, the data "
+                f"device {size}",
+                hint="give the mirror a device at least as large",
+            )
+        return group.position(index)
+
+    def rebase(self, positions: list[RebasePosition]) -> Deferred[None]:
+        """Replace the group's history."""
+        self._check_epoch()
+        done: Deferred[None] = self._group.rebase(positions)
+
+        def renew(_: None) -> None:
+            self._epoch = self._group.epoch
+
+        return done.addCallback(renew)
+
+    def start(self, session: bytes) -> Factory:
+        """Begin the stream."""
+        self._check_epoch()
+        self._group.handshake_ended()
+        return LinkFactory(self._group, self._group.runtime.reactor)
+
+    def _check_epoch(self) -> None:
+        if self._epoch != self._group.epoch:
+            raise ProtocolError("another connection came first; try again")
+
+    def refused(self, error: QdsError) -> None:
+        """Pass on why nothing came of this connection."""
+        self._group.handshake_ended()
+        self._group.refused(error)

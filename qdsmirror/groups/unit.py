@@ -1,0 +1,642 @@
+"""One LDSU in the driver: from a client's requests to frames, and from frames to the data device.
+
+The way of a write (man page qdsmirror-architecture(7)): queued, framed and appended to the
+writelog, answered, durable by the committer, applied to the data device.  A frame is applied only
+after it is durable (invariant NO-HIDDEN).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from qdsmirror.config import LdsuConfig
+from qdsmirror.core import frames, nbd
+from qdsmirror.core.extents import allocation
+from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer, Entry
+from qdsmirror.core.pending import PendingIndex, overlay
+from qdsmirror.core.records import Cursor, Point
+from qdsmirror.core.ring import Placement
+from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
+from qdsmirror.limits import ZERO_ENTRY_BYTES_MAX
+from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.writelog import Writelog, Writes
+
+if TYPE_CHECKING:
+    from qdsmirror.core.nbd import Request
+    from qdsmirror.groups.driver import DriverGroup
+
+
+class UnitFrame:
+    """A frame on its way.
+
+    :ivar end: position behind its record.
+    :ivar sequence: its local sequence number; ``chain``: its chain.
+    :ivar waiting: requests to be answered when it is durable.
+    """
+
+    __slots__ = (
+        "applied",
+        "chain",
+        "durable",
+        "end",
+        "entries",
+        "gsn_last",
+        "sequence",
+        "unit",
+        "waiting",
+        "weight",
+    )
+
+    def __init__(self, unit: DriverUnit, end: int, sequence: int, chain: bytes, gsn_last: int):
+        self.unit = unit
+        self.end = end
+        self.sequence = sequence
+        self.chain = chain
+        self.gsn_last = gsn_last
+        self.entries: Sequence[Entry] = ()
+        self.waiting: list[Request] = []
+        self.weight = 0
+        self.durable = False
+        self.applied = False
+
+    @property
+    def next_point(self) -> Point:
+        """Where the LDSU's history stands behind this frame."""
+        return Point(self.sequence + 1, self.chain)
+
+
+@implementer(IExport)
+class DriverUnit:
+    """An LDSU: an NBD export over a data device and a writelog.
+
+    :ivar errors: what has failed, for ``qdsinfo``; empty while all is well.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        group: DriverGroup,
+        config: LdsuConfig,
+        device: IBlockDevice,
+        writelog: Writelog,
+        reached: Cursor,
+    ) -> None:
+        runtime = group.runtime
+        self.group = group
+        self.index = config.index
+        self.config = config
+        self.name = config.name
+        self.device = device
+        self.size = device.size
+        self.minimum_block = device.logical_block
+        self.preferred_block = max(4096, device.physical_block)
+        self.writelog = writelog
+        self.errors: list[str] = []
+        self.connections: set[INbdConnection] = set()
+        self.pending = PendingIndex()
+        self.payload_cap = writelog.ring.payload_cap
+        self._entries_cap = writelog.ring.entries_cap
+        self._append_worker = runtime.quick_worker(f"{self.name} writelog")
+        self._sync_worker = runtime.quick_worker(f"{self.name} commit")
+        self._apply_worker = runtime.quick_worker(f"{self.name} data")
+        self._read_worker = runtime.read_worker(f"{self.name} read")
+        self._queue: deque[Request] = deque()
+        self._held: list[Request] = []
+        self._locked: tuple[int, int] | None = None
+        self._appending = False
+        self._pumping = False
+        self._committing = False
+        self._commit_call: Any = None
+        self._applying = False
+        self._appended: deque[UnitFrame] = deque()
+        self._durable: deque[UnitFrame] = deque()
+        self._flushes: deque[tuple[int, Request]] = deque()
+        self._urgent = False
+        self._reset(reached)
+
+    @property
+    def framed_point(self) -> Point:
+        """Where the history stands behind the last frame made."""
+        return Point(self._sequence, self._chain)
+
+    def _reset(self, cursor: Cursor) -> None:
+        """Stand at the end of what recovery found."""
+        point = cursor.point(self.index)
+        self._sequence = point.sequence
+        self._chain = point.chain
+        self.durable_end = cursor.position
+        self.durable_point = point
+        self.applied_sequence = point.sequence - 1
+        self.synced_sequence = point.sequence - 1
+        #: Everything before is applied and synced, for the whole group.
+        self.applied_end = cursor.position
+        self.applied_point = point
+        #: Everything before is committed at the secondary.
+        tail = self.writelog.superblock.tail
+        self.committed_end = tail.position
+        self.committed_point = tail.point(self.index)
+        self.writelog.head = cursor.position
+
+    # -- IExport ------------------------------------------------------------------------------
+
+    def attach(self, connection: INbdConnection) -> None:
+        """See :class:`IExport`."""
+        self.connections.add(connection)
+
+    def detach(self, connection: INbdConnection) -> None:
+        """See :class:`IExport`."""
+        self.connections.discard(connection)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See :class:`IExport`."""
+        for request in requests:
+            command = request.command
+            if self.errors:
+                request.connection.answer_error(request, errno.EIO, self.errors[0])
+            elif command == nbd.CMD_WRITE:
+                request.state = 0
+                self._queue.append(request)
+            elif command == nbd.CMD_READ:
+                self._read(request)
+            elif command == nbd.CMD_FLUSH:
+                self._flush(request)
+            elif command == nbd.CMD_BLOCK_STATUS:
+                self._block_status(request)
+            else:
+                request.state = 0
+                self._queue.append(request)
+        if self._queue:
+            self.pump()
+
+    # -- framing ------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Frame and append what is queued, a batch at a time, while the worker is free."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._queue and not self._appending and not self.errors and self.group.may_frame:
+                if not self._append_batch():
+                    return
+        finally:
+            self._pumping = False
+
+    def _append_batch(self) -> bool:
+        """Make one frame of what is queued; tell whether there was room for it."""
+        self._drop_dead()
+        entries, finished, undo = self._gather()
+        if not entries:
+            return False
+        payload = sum(e.length for e in entries if e.payload is not None)
+        placement = self.writelog.place(HEADER_BYTES + len(entries) * ENTRY_BYTES + payload)
+        if placement is None:
+            for request, state in reversed(undo):
+                request.state = state
+                if not self._queue or self._queue[0] is not request:
+                    self._queue.appendleft(request)
+            self.group.want_space()
+            return False
+        frame, writes = self._frame(frames.ENTRIES, placement, entries)
+        frame.weight = payload
+        self.group.framed(frame)
+        self.pending.add(entries)
+        self._append(frame, writes, finished)
+        return True
+
+    def _drop_dead(self) -> None:
+        """Forget queued requests of connections that are gone (rules.md 19)."""
+        gone = {c for c in {r.connection for r in self._queue} if c.hung_up()}
+        if not gone:
+            return
+        kept = deque(r for r in self._queue if r.connection not in gone)
+        for request in self._queue:
+            if request.connection in gone:
+                request.connection.answer_error(request, errno.ESHUTDOWN, "connection is gone")
+        self._queue = kept
+
+    def _gather(self) -> tuple[list[Entry], list[Request], list[tuple[Request, int]]]:
+        """Take entries for one frame off the queue.
+
+        :returns: the entries, the requests that end in this frame, and how to undo the taking.
+        """
+        queue = self._queue
+        entries: list[Entry] = []
+        finished: list[Request] = []
+        undo: list[tuple[Request, int]] = []
+        room = self.payload_cap
+        while queue and len(entries) < self._entries_cap:
+            request = queue[0]
+            if self._locked is not None and self._overlaps_lock(request):
+                self._held.append(queue.popleft())
+                continue
+            done: int = request.state
+            length = request.length - done
+            payload = request.payload
+            if payload is None:
+                take = min(length, ZERO_ENTRY_BYTES_MAX)
+                kind = frames.ZEROES if request.flags & nbd.CMD_FLAG_NO_HOLE else frames.TRIM
+                entries.append(Entry(request.offset + done, take, kind, None))
+            else:
+                take = length
+                if take > room:
+                    if entries and request.length <= self.payload_cap:
+                        break
+                    take = room // self.minimum_block * self.minimum_block
+                    if not take:
+                        break
+                piece = payload if take == request.length else payload[done : done + take]
+                entries.append(Entry(request.offset + done, take, frames.WRITE, piece))
+                room -= take
+            undo.append((request, done))
+            if take == length:
+                queue.popleft()
+                finished.append(request)
+            else:
+                request.state = done + take
+        return entries, finished, undo
+
+    def _overlaps_lock(self, request: Request) -> bool:
+        assert self._locked is not None
+        first, last = self._locked
+        return request.offset < last and first < request.offset + request.length
+
+    def _frame(
+        self,
+        kind: int,
+        placement: Placement,
+        entries: Sequence[Entry] = (),
+        control: Sequence[Buffer] = (),
+        gsns: tuple[int, int] | None = None,
+    ) -> tuple[UnitFrame, Writes]:
+        """Make the next frame of this LDSU's history, and the writes that append it.
+
+        :param gsns: first number and count, where they are not the next ones (void ranges).
+        """
+        group = self.group
+        first, count = gsns or group.take_gsns(len(entries) or 1)
+        body: list[Buffer] = [
+            b"".join([frames.ENTRY.pack(e[0], e[1], e[2], 0, 0) for e in entries]),
+            *[e[3] for e in entries if e[3] is not None],
+            *control,
+        ]
+        header, chain = frames.build_header(
+            kind=kind,
+            ldsu=self.index,
+            generation=group.generation,
+            sequence=self._sequence,
+            gsn_first=first,
+            gsn_count=count,
+            durable_gsn=group.durable_gsn,
+            time_ns=group.runtime.wall_ns(),
+            previous_chain=self._chain,
+            entry_count=len(entries),
+            body=body,
+        )
+        frame = UnitFrame(self, placement.end, self._sequence, chain, first + count - 1)
+        frame.entries = entries
+        self._sequence += 1
+        self._chain = chain
+        size = HEADER_BYTES + sum(map(len, body))
+        return frame, self.writelog.record(placement, size, [header, *body])
+
+    def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
+        self._appending = True
+        self._append_worker.run(
+            partial(_write_all, self.writelog.device, writes),
+            partial(self._was_appended, frame, finished),
+        )
+
+    def _was_appended(
+        self,
+        frame: UnitFrame,
+        finished: Sequence[Request],
+        _result: None,
+        error: BaseException | None,
+    ) -> None:
+        self._appending = False
+        if error is not None:
+            frame.waiting.extend(finished)
+            self._appended.append(frame)
+            self.fail("writelog", self.config.writelog_device, error)
+            return
+        self._appended.append(frame)
+        now: dict[INbdConnection, list[Request]] = {}
+        for request in finished:
+            if self.group.always_durable or request.flags & nbd.CMD_FLAG_FUA:
+                frame.waiting.append(request)
+                self._urgent = True
+            else:
+                now.setdefault(request.connection, []).append(request)
+        for connection, requests in now.items():
+            connection.answer(requests)
+        self._commit()
+        self.pump()
+        self.group.appended()
+
+    def append_control(self, kind: int, payload: bytes = b"") -> UnitFrame | None:
+        """Append a control frame, from the reserve if need be (rules.md 9).
+
+        :returns: ``None`` while there is no room or an append is under way.
+        """
+        if self._appending:
+            return None
+        placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
+        if placement is None:
+            self.group.want_space()
+            return None
+        frame, writes = self._frame(kind, placement, (), [payload])
+        self.group.framed(frame)
+        self._urgent = True
+        self._append(frame, writes, ())
+        return frame
+
+    def void_writes(self, first: int, count: int) -> Writes:
+        """Give the writes that record a GSN range as lost (recovery only)."""
+        placement = self.writelog.place(HEADER_BYTES, control=True)
+        assert placement is not None, "the reserve holds room for void ranges"
+        frame, writes = self._frame(frames.VOID, placement, gsns=(first, count))
+        self.durable_end = self.applied_end = frame.end
+        self.durable_point = self.applied_point = Point(self._sequence, self._chain)
+        self.applied_sequence = self.synced_sequence = frame.sequence
+        return writes
+
+    # -- refresh ------------------------------------------------------------------------------
+
+    def lock(self, offset: int, length: int) -> None:
+        """Hold back writes to a range until :meth:`unlock` (rules.md 14)."""
+        assert self._locked is None, "one refresh chunk at a time"
+        self._locked = (offset, offset + length)
+
+    def unlock(self) -> None:
+        """Let the writes go on that were held back, in their order."""
+        self._locked = None
+        self._queue.extendleft(reversed(self._held))
+        self._held.clear()
+        self.pump()
+
+    def find_hole(self, offset: int, length: int, done: Callable[[int], None]) -> None:
+        """Tell ``done`` how many bytes from ``offset`` on are a hole with nothing pending."""
+        if self.pending.overlapping(offset, length):
+            done(0)
+            return
+
+        def found(extents: list[tuple[int, bool]] | None, error: BaseException | None) -> None:
+            done(0 if not extents or error is not None or extents[0][1] else extents[0][0])
+
+        self._read_worker.run(partial(self.device.extents, offset, length), found)
+
+    def read_chunk(
+        self, offset: int, length: int, done: Callable[[bytes | None, BaseException | None], None]
+    ) -> None:
+        """Read what applications see of a range, for a refresh."""
+        pending = self.pending.overlapping(offset, length)
+
+        def finish(data: bytes | None, error: BaseException | None) -> None:
+            if data is not None and pending:
+                base = bytearray(data)
+                overlay(base, offset, pending)
+                data = bytes(base)
+            done(data, error)
+
+        self._read_worker.run(partial(self.device.pread, length, offset), finish)
+
+    def append_chunk(self, offset: int, data: bytes | None, length: int) -> UnitFrame | None:
+        """Append one refresh entry: ``data``, or zeroes where it is ``None``.
+
+        :returns: ``None`` while there is no room or an append is under way.
+        """
+        if self._appending or self.errors:
+            return None
+        size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
+        placement = self.writelog.place(size)
+        if placement is None:
+            self.group.want_space()
+            return None
+        kind = frames.REFRESH_ZEROES if data is None else frames.REFRESH
+        payload = None if data is None else memoryview(data)
+        frame, writes = self._frame(
+            frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
+        )
+        frame.entries = ()
+        frame.weight = len(data) if data is not None else 0
+        self.group.framed(frame)
+        self._append(frame, writes, ())
+        return frame
+
+    # -- committing ---------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Make what is appended durable: at once if somebody waits, else within a millisecond."""
+        if self._committing or not self._appended or self.errors:
+            return
+        if self._urgent or self.group.hurry:
+            if self._commit_call is not None:
+                self._commit_call.cancel()
+                self._commit_call = None
+            self._commit_now()
+        elif self._commit_call is None:
+            self._commit_call = self.group.runtime.reactor.callLater(
+                self.group.commit_interval, self._commit_later
+            )
+
+    def _commit_later(self) -> None:
+        self._commit_call = None
+        if not self._committing and self._appended and not self.errors:
+            self._commit_now()
+
+    def _commit_now(self) -> None:
+        self._committing = True
+        self._urgent = False
+        self._sync_worker.run(
+            self.writelog.device.fdatasync, partial(self._committed, len(self._appended))
+        )
+
+    def _committed(self, count: int, _result: None, error: BaseException | None) -> None:
+        self._committing = False
+        if error is not None:
+            self.fail("writelog", self.config.writelog_device, error)
+            return
+        answers: dict[INbdConnection, list[Request]] = {}
+        frame = None
+        for _ in range(count):
+            frame = self._appended.popleft()
+            frame.durable = True
+            self._durable.append(frame)
+            for request in frame.waiting:
+                answers.setdefault(request.connection, []).append(request)
+            frame.waiting = []
+        if frame is not None:
+            self.durable_end = frame.end
+            self.durable_point = frame.next_point
+            while self._flushes and self._flushes[0][0] <= frame.sequence:
+                request = self._flushes.popleft()[1]
+                answers.setdefault(request.connection, []).append(request)
+        for connection, requests in answers.items():
+            connection.answer(requests)
+        self.group.became_durable(self)
+        self._apply()
+        if self._flushes or any(f.waiting for f in self._appended):
+            self._urgent = True
+        self._commit()
+
+    # -- applying -----------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        if self._applying or not self._durable or self.errors:
+            return
+        self._applying = True
+        batch = list(self._durable)
+        self._durable.clear()
+        self._apply_worker.run(
+            partial(apply_entries, self.device, [e for f in batch for e in f.entries]),
+            partial(self._applied, batch),
+        )
+
+    def _applied(self, batch: list[UnitFrame], _result: None, error: BaseException | None) -> None:
+        self._applying = False
+        if error is not None:
+            self._durable.extendleft(reversed(batch))
+            self.fail("data device", self.config.data_device, error)
+            return
+        for frame in batch:
+            self.pending.remove(frame.entries)
+            frame.entries = ()
+            frame.applied = True
+        self.applied_sequence = batch[-1].sequence
+        self.group.was_applied(sum(frame.weight for frame in batch))
+        self._apply()
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _flush(self, request: Request) -> None:
+        if not self._appended and not self._appending:
+            request.connection.answer([request])
+            return
+        self._flushes.append((self._sequence - 1, request))
+        self._urgent = True
+        self._commit()
+
+    def _read(self, request: Request) -> None:
+        pending = self.pending.overlapping(request.offset, request.length) if self.pending else ()
+        if len(pending) == 1:
+            only = pending[0]
+            skip = request.offset - only.offset
+            if only.payload is not None and skip >= 0 and skip + request.length <= only.length:
+                request.connection.answer_read(
+                    request, [only.payload[skip : skip + request.length]]
+                )
+                return
+        try:
+            data = self.device.pread_nowait(request.length, request.offset)
+        except OSError as error:
+            self._was_read(request, pending, None, error)
+            return
+        if data is not None:
+            self._was_read(request, pending, data, None)
+            return
+        self._read_worker.run(
+            partial(self.device.pread, request.length, request.offset),
+            partial(self._was_read, request, pending),
+        )
+
+    def _was_read(
+        self,
+        request: Request,
+        pending: Sequence[Entry],
+        data: bytes | None,
+        error: BaseException | None,
+    ) -> None:
+        if error is not None or data is None:
+            # A read error is the client's answer, not the LDSU's end: other blocks may be well.
+            self.group.note_error(f"{self.name}: read at {request.offset}: {error}")
+            request.connection.answer_error(request, errno.EIO, str(error))
+            return
+        if pending:
+            base = bytearray(data)
+            overlay(base, request.offset, pending)
+            data = bytes(base)
+        request.connection.answer_read(request, [data])
+
+    def _block_status(self, request: Request) -> None:
+        pending = self.pending.overlapping(request.offset, request.length)
+
+        def found(extents: list[tuple[int, bool]] | None, error: BaseException | None) -> None:
+            if error is not None or extents is None:
+                request.connection.answer_error(request, errno.EIO, str(error))
+                return
+            request.connection.answer_status(
+                request, allocation(request.offset, request.length, extents, pending)
+            )
+
+        self._read_worker.run(partial(self.device.extents, request.offset, request.length), found)
+
+    # -- checkpoints and the end ----------------------------------------------------------------
+
+    def sync_data(self, done: Callable[[int, BaseException | None], None]) -> None:
+        """Make what is applied durable on the data device.
+
+        :param done: called with the last local sequence that this covers.
+        """
+        upto = self.applied_sequence
+        self._apply_worker.run(self.device.fdatasync, lambda _result, error: done(upto, error))
+
+    def update_superblock(
+        self, changes: dict[str, Any], both: bool, done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Write the writelog's superblock with these changes, durably."""
+        self._sync_worker.run(
+            partial(self.writelog.update, both=both, **changes),
+            lambda _result, error: done(error),
+        )
+
+    def fail(self, what: str, path: str, error: BaseException) -> None:
+        """Latch a failure: nothing more is acknowledged on this LDSU (invariant LOUD)."""
+        reason = f"{what} {path} failed: {error}"
+        self.errors.append(reason)
+        self.log.error("{group} {unit}: {reason}", group=self.group.name, unit=self.name,
+                       reason=reason)  # fmt: skip
+        waiting = [r for f in self._appended for r in f.waiting]
+        waiting += [r for _, r in self._flushes]
+        waiting += [*self._queue, *self._held]
+        self._flushes.clear()
+        self._queue.clear()
+        self._held.clear()
+        for frame in self._appended:
+            frame.waiting = []
+        for request in waiting:
+            request.connection.answer_error(request, errno.EIO, reason)
+        self.group.unit_failed(self, reason)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something accepted is not yet applied."""
+        return bool(
+            not self.errors
+            and (self._queue or self._held or self._appending or self._appended
+                 or self._durable or self._applying)
+        )  # fmt: skip
+
+    def close(self) -> list[Any]:
+        """Stop the workers; the devices are closed by the group.
+
+        :returns: the workers' Deferreds.
+        """
+        if self._commit_call is not None:
+            self._commit_call.cancel()
+            self._commit_call = None
+        workers = (self._append_worker, self._sync_worker, self._apply_worker, self._read_worker)
+        return [worker.stop() for worker in workers]
+
+
+def _write_all(device: IBlockDevice, writes: Writes) -> None:
+    for offset, buffers in writes:
+        device.pwritev(buffers, offset)

@@ -1,0 +1,168 @@
+"""The frame stream of one connection, the same at both ends (man page qdsmirror-protocol(7)).
+
+Keeps the connection alive by pings, aborts a silent peer, and passes on messages and pressure.
+"""
+
+from __future__ import annotations
+
+# Interfaces declare methods without ``self``.
+# mypy: disable-error-code="empty-body"
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import ClientFactory, Protocol, connectionDone
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import Interface, implementer
+
+from qdsmirror.core import stream
+from qdsmirror.core.stream import Message
+from qdsmirror.errors import QdsError
+from qdsmirror.limits import PING_SECONDS, SILENT_PEER_SECONDS
+
+
+class ILinkOwner(Interface):
+    """Who is told of what happens on a link."""
+
+    def link_made(link: Link) -> None:
+        """The stream has begun."""
+
+    def link_message(link: Link, message: Message) -> None:
+        """A FRAME or an ACK has arrived; a QdsError raised here ends the connection."""
+
+    def link_writable(link: Link) -> None:
+        """More may be sent."""
+
+    def link_lost(link: Link, reason: str) -> None:
+        """The connection is gone."""
+
+
+@implementer(IPushProducer)
+class Link(Protocol):
+    """One connection's stream.
+
+    :ivar can_send: whether the transport's buffer has room.
+    """
+
+    log = Logger()
+    transport: Any
+
+    def __init__(self, owner: ILinkOwner, reactor: Any) -> None:
+        self._owner = owner
+        self._parser = stream.MessageParser()
+        self._reactor = reactor
+        self._pinger = LoopingCall(self._ping)
+        self._pinger.clock = reactor
+        self._heard = 0.0
+        self._reason = ""
+        self.can_send = True
+        self.ended = False
+
+    def connectionMade(self) -> None:  # noqa: N802
+        """See :class:`Protocol`."""
+        self._heard = self._reactor.seconds()
+        self.transport.registerProducer(self, True)
+        self._pinger.start(PING_SECONDS, now=False)
+        self._owner.link_made(self)
+
+    def send(self, data: bytes) -> None:
+        """Send a packed message."""
+        if not self.ended:
+            self.transport.write(data)
+
+    def send_frames(self, frames: Sequence[memoryview]) -> None:
+        """Send frames in one write; the last one asks for an ACK (patent: the flag)."""
+        pieces: list[bytes | memoryview] = []
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            pieces.append(stream.frame_header(len(frame), index == last))
+            pieces.append(frame)
+        self.send(b"".join(pieces))
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the peer for a while."""
+        if not self.ended:
+            self.transport.pauseProducing()
+
+    def resume_reading(self) -> None:
+        """Take from the peer again."""
+        if not self.ended:
+            self._heard = self._reactor.seconds()
+            self.transport.resumeProducing()
+
+    def close(self, reason: str) -> None:
+        """End the connection in order: the peer is told why."""
+        if not self.ended:
+            self._reason = self._reason or reason
+            self.send(stream.pack_bye(reason))
+            self.transport.unregisterProducer()
+            self.transport.loseConnection()
+            # A peer that does not read cannot hold up the end.
+            self._reactor.callLater(PING_SECONDS, self._abort_unless_ended)
+
+    def abort(self, reason: str) -> None:
+        """End the connection at once."""
+        self._reason = self._reason or reason
+        if not self.ended:
+            self.transport.abortConnection()
+
+    def _abort_unless_ended(self) -> None:
+        if not self.ended:
+            self.transport.abortConnection()
+
+    def _ping(self) -> None:
+        if self._reactor.seconds() - self._heard > SILENT_PEER_SECONDS:
+            self.abort(f"the peer was silent for {SILENT_PEER_SECONDS:.0f} s")
+        else:
+            self.send(stream.pack_ping())
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: N802
+        """See :class:`Protocol`."""
+        self._heard = self._reactor.seconds()
+        try:
+            for message in self._parser.feed(data):
+                if message.type == stream.BYE:
+                    self._reason = (
+                        f"the peer said: {bytes(message.payload).decode(errors='replace')}"
+                    )
+                elif message.type != stream.PING:
+                    self._owner.link_message(self, message)
+        except QdsError as error:
+            self.log.error("link ended: {error}", error=error.message)
+            self.close(error.message)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        """See :class:`Protocol`."""
+        self.ended = True
+        if self._pinger.running:
+            self._pinger.stop()
+        self._owner.link_lost(self, self._reason or reason.getErrorMessage())
+
+    def pauseProducing(self) -> None:  # noqa: N802
+        """See :class:`IPushProducer`."""
+        self.can_send = False
+
+    def resumeProducing(self) -> None:  # noqa: N802
+        """See :class:`IPushProducer`."""
+        self.can_send = True
+        self._owner.link_writable(self)
+
+    def stopProducing(self) -> None:  # noqa: N802
+        """See :class:`IPushProducer`."""
+        self.can_send = False
+
+
+class LinkFactory(ClientFactory):
+    """Makes the protocol that the handshake switches to."""
+
+    noisy = False
+
+    def __init__(self, owner: ILinkOwner, reactor: Any) -> None:
+        self._owner = owner
+        self._reactor = reactor
+
+    def buildProtocol(self, addr: object) -> Link:  # noqa: N802
+        """See :class:`ClientFactory`."""
+        return Link(self._owner, self._reactor)

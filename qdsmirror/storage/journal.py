@@ -1,0 +1,178 @@
+"""The secondary journal and the mirror devices of a group, and how the one becomes the other.
+
+The same for the remote mirror daemon and for qdsrmdreco(1).  Everything here blocks.  Invariants
+kept: PREFIX (frames are applied in GSN order, and only after they are durable in the journal),
+COHERENT (the superblock says "incoherent" before the first chunk of a refresh is applied, and
+"coherent" only after its end mark, with everything before it synced), RECOVER (applying twice
+changes nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from qdsmirror.config import GroupConfig
+from qdsmirror.core.frames import (
+    ENTRIES,
+    REFRESH_BEGIN,
+    REFRESH_END,
+    Buffer,
+    Entry,
+    FrameHeader,
+    control_payload,
+    entries,
+)
+from qdsmirror.core.records import Cursor
+from qdsmirror.errors import BrokenError, CorruptError, DeviceError
+from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.recovery import check_binding, closing_on_error
+from qdsmirror.storage.writelog import Writelog
+
+
+class Change(NamedTuple):
+    """What a frame does to the mirror.
+
+    :ivar refresh_id: of a refresh's begin and end marks, else empty.
+    """
+
+    header: FrameHeader
+    entries: Sequence[Entry]
+    refresh_id: bytes
+
+
+def change_of(header: FrameHeader, frame: Buffer) -> Change:
+    """Read what an intact frame does.
+
+    :raises CorruptError: its table and payloads do not fit each other.
+    """
+    if header.kind == ENTRIES:
+        return Change(header, entries(header, frame), b"")
+    if header.kind in (REFRESH_BEGIN, REFRESH_END):
+        return Change(header, (), control_payload(header, frame))
+    return Change(header, (), b"")
+
+
+class Mirror:
+    """A group's journal and mirror devices, open and locked.
+
+    :ivar applied: behind the last frame applied (not yet synced).
+    """
+
+    def __init__(self, config: GroupConfig, journal: Writelog, devices: Sequence[IBlockDevice]):
+        self.config = config
+        self.journal = journal
+        self.devices = list(devices)
+        self.applied = journal.superblock.applied
+
+    @classmethod
+    def open(cls, config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> Mirror:
+        """Open and lock the journal, then the mirror devices, and check that they belong together.
+
+        :raises DeviceError: one is missing, in use, or too small.
+        :raises BrokenError: the journal is another group's.
+        """
+        with closing_on_error() as opened:
+            journal_device = open_device(
+                config.journal_device, writable=True, role=f"journal of {config.name}"
+            )
+            opened.callback(journal_device.close)
+            journal = Writelog.open(journal_device)
+            check_binding(journal.superblock, config, "journal", config.journal_device)
+            bound = [(unit.index, unit.name) for unit in journal.superblock.units]
+            if bound != [(ldsu.index, ldsu.name) for ldsu in config.ldsus]:
+                raise BrokenError(
+                    f"{config.journal_device} was initialised for other LDSUs "
+                    f"({', '.join(name for _, name in bound)})",
+                    hint=f"run qdswlinit -g {config.number} --yes here, then refresh",
+                )
+            devices = []
+            for ldsu, unit in zip(config.ldsus, journal.superblock.units, strict=True):
+                device = open_device(
+                    ldsu.mirror_device, writable=True, role=f"mirror device of {ldsu.name}"
+                )
+                opened.callback(device.close)
+                if device.size != unit.size:
+                    raise DeviceError(
+                        f"{ldsu.mirror_device} has {device.size} bytes; it was initialised with "
+                        f"{unit.size}",
+                        hint=f"restore it, or run qdswlinit -g {config.number} --yes and refresh",
+                    )
+                devices.append(device)
+        return cls(config, journal, devices)
+
+    def close(self) -> None:
+        """Close every device."""
+        with ExitStack() as stack:
+            for device in (self.journal.device, *self.devices):
+                stack.callback(device.close)
+
+    def replay(self) -> int:
+        """Apply what the journal holds, after any end (patent: qdsrmdreco), and sync everything.
+
+        :returns: frames applied.
+        :raises CorruptError: the journal ends before what was durable in it.
+        """
+        superblock = self.journal.superblock
+        reader = self.journal.reader(superblock.applied, contiguous=True)
+        count = 0
+        for found in reader:
+            self.apply([change_of(found.header, found.frame)])
+            count += 1
+        reached = reader.cursor
+        if reached.position < superblock.head.position:
+            raise CorruptError(
+                f"{self.journal.device.path}: durable up to position {superblock.head.position}, "
+                f"but intact only up to {reached.position} ({reader.stopped})",
+                hint="the journal lost or changed data: make a new mirror with qdsrefresh --full",
+            )
+        self.journal.head = reached.position
+        self.applied = reached
+        self.checkpoint(reached, both=True)
+        return count
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Apply frames, in order, to the mirror devices.
+
+        :raises OSError: a device or the journal refused.
+        """
+        for header, found, refresh_id in changes:
+            if header.kind == ENTRIES:
+                apply_entries(self.devices[header.ldsu], found)
+            elif header.kind == REFRESH_BEGIN:
+                self.mark_incoherent(refresh_id)
+            elif header.kind == REFRESH_END:
+                self._mark_coherent(refresh_id)
+
+    def mark_incoherent(self, refresh_id: bytes, **changes: Any) -> None:
+        """Record, in both slots, that a refresh has begun to change the mirror."""
+        self.journal.update(
+            both=True,
+            coherent=False,
+            reason="a refresh is in progress",
+            refresh={"id": refresh_id.hex()},
+            **changes,
+        )
+
+    def _mark_coherent(self, refresh_id: bytes) -> None:
+        refresh = self.journal.superblock.refresh
+        if refresh is None or refresh["id"] != refresh_id.hex():
+            # The end of a refresh that another one has overtaken proves nothing.
+            return
+        for device in self.devices:
+            device.fdatasync()
+        self.journal.update(both=True, coherent=True, reason="", refresh=None)
+
+    def checkpoint(self, upto: Cursor, *, both: bool = False) -> None:
+        """Sync the mirror devices and free the journal up to a place that is applied."""
+        for device in self.devices:
+            device.fdatasync()
+        self.journal.update(
+            both=both,
+            tail=upto,
+            applied=upto,
+            head=upto,
+            durable_gsn=upto.gsn - 1,
+        )

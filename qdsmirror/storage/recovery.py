@@ -1,0 +1,170 @@
+"""Opens a group's devices and brings them to one state after any end (patent: "qdswlscan").
+
+Blocking; the driver runs it in a thread, and qdswlscan(1) runs it with ``check`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from qdsmirror.config import GroupConfig, LdsuConfig
+from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, entries
+from qdsmirror.core.records import Cursor, Superblock
+from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
+from qdsmirror.errors import BrokenError, CorruptError, DeviceError
+from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.writelog import Writelog
+
+_ON_PRIMARY_ALREADY = frozenset((REFRESH, REFRESH_ZEROES))
+
+
+@dataclass
+class OpenUnit:
+    """An LDSU's devices, scanned.
+
+    :ivar reached: behind the last intact frame of the writelog.
+    """
+
+    config: LdsuConfig
+    device: IBlockDevice
+    writelog: Writelog
+    finding: Finding
+    durable_gsn: int
+
+    @property
+    def reached(self) -> Cursor:
+        """Where the writelog's history ends."""
+        return self.finding.reached
+
+
+@contextmanager
+def closing_on_error() -> Iterator[ExitStack]:
+    """Give an ExitStack that unwinds only when the block fails."""
+    with ExitStack() as stack:
+        yield stack
+        stack.pop_all()
+
+
+def check_binding(superblock: Superblock, config: GroupConfig, role: str, path: str) -> None:
+    """Check that a log belongs to this group and this use.
+
+    :raises BrokenError: it is another group's, or the other kind.
+    """
+    if superblock.role != role or superblock.group != config.number:
+        raise BrokenError(
+            f"{path} is the {superblock.role} of dsgrp{superblock.group:03d}, not the {role} of "
+            f"{config.name}",
+            hint=f"name the right device in {config.path}, or run qdswlinit(1)",
+        )
+
+
+def open_units(config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> list[OpenUnit]:
+    """Open, lock, check and scan all devices of a group at the primary.
+
+    :raises DeviceError: a device is missing, in use, or of another size than before.
+    :raises CorruptError: a log is not usable.
+    """
+    units: list[OpenUnit] = []
+    with closing_on_error() as opened:
+        for ldsu in config.ldsus:
+            device = open_device(
+                ldsu.data_device, writable=True, role=f"data device of {ldsu.name}"
+            )
+            opened.callback(device.close)
+            log_device = open_device(
+                ldsu.writelog_device, writable=True, role=f"writelog of {ldsu.name}"
+            )
+            opened.callback(log_device.close)
+            writelog = Writelog.open(log_device)
+            _check_unit(writelog.superblock, config, ldsu, device)
+            units.append(_scan(ldsu, device, writelog))
+    generations = {unit.writelog.superblock.generation for unit in units}
+    if len(generations) != 1:
+        for unit in units:
+            unit.device.close()
+            unit.writelog.device.close()
+        raise BrokenError(
+            f"{config.name}: its writelogs are of different generations",
+            hint=f"initialise all of them together: qdswlinit -g {config.number} --yes",
+        )
+    return units
+
+
+def _check_unit(
+    superblock: Superblock, config: GroupConfig, ldsu: LdsuConfig, device: IBlockDevice
+) -> None:
+    check_binding(superblock, config, "writelog", ldsu.writelog_device)
+    bound = superblock.units[0]
+    if (bound.index, bound.name) != (ldsu.index, ldsu.name):
+        raise BrokenError(
+            f"{ldsu.writelog_device} is the writelog of {bound.name} (LDSU {bound.index} of its "
+            f"group), not of {ldsu.name}",
+            hint=f"restore the order of LDSUs in {config.path}, or run qdswlinit(1)",
+        )
+    if device.size != bound.size:
+        raise DeviceError(
+            f"{ldsu.data_device} has {device.size} bytes; {ldsu.name} was initialised with "
+            f"{bound.size}",
+            hint=f"restore the device, or run qdswlinit -g {config.number} --yes and refresh",
+        )
+
+
+def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUnit:
+    superblock = writelog.superblock
+    reader = writelog.reader(superblock.applied)
+    ranges: list[GsnRange] = []
+    durable = superblock.durable_gsn
+    for found in reader:
+        header = found.header
+        ranges.append(GsnRange(header.gsn_first, header.gsn_count))
+        durable = max(durable, header.durable_gsn)
+    finding = Finding(
+        ldsu=ldsu.index,
+        name=ldsu.name,
+        applied=superblock.applied,
+        expected=superblock.head.position,
+        reached=reader.cursor,
+        durable_gsn=durable,
+        ranges=ranges,
+        stopped=reader.stopped,
+    )
+    return OpenUnit(ldsu, device, writelog, finding, durable)
+
+
+def judge(units: Sequence[OpenUnit]) -> Recovery:
+    """Decide what the scans mean for the group.
+
+    :raises CorruptError: durable data is missing.
+    """
+    return decide([unit.finding for unit in units])
+
+
+def replay(unit: OpenUnit) -> int:
+    """Write to the data device what may not have reached it, and sync it.
+
+    Everything found is durable in the writelog by now (rules.md 3), so NO-HIDDEN holds; writing it
+    twice changes nothing, so a crash in here does no harm.
+
+    :returns: frames replayed.
+    :raises CorruptError: the log reads differently than a moment ago.
+    """
+    count = 0
+    reader = unit.writelog.reader(unit.writelog.superblock.applied)
+    for found in reader:
+        if found.header.kind == ENTRIES:
+            apply_entries(
+                unit.device,
+                (
+                    e
+                    for e in entries(found.header, found.frame)
+                    if e.kind not in _ON_PRIMARY_ALREADY
+                ),
+            )
+        count += 1
+    if reader.position != unit.reached.position:
+        raise CorruptError(f"{unit.writelog.device.path}: reads differently than a moment ago")
+    unit.device.fdatasync()
+    return count
