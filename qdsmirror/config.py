@@ -11,34 +11,14 @@ import os
 import re
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from blake3 import blake3
-
-from qdsmirror.configsource import (
-    Problem,
-    ProblemsError,
-    Source,
-    parse,
-    parse_seconds,
-    parse_size,
-    read_text,
-    shown,
-)
+from qdsmirror.configmodel import GroupConfig, HostConfig, LdsuConfig, Role, Tunables
+from qdsmirror.configsource import Problem, ProblemsError, Source, parse, read_text
+from qdsmirror.configvalues import parse_seconds, parse_size, shown
 from qdsmirror.errors import ConfigError
-from qdsmirror.limits import (
-    CHILDREN_DEFAULT,
-    GROUPS_MAX,
-    LDSU_NAME_CHARS_MAX,
-    LDSUS_PER_GROUP_MAX,
-    METADATA_ENTRIES_DEFAULT,
-    METADATA_SECONDS_DEFAULT,
-    RECONNECT_SECONDS_MAX,
-    SECRET_BYTES,
-    SEND_WINDOW_BYTES,
-)
+from qdsmirror.limits import GROUPS_MAX, LDSU_NAME_CHARS_MAX, LDSUS_PER_GROUP_MAX, SECRET_BYTES
 from qdsmirror.paths import Paths, group_name
 
 __all__ = [
@@ -47,6 +27,7 @@ __all__ = [
     "LdsuConfig",
     "Problem",
     "ProblemsError",
+    "Role",
     "Tunables",
     "load_group",
     "load_groups",
@@ -59,127 +40,9 @@ __all__ = [
     "scan_groups",
 ]
 
-Role = Literal["primary", "secondary"]
-
 _LDSU_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LDSU_NAME_CHARS_MAX - 1}}}")
 _GROUP_FILE = re.compile(r"dsgrp([0-9]{3})\.cfg", re.ASCII)
 _SECRET = re.compile(rb"[0-9a-fA-F]{%d}" % (2 * SECRET_BYTES))
-
-
-@dataclass(frozen=True)
-class HostConfig:
-    """``qds.cfg``.
-
-    :ivar name: this host's identity, in lower case; its certificate bears it.
-    :ivar certificate: PEM file; default ``host.pem`` beside ``qds.cfg``.
-    :ivar key: PEM file; default ``host.key``.
-    :ivar ca: PEM file; default ``ca.pem``.
-    :ivar user: whom the daemons run as; empty: whoever starts them.
-    :ivar children: child processes per daemon at most; more groups share them (rules.md 18).
-    """
-
-    name: str
-    certificate: Path
-    key: Path
-    ca: Path
-    user: str = ""
-    children: int = CHILDREN_DEFAULT
-
-
-@dataclass(frozen=True)
-class Tunables:
-    """The ``[tunables]`` of a group.
-
-    :ivar metadata_entries: superblocks are updated at least every so many entries.
-    :ivar metadata_seconds: and at least this often while there is something to record.
-    :ivar send_window: bytes sent and not yet acknowledged.
-    :ivar reconnect_max: longest pause between two attempts to connect, seconds.
-    """
-
-    metadata_entries: int = METADATA_ENTRIES_DEFAULT
-    metadata_seconds: float = METADATA_SECONDS_DEFAULT
-    send_window: int = SEND_WINDOW_BYTES
-    reconnect_max: float = RECONNECT_SECONDS_MAX
-
-
-@dataclass(frozen=True)
-class LdsuConfig:
-    """A local data storage unit.
-
-    :ivar index: its position in the file, from 0; the two sides' positions agree.
-    :ivar name: unique on the host; the name of its NBD export.
-    :ivar data_device: absolute path at the primary; so is ``writelog_device``.
-    :ivar mirror_device: absolute path at the secondary.
-    """
-
-    index: int
-    name: str
-    data_device: str
-    writelog_device: str
-    mirror_device: str
-
-
-@dataclass(frozen=True)
-class GroupConfig:
-    """``dsgrpNNN.cfg``: a logical group.
-
-    :ivar number: NNN; ``name`` is ``dsgrpNNN``; ``path`` is the file.
-    :ivar primary_host: the primary's name, in lower case; likewise ``secondary_host``.
-    :ivar primary_address: IP address or host name; default: the host's name.
-    :ivar secondary_address: where the rmd is reached, at ``port``.
-    :ivar journal_device: absolute path at the secondary.
-    """
-
-    number: int
-    name: str
-    path: Path
-    operation: str
-    durability: str
-    on_overflow: str
-    primary_host: str
-    primary_address: str
-    secondary_host: str
-    secondary_address: str
-    port: int
-    journal_device: str
-    tunables: Tunables
-    ldsus: tuple[LdsuConfig, ...]
-
-    def role_of(self, host: str) -> Role | None:
-        """Tell which part a host plays in this group, by its configured name."""
-        if host == self.primary_host:
-            return "primary"
-        return "secondary" if host == self.secondary_host else None
-
-    def identity_digest(self) -> bytes:
-        """Give the 32 bytes that must be equal on both systems (handshake, ``Hello``).
-
-        They cover identity only: hosts, group, LDSU names in order, mirror devices and journal;
-        addresses and tunables may differ, and sizes are checked when LDSUs are mapped.
-        """
-        fields = ["qdsmirror group 1", self.name, self.primary_host, self.secondary_host]
-        fields.append(self.journal_device)
-        for ldsu in self.ldsus:
-            fields += [ldsu.name, ldsu.mirror_device]
-        digest = blake3()
-        for text in fields:
-            encoded = text.encode()
-            digest.update(len(encoded).to_bytes(4, "big") + encoded)
-        return digest.digest()
-
-    def devices(self) -> list[tuple[tuple[str, ...], str, str]]:
-        """Give (key, host, path) of every device that the group uses, the path normalised."""
-        found: list[tuple[tuple[str, ...], str, str]] = []
-        journal = ("secondary", "journal_device")
-        found.append((journal, self.secondary_host, self.journal_device))
-        for ldsu in self.ldsus:
-            for key, host in (
-                ("data_device", self.primary_host),
-                ("writelog_device", self.primary_host),
-                ("mirror_device", self.secondary_host),
-            ):
-                found.append((("ldsus", ldsu.name, key), host, getattr(ldsu, key)))
-        return [(key, host, os.path.normpath("/" + path.lstrip("/"))) for key, host, path in found]
 
 
 # -- loading ---------------------------------------------------------------------------------------

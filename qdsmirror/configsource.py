@@ -8,40 +8,24 @@ missing key is reported as ``False``; unknown keys pass.  Man page dsgrp.cfg(5) 
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from configobj import ConfigObj, ConfigObjError
-from configobj.validate import ValidateError, Validator, VdtMissingValue
+from configobj.validate import Validator, VdtMissingValue
 
+from qdsmirror.configvalues import CHECKS, nearest, shown
 from qdsmirror.errors import ConfigError
-from qdsmirror.limits import (
-    CONFIG_FILE_BYTES_MAX,
-    CONFIG_LINE_CHARS_MAX,
-    CONFIG_PROBLEMS_MAX,
-    DEVICE_PATH_BYTES_MAX,
-    GIB,
-    HOST_NAME_CHARS_MAX,
-    KIB,
-    MIB,
-)
+from qdsmirror.limits import CONFIG_FILE_BYTES_MAX, CONFIG_LINE_CHARS_MAX, CONFIG_PROBLEMS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
-_SIZE = re.compile(r"([0-9]{1,15}) ?([KMGT]?)", re.ASCII)
-_SECONDS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|s|min|h|)", re.ASCII)
-_SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
-_SECONDS_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
@@ -102,134 +86,6 @@ class Source:
             self.problems.append(Problem(self.file, line, ".".join(path), message))
 
 
-def shown(value: str) -> str:
-    """Quote a value for a message, shortened and without control characters."""
-    short = value if len(value) <= 60 else value[:57] + "..."
-    return '"' + "".join(c if c.isprintable() else "?" for c in short) + '"'
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Give ``; did you mean "x"?`` for the valid name nearest to ``name``, or nothing."""
-    found = difflib.get_close_matches(name[:100].lower(), list(valid), n=1, cutoff=0.5)
-    return f'; did you mean "{found[0]}"?' if found else ""
-
-
-def parse_size(text: str) -> int:
-    """Convert ``64K``, ``16M``, ``1G``, ``2T`` or plain bytes to bytes (1K = 1024 bytes).
-
-    :raises ValueError: the text is not a size.
-    """
-    match = _SIZE.fullmatch(text.strip().upper())
-    if match is None:
-        raise ValueError(f"{shown(text)} is not a size such as 65536, 64K, 16M or 1G")
-    return int(match[1]) * _SIZE_UNITS[match[2]]
-
-
-def parse_seconds(text: str) -> float:
-    """Convert ``5 s``, ``200 ms``, ``2 min``, ``1 h`` or a plain number to seconds.
-
-    :raises ValueError: the text is not a time.
-    """
-    match = _SECONDS.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{shown(text)} is not a time such as 5 s, 200 ms, 2 min or 1 h")
-    return float(match[1]) * _SECONDS_UNITS[match[2]]
-
-
-def valid_host_name(text: str) -> bool:
-    """Tell whether ``text`` can be a host's name (letters, digits, ``-_.``; RFC 1123 labels)."""
-    return len(text) <= HOST_NAME_CHARS_MAX and all(
-        _HOST_LABEL.fullmatch(label) for label in text.split(".")
-    )
-
-
-# -- checks named by the configspecs: each takes the text and gives the value ------------------
-
-
-def _one_of(value: str, *choices: str) -> str:
-    if value not in choices:
-        raise ValidateError(
-            f"{shown(value)} is not one of: {', '.join(choices)}{nearest(value, choices)}"
-        )
-    return value
-
-
-def _whole_number(value: str, low: str, high: str) -> int:
-    if not (value.isascii() and value.isdecimal() and len(value) <= 15):
-        raise ValidateError(f"{shown(value)} is not a whole number from {low} to {high}")
-    if not int(low) <= int(value) <= int(high):
-        raise ValidateError(f"{value} is not from {low} to {high}")
-    return int(value)
-
-
-def _seconds(value: str, low: str, high: str) -> float:
-    try:
-        seconds = parse_seconds(value)
-    except ValueError as error:
-        raise ValidateError(str(error)) from None
-    if not float(low) <= seconds <= float(high):
-        raise ValidateError(f"{value} is not from {low} s to {high} s")
-    return seconds
-
-
-def _byte_size(value: str, low: str, high: str) -> int:
-    try:
-        size = parse_size(value)
-    except ValueError as error:
-        raise ValidateError(str(error)) from None
-    if not parse_size(low) <= size <= parse_size(high):
-        raise ValidateError(f"{value} is not from {low} to {high} bytes")
-    return size
-
-
-def _absolute_path(value: str) -> str:
-    if not value.startswith("/"):
-        raise ValidateError(f"{shown(value)} is not an absolute path (it must begin with /)")
-    if len(value.encode()) > DEVICE_PATH_BYTES_MAX:
-        raise ValidateError(f"the path is longer than {DEVICE_PATH_BYTES_MAX} bytes")
-    if value.endswith("/"):
-        raise ValidateError(f"{shown(value)} is a directory's path")
-    return value
-
-
-def _host_name(value: str) -> str:
-    if not valid_host_name(value):
-        raise ValidateError(f"{shown(value)} is not a host name (letters, digits, -_.)")
-    return value.lower()
-
-
-def _address(value: str) -> str:
-    try:
-        return str(ip_address(value))
-    except ValueError:
-        if not valid_host_name(value):
-            raise ValidateError(f"{shown(value)} is not an IP address or host name") from None
-        return value
-
-
-def _user_name(value: str) -> str:
-    if not _USER.fullmatch(value):
-        raise ValidateError(f"{shown(value)} is not a user's name")
-    return value
-
-
-def _or_default(check: Any) -> Any:
-    # An empty default means "derived elsewhere"; an empty value in the file is refused before.
-    return lambda value, *bounds: value if value == "" else check(value, *bounds)
-
-
-_CHECKS = {
-    "one_of": _one_of,
-    "whole_number": _whole_number,
-    "seconds": _seconds,
-    "byte_size": _byte_size,
-    "absolute_path": _or_default(_absolute_path),
-    "host_name": _host_name,
-    "address": _or_default(_address),
-    "user_name": _or_default(_user_name),
-}
-
-
 # -- text ----------------------------------------------------------------------------------------
 
 
@@ -286,7 +142,7 @@ def parse(path: Path, text: str, spec: str) -> Source:
     )
     _drop_unknown(source, parsed, specification, ())
     parsed.configspec = specification
-    results = parsed.validate(Validator(_CHECKS), preserve_errors=True)
+    results = parsed.validate(Validator(CHECKS), preserve_errors=True)
     _collect(source, parsed, specification, results, ())
     source.values = parsed.dict()
     source.problems.sort(key=lambda problem: problem.line)
@@ -431,7 +287,7 @@ def _collect(source: Source, section: Any, spec: Any, results: Any, path: tuple[
 
 
 def _required(spec: Any) -> list[str]:
-    validator = Validator(_CHECKS)
+    validator = Validator(CHECKS)
     required = []
     for key in spec.scalars:
         try:

@@ -41,7 +41,7 @@ IMPURE = frozenset(
 #: Rooms (and modules beside them) of the package, and which other rooms each may import.
 BASE = frozenset({"errors", "limits"})
 #: Small modules beside the rooms, that need no reactor.
-PLAIN = BASE | {"paths", "config", "configsource", "pidfile", "core"}
+PLAIN = BASE | {"paths", "config", "configsource", "configvalues", "pidfile", "core"}
 SHARED = PLAIN | {"interfaces"}
 RULES: dict[str, frozenset[str]] = {
     "": frozenset(),
@@ -50,8 +50,10 @@ RULES: dict[str, frozenset[str]] = {
     "paths": BASE,
     "pidfile": BASE | {"paths"},
     "interfaces": BASE | {"core"},
-    "configsource": BASE | {"paths"},
-    "config": BASE | {"paths", "configsource", "core"},
+    "configvalues": BASE,
+    "configmodel": BASE,
+    "configsource": BASE | {"configvalues"},
+    "config": BASE | {"paths", "configmodel", "configsource", "configvalues", "core"},
     "pki": PLAIN,
     "core": BASE,
     "storage": SHARED,
@@ -63,7 +65,9 @@ RULES: dict[str, frozenset[str]] = {
 
 
 #: A command imports these when it starts, and Twisted would make it slow.
-NO_TWISTED_AT_START = frozenset({"tools", "config", "configsource", "pki", "paths", "pidfile"})
+NO_TWISTED_AT_START = frozenset(
+    {"tools", "config", "configmodel", "configsource", "configvalues", "pki", "paths", "pidfile"}
+)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def _text(value: Any) -> str:
 
 def _pki(arguments: argparse.Namespace, paths: Paths) -> int:
     from qdsmirror import pki
-    from qdsmirror.configsource import valid_host_name
+    from qdsmirror.configvalues import valid_host_name
 
     names = [arguments.primary.lower(), arguments.secondary.lower()]
     for name in names:
