@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.endpoints import UNIXClientEndpoint, connectProtocol
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.core import nbd
@@ -59,8 +64,11 @@ class MemoryExport:
         self._answer(held)
 
     def _answer(self, requests: Sequence[Request]) -> None:
-        done = []
+        done: list[Request] = []
         for request in requests:
+            if request.command in (nbd.CMD_READ, nbd.CMD_BLOCK_STATUS):
+                request.connection.answer(done)
+                done = []
             if request.command == nbd.CMD_READ:
                 end = request.offset + request.length
                 request.connection.answer_read(request, [bytes(self.data[request.offset : end])])
@@ -118,4 +126,58 @@ class ListeningSocket:
         return f"nbd+unix:///{name}?socket={self.path}"
 
 
-Clean = Callable[[], Any]
+class Client(Protocol):
+    """A client that tests drive: sends bytes, and waits for a number of bytes or the end."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.closed: Deferred[None] = Deferred()
+        self._wanted: tuple[int, Deferred[bytes]] | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+        self._give()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.closed.callback(None)
+        if self._wanted is not None:
+            self._wanted[1].errback(reason)
+
+    def read(self, count: int) -> Deferred[bytes]:
+        """Wait for the next ``count`` bytes."""
+        wanted: Deferred[bytes] = Deferred()
+        self._wanted = (count, wanted)
+        self._give()
+        return wanted
+
+    def _give(self) -> None:
+        if self._wanted is not None and len(self.received) >= self._wanted[0]:
+            (count, wanted), self._wanted = self._wanted, None
+            data = bytes(self.received[:count])
+            del self.received[:count]
+            wanted.callback(data)
+
+    def send(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.transport.write(data)
+
+
+@inlineCallbacks
+def connect(reactor: Any, path: str) -> Generator[Deferred[Any], Any, Client]:
+    """Connect and read the greeting."""
+    client = yield connectProtocol(UNIXClientEndpoint(reactor, path), Client())
+    greeting = yield client.read(18)
+    assert greeting == b"NBDMAGICIHAVEOPT\0\3"
+    return client
+
+
+def handshake(name: bytes = b"qds0", structured: bool = False) -> tuple[bytes, int]:
+    """Give what a client says until transmission, and how many bytes it gets for that."""
+    said, length = b"\0\0\0\3", 0
+    if structured:
+        query = b"base:allocation"
+        data = struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(query)) + query
+        said += b"IHAVEOPT" + struct.pack(">II", 8, 0)
+        said += b"IHAVEOPT" + struct.pack(">II", 10, len(data)) + data
+        length += 20 + 20 + 4 + len(query) + 20
+    return said + b"IHAVEOPT" + struct.pack(">II", 1, len(name)) + name, length + 10
