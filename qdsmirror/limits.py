@@ -56,6 +56,8 @@ METADATA_SECONDS_DEFAULT = 1.0
 #: Buffers of one pwritev: the kernel's UIO_MAXIOV.
 DEVICE_IOV_MAX = 1024
 DEVICE_ZERO_WRITE_BYTES = MIB
+#: Longer reads are left to the read workers even when they are cached.
+DEVICE_NOWAIT_BYTES_MAX = MIB
 #: Extents told of one range; the rest counts as allocated.
 DEVICE_EXTENTS_MAX = 4096
 #: Jobs run on the reactor thread while their moving average stays below this ...

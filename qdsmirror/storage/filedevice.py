@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 
 from zope.interface import implementer
@@ -25,6 +26,16 @@ FILE_PHYSICAL_BLOCK = 4096
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM})
 _ZEROES = bytes(limits.DEVICE_ZERO_WRITE_BYTES)
+#: Buffers that no thread is reading into; as many come to be as threads read at once.
+_scratches: list[bytearray] = []
+
+
+class Nowait(Enum):
+    """What a device can read without waiting: nothing, what is cached, or everything."""
+
+    NEVER = 0
+    CACHED = 1
+    ALWAYS = 2
 
 
 @implementer(IBlockDevice)
@@ -53,9 +64,9 @@ class FileDevice:
         self.physical_block = ioctl.physical_block(fd) if self.is_block else FILE_PHYSICAL_BLOCK
         self.identity: Identity = identity_of(fd)
         self._fd = fd
-        self._nowait_flags: int | None = os.RWF_NOWAIT
+        self._nowait = Nowait.CACHED
         if not self.is_block and _file_system(os.fstat(fd).st_dev) in _MEMORY_FILE_SYSTEMS:
-            self._nowait_flags = 0
+            self._nowait = Nowait.ALWAYS
         self._syncing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -89,21 +100,30 @@ class FileDevice:
         return b"".join(pieces)
 
     def pread_nowait(self, length: int, offset: int) -> bytes | None:
-        """Read what the page cache holds (preadv2's RWF_NOWAIT): all of it, or ``None``."""
-        flags = self._nowait_flags
-        if flags is None:
+        """Read what the page cache holds (preadv2's RWF_NOWAIT): all of it, or ``None``.
+
+        More than ``DEVICE_NOWAIT_BYTES_MAX`` is always ``None``: copying it alone takes long.
+        """
+        if self._nowait is Nowait.NEVER or length > limits.DEVICE_NOWAIT_BYTES_MAX:
             return None
-        buffer = bytearray(length)
+        if self._nowait is Nowait.ALWAYS:
+            data = os.pread(self._fd, length, offset)
+            return data if len(data) == length else None
+        # A fresh buffer of a MiB costs twenty times the read: its pages are faulted in one by one.
+        scratch = _scratches.pop() if _scratches else bytearray(limits.DEVICE_NOWAIT_BYTES_MAX)
+        view = memoryview(scratch)[:length]
         try:
-            got = os.preadv(self._fd, (buffer,), offset, flags)
+            got = os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT)
+            return bytes(view) if got == length else None
         except BlockingIOError:
             return None
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            self._nowait_flags = None
+            self._nowait = Nowait.NEVER
             return None
-        return bytes(buffer) if got == length else None
+        finally:
+            _scratches.append(scratch)
 
     def pwritev(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
         """Write the buffers (views of single bytes) one after another from ``offset``.
