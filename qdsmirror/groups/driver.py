@@ -34,7 +34,7 @@ from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import COMMIT_INTERVAL_SECONDS, UNAPPLIED_BYTES_MAX
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.paths import Paths
-from qdsmirror.storage.recovery import OpenUnit, judge, open_units, replay
+from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
 
 _ERRORS_KEPT = 8
 
@@ -107,9 +107,7 @@ class DriverGroup:
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
         except BaseException:
-            for unit in opened:
-                unit.device.close()
-                unit.writelog.device.close()
+            close_units(opened)
             raise
         self._serving = True
         self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())

@@ -83,14 +83,19 @@ def open_units(config: GroupConfig, open_device: Callable[..., IBlockDevice]) ->
             units.append(_scan(ldsu, device, writelog))
     generations = {unit.writelog.superblock.generation for unit in units}
     if len(generations) != 1:
-        for unit in units:
-            unit.device.close()
-            unit.writelog.device.close()
+        close_units(units)
         raise BrokenError(
             f"{config.name}: its writelogs are of different generations",
             hint=f"initialise all of them together: qdswlinit -g {config.number} --yes",
         )
     return units
+
+
+def close_units(units: Sequence[OpenUnit]) -> None:
+    """Close what :func:`open_units` opened."""
+    for unit in units:
+        unit.device.close()
+        unit.writelog.device.close()
 
 
 def _check_unit(

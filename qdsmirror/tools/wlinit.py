@@ -1,0 +1,150 @@
+"""qdswlinit(1): initialise writelogs at the primary, the secondary journal at the secondary.
+
+Everything is opened and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from qdsmirror.config import GroupConfig, load_groups, load_host
+from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.errors import BrokenError, DeviceError
+from qdsmirror.limits import WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
+from qdsmirror.storage.device import open_device
+from qdsmirror.storage.filedevice import FileDevice
+from qdsmirror.storage.probe import OWN_NAME, probe_signature
+from qdsmirror.storage.writelog import Writelog
+from qdsmirror.tools import cli
+
+
+@dataclass
+class _Log:
+    """A log to be made: on which device, for which LDSUs."""
+
+    group: GroupConfig
+    role: str
+    device: FileDevice
+    units: list[BoundUnit] = field(default_factory=list)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of qdswlinit."""
+    parser = cli.parser(
+        "qdswlinit",
+        "Initialise the writelogs (at the primary) or the journal (at the secondary) of groups.",
+        groups=True,
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="also where the device is in use by something else"
+    )
+    return parser
+
+
+@cli.run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Initialise, and say what was initialised."""
+    arguments = build_parser().parse_args(argv)
+    paths = cli.paths_of(arguments)
+    host = load_host(paths)
+    groups = cli.select_groups(arguments, load_groups(paths))
+    with ExitStack() as opened:
+        logs: list[_Log] = []
+        for group in groups:
+            if host.name == group.primary_host:
+                logs += _writelogs(group, opened, arguments.yes)
+            if host.name == group.secondary_host:
+                logs.append(_journal(group, opened, arguments.yes))
+        if not logs:
+            raise BrokenError(
+                f"{host.name} is neither primary nor secondary of the groups selected",
+                hint="compare `name` in qds.cfg with `host` in the group files",
+            )
+        made = _initialise(logs)
+    if arguments.json:
+        cli.print_json({"initialised": made})
+    else:
+        for one in made:
+            print(f"{one['group']}: {one['role']} {one['device']} initialised, {one['size']} bytes")
+    return 0
+
+
+def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
+    generations: dict[tuple[int, str], bytes] = {}
+    made = []
+    for log in logs:
+        generation = generations.setdefault((log.group.number, log.role), os.urandom(16))
+        Writelog.initialise(
+            log.device,
+            role=log.role,
+            group=log.group.number,
+            units=log.units,
+            # A journal is blank until a primary begins its history.
+            generations=[Generation(generation, 1)] if log.role == "writelog" else [],
+        )
+        made.append(
+            {
+                "group": log.group.name,
+                "role": log.role,
+                "device": log.device.path,
+                "size": log.device.size,
+            }
+        )
+    return made
+
+
+def _writelogs(group: GroupConfig, opened: ExitStack, consent: bool) -> list[_Log]:
+    logs = []
+    for ldsu in group.ldsus:
+        data = _open(opened, ldsu.data_device, f"data device of {ldsu.name}")
+        if probe_signature(data) == OWN_NAME:
+            raise DeviceError(
+                f"data device {data.path} of {ldsu.name} holds a writelog or journal",
+                hint=f"name the right device in {group.path}",
+            )
+        log = _open(opened, ldsu.writelog_device, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
+        _check_unused(log, f"writelog of {ldsu.name}", consent)
+        if log.size < WRITELOG_BYTES_WARN:
+            print(
+                f"warning: writelog {log.path} has only {log.size} bytes; "
+                f"{WRITELOG_BYTES_WARN} or more are advised",
+                file=sys.stderr,
+            )
+        unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device)
+        logs.append(_Log(group, "writelog", log, [unit]))
+    return logs
+
+
+def _journal(group: GroupConfig, opened: ExitStack, consent: bool) -> _Log:
+    units = []
+    for ldsu in group.ldsus:
+        mirror = _open(opened, ldsu.mirror_device, f"mirror device of {ldsu.name}")
+        _check_unused(mirror, f"mirror device of {ldsu.name}", consent)
+        units.append(BoundUnit(ldsu.index, ldsu.name, mirror.size, ldsu.mirror_device))
+    journal = _open(opened, group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
+    _check_unused(journal, f"journal of {group.name}", consent)
+    return _Log(group, "journal", journal, units)
+
+
+def _open(opened: ExitStack, path: str, role: str, minimum_bytes: int = 1) -> FileDevice:
+    """Open a device for this command alone; two uses of one device refuse each other."""
+    device = open_device(path, writable=True, role=role, minimum_bytes=minimum_bytes)
+    opened.callback(device.close)
+    return device
+
+
+def _check_unused(device: FileDevice, role: str, consent: bool) -> None:
+    found = probe_signature(device)
+    if found is None or consent:
+        return
+    what = "a writelog or journal of qdsmirror" if found == OWN_NAME else f"something: {found}"
+    raise DeviceError(
+        f"{role} {device.path} already holds {what}",
+        hint="if it may be overwritten, say so with --yes",
+    )

@@ -1,0 +1,145 @@
+"""qdswlscan(1): what a start of the driver, or of the rmd, would find in the logs.
+
+The driver scans and registers its writelogs by itself; this command scans when none runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from qdsmirror.config import GroupConfig, load_groups, load_host
+from qdsmirror.errors import EXIT_BROKEN, BrokenError, CorruptError
+from qdsmirror.storage.device import open_device
+from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.recovery import close_units, judge, open_units, replay
+from qdsmirror.tools import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of qdswlscan."""
+    parser = cli.parser(
+        "qdswlscan",
+        "Scan the writelogs (at the primary) or the journal (at the secondary) of groups.",
+        groups=True,
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing: exit 0 if the logs are usable, 4 if they are refused",
+    )
+    return parser
+
+
+@cli.run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Scan; without ``--check`` also replay the writelogs onto their data devices."""
+    arguments = build_parser().parse_args(argv)
+    paths = cli.paths_of(arguments)
+    host = load_host(paths)
+    found: list[dict[str, Any]] = []
+    for group in cli.select_groups(arguments, load_groups(paths)):
+        if host.name == group.primary_host:
+            found.append(_scan_primary(group, arguments.check))
+        if host.name == group.secondary_host:
+            found.append(_scan_secondary(group))
+    if arguments.json:
+        cli.print_json({"groups": found})
+    else:
+        for one in found:
+            _print(one)
+    refused = next((one["refused"] for one in found if one["refused"]), "")
+    if refused and not arguments.json:
+        raise BrokenError(refused, hint="see RECOVERY in qdswlscan(1)")
+    return EXIT_BROKEN if refused else 0
+
+
+def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
+    units = open_units(group, open_device)
+    try:
+        refused, voids = "", []
+        try:
+            voids = [[void.range.first, void.range.length] for void in judge(units).voids]
+        except CorruptError as error:
+            refused = error.message
+        logs = [
+            {
+                "name": unit.config.name,
+                "device": unit.writelog.device.path,
+                "tail": unit.writelog.superblock.tail.position,
+                "applied": unit.writelog.superblock.applied.position,
+                "head": unit.reached.position,
+                "frames_to_replay": len(unit.finding.ranges),
+                "entries_to_replay": sum(span.length for span in unit.finding.ranges),
+                "stopped": unit.finding.stopped,
+            }
+            for unit in units
+        ]
+        generation = units[0].writelog.superblock.generation
+        if not check and not refused:
+            for unit in units:
+                replay(unit)
+    finally:
+        close_units(units)
+    return {
+        "group": group.name,
+        "role": "primary",
+        "generation": generation.hex(),
+        "logs": logs,
+        "voids": voids,
+        "replayed": not check and not refused,
+        "refused": refused,
+    }
+
+
+def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
+    mirror = Mirror.open(group, open_device)
+    try:
+        superblock = mirror.journal.superblock
+        reader = mirror.journal.reader(superblock.applied, contiguous=True)
+        frames = entries = 0
+        for found in reader:
+            frames += 1
+            entries += found.header.gsn_count
+        refused = ""
+        if reader.position < superblock.head.position:
+            refused = (
+                f"{group.journal_device}: durable up to position {superblock.head.position}, "
+                f"intact only up to {reader.position} ({reader.stopped})"
+            )
+        log = {
+            "name": "journal",
+            "device": group.journal_device,
+            "tail": superblock.tail.position,
+            "applied": superblock.applied.position,
+            "head": reader.position,
+            "frames_to_replay": frames,
+            "entries_to_replay": entries,
+            "stopped": reader.stopped,
+        }
+    finally:
+        mirror.close()
+    return {
+        "group": group.name,
+        "role": "secondary",
+        "generation": superblock.generation.hex(),
+        "logs": [log],
+        "voids": [],
+        "replayed": False,
+        "refused": refused,
+    }
+
+
+def _print(found: dict[str, Any]) -> None:
+    print(f"{found['group']} ({found['role']}), generation {found['generation'] or 'none yet'}")
+    for log in found["logs"]:
+        print(
+            f"  {log['name']}: {log['device']}: tail {log['tail']}, applied {log['applied']}, "
+            f"head {log['head']}; {log['frames_to_replay']} frames with "
+            f"{log['entries_to_replay']} entries to replay"
+        )
+    for first, length in found["voids"]:
+        print(f"  void range: GSN {first} to {first + length - 1}")
+    if found["replayed"]:
+        print("  replayed onto the data devices")
