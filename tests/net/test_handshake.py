@@ -280,6 +280,8 @@ class AcceptTests(HandshakeTestCase):
         self.assertEqual(authority.rebased, rebases())
         self.assertEqual(authority.sessions, [])
         self.assertNoResult(primary.done)
+        # Nothing starts before every superblock has the new history.
+        self.assertEqual(set(self.remote.responders()), {b"Refuse"})
         waiting.callback(None)
         self.pump.flush()
         self.successResultOf(primary.done)
@@ -392,6 +394,39 @@ class RefuseTests(HandshakeTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertIsNotNone(authority.streams.built[0].lost)
 
+    def test_fault_in_the_middle_of_the_switch(self) -> None:
+        class Faulty(Protocol):
+            def connectionMade(self) -> None:
+                raise ZeroDivisionError
+
+        primary, authority = self.shake(stream_factory=ClientFactory.forProtocol(Faulty))
+        self.failureResultOf(primary.done, ProtocolError)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertIsNotNone(authority.streams.built[0].lost)
+
+    def test_fault_of_the_secondarys_stream(self) -> None:
+        class Faulty(Protocol):
+            def connectionMade(self) -> None:
+                raise ZeroDivisionError
+
+        self.authority.streams = Factory.forProtocol(Faulty)  # type: ignore[assignment]
+        self.shake()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertFalse(self.pump.server.connected)
+
+    def test_nothing_is_mapped_after_an_error(self) -> None:
+        """The primary sends every MapLDSU at once; the first ERR is the last word."""
+        asked: list[int] = []
+
+        def map_ldsu(index: int, name: str, size: int) -> UnitPosition:
+            asked.append(index)
+            raise MismatchError("no such device")
+
+        self.authority.map_ldsu = map_ldsu  # type: ignore[method-assign]
+        primary, _ = self.shake()
+        self.assert_refused(primary, MismatchError)
+        self.assertEqual(asked, [0])
+
     def test_connection_lost_is_retryable(self) -> None:
         primary, authority = self.shake(decide=lambda _: Deferred())
         self.assertNoResult(primary.done)
@@ -470,17 +505,24 @@ class CertificateTests(HandshakeTestCase):
         self.assertIsInstance(self.authority.errors[0], IdentityError)
         self.assertIn("no certificate", self.authority.errors[0].message)
 
-    def test_primary_without_a_certificate_needs_a_judge(self) -> None:
+    def test_tls_without_a_judge(self) -> None:
         """Our own side does not run over TLS that nobody judges."""
 
         class Careless:
             def getContext(self) -> SSL.Context:
-                return SSL.Context(SSL.TLS_METHOD)
+                context = SSL.Context(SSL.TLS_METHOD)
+                issue(SECONDARY).configure_cert(context)
+                return context
 
         primary = PrimaryHandshake(offer(), self.clock)
-        client = wrap(Careless(), primary, self.clock, client=True)
-        self.join(client, self.server(RemoteHandshake(self.authority, self.clock)))
-        self.failureResultOf(primary.done, ProtocolError)
+        remote = RemoteHandshake(self.authority, self.clock)
+        self.join(
+            wrap(Careless(), primary, self.clock, client=True),
+            wrap(Careless(), remote, self.clock, client=False),
+        )
+        error = self.failureResultOf(primary.done, ProtocolError).value
+        self.assertIn("judged by nobody", error.message)
+        self.assertEqual(len(self.authority.errors), 1)
 
     def test_without_tls(self) -> None:
         remote = RemoteHandshake(self.authority, self.clock)
@@ -643,6 +685,14 @@ class AttackTests(HandshakeTestCase):
             values = {"version": b"1", "digest": DIGEST, "nonce": b"n" * 32, **answer}
             primary = self.rogue_secondary(Hello=lambda box, values=values: amp.Box(**values))
             self.failureResultOf(primary.done, MismatchError)
+
+    def test_primary_of_other_configuration(self) -> None:
+        """The secondary compares by itself; it does not leave that to the primary."""
+        rogue = self.rogue_primary()
+        rogue.ask(commands.Hello, version=1, group=0, digest=b"E" * 32, nonce=b"n" * 32)
+        self.pump.flush()
+        self.assertIsInstance(rogue.errors[0], MismatchError)
+        self.assertIsInstance(self.authority.errors[0], MismatchError)
 
     def test_malformed_answers(self) -> None:
         for answer in (
@@ -864,6 +914,13 @@ class BoxTests(HandshakeTestCase):
         error = self.authority.errors[0]
         self.assertIsInstance(error, DivergedError)
         self.assertEqual((error.message, error.hint), ("a [0m", "hint"))
+
+    def test_refuse_is_bounded(self) -> None:
+        self.rogue().callRemote(commands.Refuse, code="no-such-code", text="x" * 4000)
+        self.pump.flush()
+        error = self.authority.errors[0]
+        self.assertIs(type(error), QdsError)
+        self.assertEqual(len(error.message), 1024)
 
 
 class DeadlineTests(HandshakeTestCase):
