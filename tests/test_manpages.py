@@ -129,8 +129,16 @@ def parser_options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def parser_of(name: str, entry: str) -> argparse.ArgumentParser:
-    """Make a command's parser: ``build_parser()``, or ``build_parser(NAME)`` for a family."""
-    build: Any = importlib.import_module(entry.split(":")[0]).build_parser
+    """Make a command's parser.
+
+    ``main`` has ``build_parser()``, ``kill_main`` has ``build_kill_parser()``; a module with one
+    function for each command has ``build_parser(NAME)``.
+    """
+    module, _, function = entry.partition(":")
+    kind = function.removesuffix("main").strip("_") if function.endswith("main") else ""
+    build: Any = getattr(
+        importlib.import_module(module), f"build_{kind}_parser" if kind else "build_parser"
+    )
     parser = build(name) if inspect.signature(build).parameters else build()
     assert isinstance(parser, argparse.ArgumentParser)
     return parser
@@ -225,7 +233,7 @@ class FormTests(TestCase):
             raise SkipTest("no man-db or groff")
         for path in pages():
             result = subprocess.run(
-                ["man", "--warnings=w", "-E", "UTF-8", "-l", path],
+                ["man", "-E", "UTF-8", "-l", path],
                 cwd=MAN,
                 env={"MANWIDTH": "80", "PATH": "/usr/bin:/bin", "MANPAGER": "cat", "LC_ALL": "C"},
                 capture_output=True,
