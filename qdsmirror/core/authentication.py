@@ -15,10 +15,11 @@ import hmac
 from dataclasses import dataclass
 from enum import Enum
 
+from qdsmirror.limits import SECRET_BYTES
+
 #: Names the construction: a proof can never be one of another protocol or version of this one.
 _DOMAIN = b"qdsmirror proof of the group's secret, 1"
 
-SECRET_BYTES = 32
 NONCE_BYTES = 32
 EXPORTER_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size

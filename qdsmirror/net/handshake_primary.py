@@ -149,9 +149,9 @@ class PrimaryHandshake(HandshakeChannel):
     def _ask(self, command: type[amp.Command], *args: Any, **values: Any) -> Deferred[Any]:
         """Ask the secondary; fails with a QdsError where it answers with an error."""
         asked: Deferred[Any] = self.callRemote(command, *args, **values)  # type: ignore[no-untyped-call]
-        return asked.addErrback(self._answered_error)
+        return asked.addErrback(self._answered_error, command)
 
-    def _answered_error(self, failure: Failure) -> Any:
+    def _answered_error(self, failure: Failure, command: type[amp.Command]) -> Any:
         error = failure.value
         if isinstance(error, QdsError):
             told = error_from(error.code, error.message)
@@ -159,7 +159,8 @@ class PrimaryHandshake(HandshakeChannel):
             raise told
         if isinstance(error, amp.RemoteAmpError | amp.UnhandledCommand):
             raise ProtocolError(one_line(f"the secondary answered: {error}"[:_ANSWER_SHOWN]))
-        if isinstance(error, KeyError | TypeError | ValueError):
+        # An empty answer cannot be malformed: that is the stream failing after Start.
+        if command.response and isinstance(error, KeyError | TypeError | ValueError):
             raise ProtocolError(f"malformed answer: {error}")
         return failure
 
