@@ -1,0 +1,131 @@
+"""``qdslab``: two sites on one machine, to try, test and learn."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qdsmirror.config import parse_size
+from qdsmirror.errors import EXIT_OK, UsageError
+from qdsmirror.tools import cli, info_view
+from qdsmirror.tools.lab_sites import SITES, Lab, Plan
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the command's parser."""
+    made = cli.parser("qdslab", "Make, run and remove two sites on one machine.")
+    commands = cli.subcommands(made)
+    default = Plan()
+    create = cli.subcommand(commands, "create", "make a primary and a secondary below DIR")
+    create.add_argument("dir", metavar="DIR")
+    for name, text in (("groups", "logical groups"), ("ldsus", "LDSUs in each group")):
+        count = getattr(default, name)
+        create.add_argument(
+            f"--{name}", metavar="N", type=int, default=count, help=f"{text} (default: {count})"
+        )
+    for name, text in (
+        ("size", "size of each LDSU"),
+        ("writelog", "size of each writelog"),
+        ("journal", "size of each group's secondary journal"),
+    ):
+        size = getattr(default, name)
+        create.add_argument(
+            f"--{name}",
+            metavar="SIZE",
+            type=_size,
+            default=size,
+            help=f"{text}, e.g. 64M (default: {size >> 20}M)",
+        )
+    create.add_argument(
+        "--port", type=int, help="TCP port of the secondary (default: a free one is chosen)"
+    )
+    start = cli.subcommand(
+        commands, "start", "start sites; with both, wait until every group has its mirror"
+    )
+    stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
+    for one in (start, stop):
+        one.add_argument("dir", metavar="DIR")
+        one.add_argument(
+            "sites", metavar="SITE", nargs="*", help="primary or secondary (default: both)"
+        )
+    show = cli.subcommand(commands, "status", "show daemons and groups of both sites")
+    show.add_argument("dir", metavar="DIR")
+    destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
+    destroy.add_argument("dir", metavar="DIR")
+    destroy.add_argument("--yes", action="store_true", help="needed: all its data is lost")
+    return made
+
+
+@cli.run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``qdslab``."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.root is not None:
+        raise UsageError("qdslab takes DIR, not --root", hint="qdslab --help")
+    lab = Lab(arguments.dir)
+    if arguments.command == "create":
+        return _create(lab, arguments)
+    if arguments.command == "status":
+        return _status(lab, arguments.json)
+    if arguments.command == "destroy":
+        if not arguments.yes:
+            raise UsageError(
+                f"destroy removes all data in {lab.directory}",
+                hint=f"qdslab destroy {lab.directory} --yes",
+            )
+        lab.destroy()
+        return _tell(arguments, f"{lab.directory}: removed")
+    sites = arguments.sites or SITES
+    for site in sites:
+        if site not in SITES:
+            raise UsageError(f"{site!r} is no site of a lab", hint="sites: " + ", ".join(SITES))
+    if arguments.command == "stop":
+        lab.stop(sites)
+        return _tell(arguments, f"{lab.directory}: {' and '.join(sites)} stopped")
+    lab.start(sites, lambda text: print(text, file=sys.stderr, flush=True))
+    return _tell(arguments, f"{lab.directory}: {' and '.join(sites)} started")
+
+
+def _create(lab: Lab, arguments: argparse.Namespace) -> int:
+    port = lab.create(
+        Plan(
+            arguments.groups,
+            arguments.ldsus,
+            arguments.size,
+            arguments.writelog,
+            arguments.journal,
+            arguments.port,
+        )
+    )
+    return _tell(arguments, f"{lab.directory}: created, port {port}")
+
+
+def _status(lab: Lab, as_json: bool) -> int:
+    report = lab.report()
+    if as_json:
+        cli.print_json(report)
+        return EXIT_OK
+    for site in report["sites"]:
+        daemons = ", ".join(
+            f"{name} {'stopped' if pid is None else pid}" for name, pid in site["daemons"].items()
+        )
+        print(f"{site['site']} ({site['root']}): {daemons}")
+        info_view.show(site["groups"])
+        print()
+    return EXIT_OK
+
+
+def _tell(arguments: argparse.Namespace, text: str) -> int:
+    if arguments.json:
+        cli.print_json({"message": text})
+    else:
+        print(text)
+    return EXIT_OK
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
