@@ -410,7 +410,8 @@ class RefuseTests(HandshakeTestCase):
                 raise ZeroDivisionError
 
         self.authority.streams = Factory.forProtocol(Faulty)  # type: ignore[assignment]
-        self.shake()
+        primary, _ = self.shake()
+        self.failureResultOf(primary.done, ProtocolError)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertFalse(self.pump.server.connected)
 
