@@ -9,22 +9,16 @@ from typing import Any
 
 from qdsmirror.config import load_groups, load_host
 from qdsmirror.errors import (
-    EXIT_BROKEN,
-    EXIT_CONFIG,
     EXIT_DEGRADED,
-    EXIT_IDENTITY,
     EXIT_OK,
-    BrokenError,
     ConfigError,
     DegradedError,
-    IdentityError,
-    QdsError,
     UnreachableError,
     UsageError,
 )
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
-from qdsmirror.tools.status import Group, collect_groups, failure_of
+from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: What ``--is`` and ``--wait`` take: the states, and two predicates.
 STATES = ("accumulating", "connected", "refresh", "setup")
@@ -35,11 +29,6 @@ TIMEOUT_SECONDS_DEFAULT = 60.0
 INTERVAL_SECONDS_DEFAULT = 1.0
 INTERVAL_SECONDS_MIN = 0.1
 _DRAINED = ("written", "applied", "committed", "mirrored")
-_ERRORS: dict[int, type[QdsError]] = {
-    EXIT_IDENTITY: IdentityError,
-    EXIT_CONFIG: ConfigError,
-    EXIT_BROKEN: BrokenError,
-}
 
 #: Gives the host's name and the selected group objects as they are now.
 Look = Callable[[], tuple[str, list[Group]]]
@@ -153,7 +142,8 @@ def wait(
             open_ones = [group for group in groups if not is_so(group, predicate)]
             if not open_ones:
                 return host, groups
-            _refuse(open_ones)
+            for group in open_ones:
+                raise_failure(group)
             lacking = describe(open_ones[0], predicate)
         if clock() >= deadline:
             raise DegradedError(
@@ -176,16 +166,6 @@ def describe(group: Group, predicate: str) -> str:
     reasons = (group["reason"], group["pmd"].get("reason"), group["rmd"].get("reason"))
     reason = next((one for one in reasons if one), "")
     return f"{text} ({reason})" if reason else text
-
-
-def _refuse(groups: Sequence[Group]) -> None:
-    """Raise for the first group that waiting does not help."""
-    for group in groups:
-        failure = failure_of(group)
-        if failure is not None:
-            code, reason = failure
-            kind = _ERRORS.get(code, QdsError)
-            raise kind(f"{group['name']}: {reason}", hint="qdsconfigtool check, then qdsinfo")
 
 
 def watch(

@@ -256,9 +256,7 @@ class Lab:
 
     def _help(self, group: status.Group, configs: Sequence[GroupConfig]) -> None:
         """Do what a group needs that is not ready: its first refresh.  Raise if it is refused."""
-        failure = status.failure_of(group)
-        if failure is not None:
-            raise QdsError(f"{group['name']}: {failure[1]}", hint="qdsconfigtool check")
+        status.raise_failure(group)
         linked = "connected" in group["modes"]
         if linked and group["coherent"] is False and group["refresh"] is None:
             config = next(one for one in configs if one.number == group["group"])

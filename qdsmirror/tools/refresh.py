@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import EXIT_OK, BrokenError, ConfigError, QdsError, UnreachableError
+from qdsmirror.errors import EXIT_OK, BrokenError, ConfigError, UnreachableError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.client import ControlClient
-from qdsmirror.tools.status import Group, collect_groups, failure_of
+from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: The driver answers when the beginning is durable in every writelog of the group.
 BEGIN_SECONDS = 30.0
@@ -138,9 +138,7 @@ def follow(
 
 def _ended(group: Group) -> bool:
     if group["driver"]["pid"] is None or group["refresh"] is not None:
-        failure = failure_of(group)
-        if failure is not None:
-            raise QdsError(f"{group['name']}: {failure[1]}", hint="qdsconfigtool check")
+        raise_failure(group)
         return False
     if group["coherent"] is not True:
         reason = f" ({group['reason']})" if group["reason"] else ""

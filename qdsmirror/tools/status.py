@@ -9,7 +9,17 @@ from typing import Any
 from urllib.parse import quote
 
 from qdsmirror.config import GroupConfig, LdsuConfig
-from qdsmirror.errors import EXIT_FAILED, QdsError, UnreachableError
+from qdsmirror.errors import (
+    EXIT_BROKEN,
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_IDENTITY,
+    BrokenError,
+    ConfigError,
+    IdentityError,
+    QdsError,
+    UnreachableError,
+)
 from qdsmirror.paths import Paths
 from qdsmirror.tools.client import ControlClient
 
@@ -20,6 +30,11 @@ Group = dict[str, Any]
 #: Asks the daemon behind a control socket for its status.
 Ask = Callable[[Path], dict[str, Any]]
 
+_ERRORS: dict[int, type[QdsError]] = {
+    EXIT_IDENTITY: IdentityError,
+    EXIT_CONFIG: ConfigError,
+    EXIT_BROKEN: BrokenError,
+}
 _GSN_PRIMARY = ("written", "durable", "applied", "sent", "committed", "mirrored")
 
 
@@ -73,6 +88,18 @@ def failure_of(group: Group) -> tuple[int, str] | None:
             reason = str(part.get("reason") or group["reason"])
             return code if isinstance(code, int) and code else EXIT_FAILED, reason
     return None
+
+
+def raise_failure(group: Group) -> None:
+    """Raise what :func:`failure_of` finds, with that exit code.
+
+    :raises IdentityError: likewise ConfigError, BrokenError, QdsError.
+    """
+    failure = failure_of(group)
+    if failure is not None:
+        code, reason = failure
+        hint = "qdsconfigtool check, then qdsinfo"
+        raise _ERRORS.get(code, QdsError)(f"{group['name']}: {reason}", hint)
 
 
 class _Daemons:

@@ -1,0 +1,139 @@
+"""qdsrefresh, launchrefresh, killrefresh beside fake daemons."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.trial.unittest import TestCase
+
+from qdsmirror.errors import (
+    EXIT_BROKEN,
+    BrokenError,
+    DegradedError,
+    IdentityError,
+    UnreachableError,
+)
+from qdsmirror.tools import refresh
+from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
+
+
+def progress(done: int, remaining: int) -> dict[str, Any]:
+    return {
+        "kind": "full",
+        "id": "ab",
+        "done_bytes": done,
+        "remaining_bytes": remaining,
+        "rate": None,
+        "eta_seconds": None,
+        "started": 1790000000.0,
+    }
+
+
+class CommandTests(TestCase):
+    """The three commands."""
+
+    def driver(self, answers: dict[str, Any], name: str = "alpha") -> FakeDaemon:
+        paths = host_root(self, name)
+        self.root = str(paths.root)
+        FakeDaemon(self, paths.control_socket("dsgrp000.pmd"), {"Status": pmd_status()})
+        return FakeDaemon(self, paths.control_socket("dsgrp000.driver"), answers)
+
+    def test_foreground(self) -> None:
+        self.patch(refresh, "POLL_SECONDS", 0.001)
+        steps = [progress(0, 100), progress(60, 40), None]
+
+        def status(words: dict[str, str]) -> dict[str, Any]:
+            step = steps.pop(0) if len(steps) > 1 else steps[0]
+            return driver_status(refresh=step, coherent=step is None)
+
+        driver = self.driver({"Refresh": progress(0, 100), "Status": status})
+        code, output, errors = captured(self, refresh.main, "--root", self.root, "--full")
+        self.assertEqual((code, errors), (0, ""))
+        self.assertEqual(driver.calls[0], ("Refresh", {"kind": "full"}))
+        lines = output.splitlines()
+        self.assertEqual(lines[0], "dsgrp000: full refresh 0 %, 100 B remain")
+        self.assertEqual(lines[-1], "dsgrp000: refreshed")
+
+    def test_foreground_killed(self) -> None:
+        told = driver_status(coherent=False, reason="the last refresh was ended")
+        self.driver({"Refresh": progress(0, 100), "Status": told})
+        code, _, errors = captured(self, refresh.main, "--root", self.root)
+        self.assertEqual(code, EXIT_BROKEN)
+        self.assertIn("the last refresh was ended", errors)
+
+    def test_launch(self) -> None:
+        driver = self.driver({"Refresh": progress(0, 100)})
+        code, output, _ = captured(self, refresh.launch_main, "--json", "--root", self.root)
+        self.assertEqual(code, 0)
+        self.assertEqual(json.loads(output)["groups"][0]["remaining_bytes"], 100)
+        self.assertEqual(driver.calls, [("Refresh", {"kind": "full"})])
+
+    def test_one_is_running(self) -> None:
+        self.driver({"Refresh": DegradedError("dsgrp000: a refresh is running already", "wait")})
+        code, _, errors = captured(self, refresh.launch_main, "--root", self.root)
+        self.assertEqual((code, errors), (3, "dsgrp000: a refresh is running already; wait\n"))
+
+    def test_kill(self) -> None:
+        driver = self.driver({"KillRefresh": {}})
+        self.assertEqual(captured(self, refresh.kill_main, "--root", self.root)[0], 0)
+        self.assertEqual(driver.calls, [("KillRefresh", {})])
+
+    def test_no_driver(self) -> None:
+        root = str(host_root(self).root)
+        code, _, errors = captured(self, refresh.launch_main, "--root", root)
+        self.assertEqual(code, 11)
+        self.assertIn("launchdriver", errors)
+
+    def test_at_the_secondary(self) -> None:
+        self.driver({}, "beta")
+        code, _, errors = captured(self, refresh.launch_main, "--root", self.root)
+        self.assertEqual(code, 10)
+        self.assertIn("run this on alpha", errors)
+
+
+class FollowTests(TestCase):
+    """Waiting for the end."""
+
+    def follow(self, looks: list[Any]) -> list[Any]:
+        shown: list[Any] = []
+
+        def look(config: Any) -> Any:
+            one = looks.pop(0)
+            if isinstance(one, Exception):
+                raise one
+            return one
+
+        config: Any = object()
+        refresh.follow([config], look, shown.append, lambda seconds: None)
+        self.assertEqual(looks, [])
+        return shown
+
+    def test_daemons_come_and_go(self) -> None:
+        running = driver_status(refresh=progress(1, 1), coherent=False)
+        gone = driver_status(driver={"pid": None}, coherent=None)
+        shown = self.follow([running, UnreachableError("x"), gone, running, driver_status()])
+        self.assertEqual(len(shown), 4)
+
+    def test_killed(self) -> None:
+        self.assertRaises(BrokenError, self.follow, [driver_status(coherent=False)])
+
+    def test_refused_link(self) -> None:
+        link = {"pid": 1, "state": "refused", "reason": "wrong name", "code": 12}
+        group = driver_status(refresh=progress(1, 1), coherent=False, pmd=link)
+        error = self.assertRaises(IdentityError, self.follow, [group])
+        self.assertIn("wrong name", str(error))
+
+
+class LinesTests(TestCase):
+    """Progress where there is no terminal."""
+
+    def test_a_line_each_ten_seconds(self) -> None:
+        now = [0.0]
+        written: list[str] = []
+        show = refresh.lines(lambda: now[0], written.append)
+        for second in range(21):
+            now[0] = float(second)
+            show(driver_status(refresh=progress(second, 20 - second)))
+        self.assertEqual(len(written), 3)
+        self.assertEqual(written[1], "dsgrp000: full refresh 50 %, 10 B remain")
