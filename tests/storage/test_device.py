@@ -497,4 +497,4 @@ class OpenTests(TestCase):
             raise SkipTest("a temporary directory on a disk is missing")
         device.fdatasync()
         device.drop_cache()
-        self.assertIsNone(device.pread_nowait(4 << 20, 0))
+        self.assertIsNone(device.pread_nowait(4096, 2 << 20))

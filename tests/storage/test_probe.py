@@ -59,6 +59,7 @@ class HandMadeTests(TestCase):
         self.expect("ext3", device(ext(0x3C, 0x02, 0x03)))
         self.expect("ext4", device(ext(0x3C, 0x2C2, 0x6B)))
         self.expect("ext4", device(ext(0x38, 0x02, 0x10)))
+        self.expect("ext4", device(ext(0x3C, 0x42, 0x03)))
 
     def test_volumes_and_encryption(self) -> None:
         for sector in range(4):

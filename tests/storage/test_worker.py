@@ -391,6 +391,16 @@ class AdaptingTests(TestCase):
         self.reactor.turn()
         self.assertEqual(self.told, [0, 1, 2])
 
+    def test_the_last_done_of_the_thread_may_go_on_here(self) -> None:
+        def more(*_: Any) -> None:
+            self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
+            self.give(0.0, 1)
+
+        self.give(0.003, 0)
+        self.worker.run(lambda: None, more)
+        self.reactor.turn()
+        self.assertEqual(self.told, [0, 1])
+
     def test_a_chain_does_not_keep_the_reactor_for_long(self) -> None:
         def again(*_: Any) -> None:
             self.told.append(None)
