@@ -358,7 +358,8 @@ class TextTests(RootedTestCase):
         ):
             text = GROUP.replace("host = dr1\n", f"host = dr1\n{bad}\n")
             problems = self.problems(text)
-            self.assertEqual([problem.line for problem in problems], [6], bad)
+            # Without a key: refused as text, not because the configspec has no such key.
+            self.assertEqual([(one.line, one.key) for one in problems], [(6, "")], bad)
             self.assertTrue(str(problems[0]).isprintable(), bad)
 
     def test_duplicates(self) -> None:
