@@ -148,6 +148,12 @@ class InstalledWheelTests(TestCase):
         code = {name for name in names if ".dist-info/" not in name and ".data/" not in name}
         self.assertEqual(code - wanted, set())
 
+    def test_manual_is_installed(self) -> None:
+        """Where man looks when the environment's bin is in the path."""
+        pages = {str(p.relative_to(ROOT / "man")) for p in (ROOT / "man").glob("man*/*")}
+        share = self.directory / "installed" / "share" / "man"
+        self.assertEqual({str(p.relative_to(share)) for p in share.glob("man*/*")}, pages)
+
     def test_sdist_is_complete(self) -> None:
         with tarfile.open(self.installed.sdist) as archive:
             names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
