@@ -276,7 +276,11 @@ class NbdConnection(Protocol):
 
     def _pace(self, parser: RequestParser) -> None:
         """Stop or start reading."""
-        if parser.blocked or self._is_congested():
+        congested = self._is_congested()
+        if congested:
+            # Whoever cannot use his turn must not keep others from theirs.
+            self._budget.forget(self)
+        if parser.blocked or congested:
             if not self._paused:
                 self._paused = True
                 self.transport.stopReading()
@@ -295,7 +299,6 @@ class NbdConnection(Protocol):
     def _go_on(self) -> None:
         self._turn = None
         if self._is_congested():
-            # Whoever cannot use his turn must not keep others from theirs.
             self._budget.forget(self)
             return
         try:

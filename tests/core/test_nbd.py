@@ -474,6 +474,8 @@ class RequestTests(SynchronousTestCase):
         self.assertEqual(made.parse(128), [])
         made.filled(1)
         (write,) = made.parse(128)
+        assert isinstance(write.payload, memoryview)
+        self.assertTrue(write.payload.readonly)
         self.assertEqual(bytes(write.payload or b""), b"x" * 1000 + b"y" * ((1 << 20) - 1000))
         self.assertIsNone(made.rest)
 

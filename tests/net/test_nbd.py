@@ -216,6 +216,22 @@ class ClockTests(SynchronousTestCase):
         self.assertTrue(transport.reading)
         self.assertEqual(self.budget.limit_bytes - self.budget.free_bytes, 1 << 20)
 
+    def test_slow_reader_gives_up_its_turn(self) -> None:
+        for late in (False, True):
+            self.budget = Budget(8 << 20)
+            self.server = NbdServer(self.clock, {"qds0": self.export}, self.budget)
+            self.export.held = [] if late else None
+            slow, slow_transport = self.connected()
+            other, other_transport = self.connected()
+            slow_transport.stuck = True
+            self.receive(slow, request(0, 0, 5 << 20) + request(0, 0, 4 << 20))
+            self.receive(other, request(0, 0, 1 << 20))
+            if late:
+                self.assertEqual(len(self.export.held or []), 1)
+                self.export.release()
+            self.clock.advance(0)
+            self.assertEqual(len(other_transport.sent), 16 + (1 << 20))
+
     def test_stalled_client_does_not_hold_up_others(self) -> None:
         stalled, stalled_transport = self.connected()
         waiting, waiting_transport = self.connected()
