@@ -56,6 +56,7 @@ class Refresh:
         self._unit = 0
         self._offset = 0
         self._reading = False
+        self._poking = False
         self._retry: Any = None
         self._in_flight: deque[tuple[int, int, int]] = deque()
         self._began_at = group.runtime.reactor.seconds()
@@ -96,14 +97,18 @@ class Refresh:
 
     def poke(self) -> None:
         """Go on where something may have changed: room, a finished append, a commit."""
-        if self._reading or self._retry is not None:
+        # What is done here may end at once and poke again from within.
+        if self._poking or self._reading:
             return
+        self._cancel_retry()
+        self._poking = True
         if self._phase == BEGIN:
             self._control(frames.REFRESH_BEGIN, CHUNKS)
         if self._phase == CHUNKS:
             self._next_chunk()
         if self._phase == END:
             self._control(frames.REFRESH_END, COMMIT)
+        self._poking = False
 
     def _control(self, kind: int, then: str) -> None:
         frame = self.group.units[0].append_control(kind, self.id)
@@ -113,15 +118,19 @@ class Refresh:
         self._mark = frame
         self._phase = then
 
-    def _later(self) -> None:
-        """Try again soon; whoever makes room or ends an append pokes earlier anyway."""
-
-        def again() -> None:
-            self._retry = None
-            self.poke()
-
+    def _later(self, seconds: float = _RETRY_SECONDS) -> None:
+        """Try again soon; whoever makes room or ends an append pokes earlier."""
         if self._retry is None and self._phase != DONE:
-            self._retry = self.group.runtime.reactor.callLater(_RETRY_SECONDS, again)
+            self._retry = self.group.runtime.reactor.callLater(seconds, self._again)
+
+    def _again(self) -> None:
+        self._retry = None
+        self.poke()
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
     def _skip_done(self) -> None:
         units = self.group.units
@@ -164,9 +173,9 @@ class Refresh:
     def _append(
         self, unit: DriverUnit, data: bytes | None, length: int, error: BaseException | None
     ) -> None:
-        self._reading = False
         if error is not None or self._phase != CHUNKS:
             unit.unlock()
+            self._reading = False
             if error is not None:
                 self.group.note_error(f"{unit.name}: refresh read at {self._offset}: {error}")
                 self._later()
@@ -175,6 +184,8 @@ class Refresh:
             data = None
         frame = unit.append_chunk(self._offset, data, length)
         unit.unlock()
+        # Only now: appending and unlocking let others poke.
+        self._reading = False
         if frame is None:
             self._later()
             return
@@ -182,14 +193,7 @@ class Refresh:
         self._in_flight.append((frame.gsn_last, unit.index, self._offset))
         self._skip_done()
         # Through the reactor: the application's requests come between two chunks.
-        self._yield()
-
-    def _yield(self) -> None:
-        def go_on() -> None:
-            self._retry = None
-            self.poke()
-
-        self._retry = self.group.runtime.reactor.callLater(0, go_on)
+        self._later(0)
 
     # -- what the group tells -------------------------------------------------------------------
 
@@ -211,9 +215,7 @@ class Refresh:
     def stop(self) -> None:
         """Give up (killed, or the driver stops)."""
         self._phase = DONE
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+        self._cancel_retry()
 
     def status(self) -> dict[str, Any]:
         """Give the ``refresh`` object of ``qdsinfo --json``."""
