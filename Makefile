@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 # What the integration tests and the bench use as real peers; the product needs none of it.
 DEBIAN := make python3 python3-venv git \
           nbdkit libnbd-bin nbdfuse python3-libnbd qemu-utils qemu-system-common fio \
-          fuse3 e2fsprogs xfsprogs util-linux mount kmod iproute2 procps socat openssl \
+          fuse3 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk util-linux mount kmod iproute2 procps socat openssl \
           sqlite3 mandoc man-db
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
