@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from struct import Struct
 
 from qdsmirror.errors import QdsError
 
 _PID_BYTES_MAX = 32
+#: struct flock, fcntl(2).  Locks of the open file description outlive twistd's forks and, unlike
+#: flock(2)'s, can be asked for without being taken.
+_FLOCK = Struct("hhqqi")
 
 
 class PidFile:
@@ -34,7 +38,7 @@ class PidFile:
                     f"{self.path}: {error.strerror}", hint="create the directory, or run as root"
                 ) from None
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
             except OSError:
                 pid = _read(descriptor)
                 os.close(descriptor)
@@ -44,6 +48,7 @@ class PidFile:
                 ) from None
             # Its last owner may have unlinked it between our open and our lock.
             if _same_file(descriptor, self.path):
+                os.ftruncate(descriptor, 0)
                 self._descriptor = descriptor
             else:
                 os.close(descriptor)
@@ -76,12 +81,12 @@ def running_pid(path: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _read(descriptor)
+        asked = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+        held = _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+        return _read(descriptor) if held else None
     finally:
         os.close(descriptor)
-    return None
 
 
 def clear_stale(path: Path) -> None:

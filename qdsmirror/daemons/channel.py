@@ -80,6 +80,8 @@ class Channel:
         """Receive what the other end, whose process is reaped, still sent; then close."""
         if not self._open:
             return
+        if not self._open:
+            return
         readable = select.poll()
         readable.register(self._socket, select.POLLIN)
         while self._open and readable.poll(0) and self.doRead() is None:

@@ -17,7 +17,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twisted.logger import FileLogObserver, Logger, formatEventAsClassicLogText, globalLogBeginner
+from twisted.internet.defer import Deferred
+from twisted.logger import (
+    FileLogObserver,
+    FilteringLogObserver,
+    Logger,
+    LogLevel,
+    LogLevelFilterPredicate,
+    formatEventAsClassicLogText,
+    globalLogBeginner,
+)
 
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig
@@ -84,7 +93,7 @@ class _Child:
         """Serve until told to end; give the exit code."""
         self._channel = Channel(self._reactor, channel, self._hosting.ordered, _end_at_once)
         self._reactor.callWhenRunning(self._begin)
-        self._reactor.addSystemEventTrigger("before", "shutdown", self._hosting.stop)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._finish)
         self._reactor.run()
         return self.exit_code
 
@@ -95,6 +104,12 @@ class _Child:
         assert self._channel is not None
         text = reason[: limits.REASON_CHARACTERS_MAX]
         self._channel.send({"group": number, "state": state, "reason": text, "code": code})
+
+    def _finish(self) -> Deferred[None]:
+        """Stop the groups; then close the channel, whose end from here on means nothing."""
+        assert self._channel is not None
+        channel = self._channel
+        return self._hosting.stop().addCallback(lambda _: channel.close())
 
     def _end(self, code: int) -> None:
         """End after a failed start, not from within the reactor's own start."""
@@ -134,9 +149,9 @@ def _begin_logging(prefix: str) -> None:
         text = formatEventAsClassicLogText(event)
         return None if text is None else f"{prefix} {text}"
 
-    globalLogBeginner.beginLoggingTo(
-        [FileLogObserver(sys.stderr, with_prefix)], redirectStandardIO=False
-    )
+    output = FileLogObserver(sys.stderr, with_prefix)
+    enough = FilteringLogObserver(output, [LogLevelFilterPredicate(LogLevel.info)])
+    globalLogBeginner.beginLoggingTo([enough], redirectStandardIO=False)
 
 
 def _descriptors(text: str) -> dict[str, int]:

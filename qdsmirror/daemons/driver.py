@@ -42,6 +42,8 @@ class DriverMaster(Master):
         try:
             path.unlink(missing_ok=True)
             listening.bind(os.fspath(path))
+            # Not every kernel minds the umask here; nobody can connect before we listen.
+            path.chmod(_SOCKET_MODE)
             listening.listen(NBD_CONNECTIONS_MAX)
             listening.setblocking(False)
         except OSError as error:

@@ -25,7 +25,10 @@ FATAL_CODES = frozenset({errors.EXIT_CONFIG, errors.EXIT_IDENTITY, errors.EXIT_B
 
 
 class Factory(Protocol):
-    """Makes a group; the last argument is the driver's listening NBD socket, else ``None``."""
+    """Makes a group.
+
+    The last argument is the driver's listening NBD socket, else ``None``; it stays the caller's.
+    """
 
     def __call__(
         self, config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None, /
@@ -128,8 +131,7 @@ class HostedGroup:
     def _make(self) -> IGroup:
         host = load_host(self._paths)
         config = load_group(self._paths, self.number)
-        nbd = None if self._nbd is None else os.dup(self._nbd)
-        return self._factory(config, host, self._paths, self._reactor, nbd)
+        return self._factory(config, host, self._paths, self._reactor, self._nbd)
 
     def _failed(self, error: Exception) -> None:
         """Report a failed start, and try again later if that can help."""

@@ -74,6 +74,7 @@ class Master(Service):
         self._fingerprints: dict[int, Fingerprint] = {}
         self._problems: list[Problem] = []
         self._since = time.time()
+        self._opened = False
         self._log_descriptor: int | None = None
         self._host: HostConfig
         self._supervisor: Supervisor
@@ -150,10 +151,13 @@ class Master(Service):
     def privilegedStartService(self) -> None:  # noqa: N802
         """Open what needs root; part of IService."""
         super().privilegedStartService()
+        self._opened = True
         exiting(self.open_privileged)
 
     def startService(self) -> None:  # noqa: N802
         """Become the user, serve, start the children; part of IService."""
+        if not self._opened:  # ``python -m twisted`` has no privileged start of its own.
+            self.privilegedStartService()
         super().startService()
         exiting(self._start)
 
@@ -168,8 +172,13 @@ class Master(Service):
             self.reactor, self.role, self.paths, self.listening, self._children_log, self._command
         )
         self._supervisor = Supervisor(setting, self._host.children)
-        self._supervisor.start(self.groups)
+        # Not before the reactor reaps.
+        self.reactor.callWhenRunning(self._start_children)
         signal.signal(signal.SIGHUP, self._hang_up)
+
+    def _start_children(self) -> None:
+        if self.running:
+            self._supervisor.start(self.groups)
 
     def _children_log(self) -> int:
         return 2 if self._log_descriptor is None else self._log_descriptor
@@ -317,7 +326,7 @@ def exiting(step: Callable[[], _T]) -> _T:
         return step()
     except QdsError as error:
         text = f"{error.message}: {error.hint}" if error.hint else error.message
-        _log.critical("{text}", text=text)
+        _log.error("{text}", text=text)
         sys.stderr.write(f"{text}\n")
         sys.exit(error.exit_code)
 

@@ -31,7 +31,8 @@ from qdsmirror.pidfile import clear_stale
 
 _log = Logger()
 
-CHILD_COMMAND = (sys.executable, "-m", "qdsmirror.daemons.child")
+#: ``-P``: nothing is imported from the directory that the daemon happens to stand in.
+CHILD_COMMAND = (sys.executable, "-P", "-m", "qdsmirror.daemons.child")
 #: A child's first descriptors: null, log, log, channel; the listening sockets follow.
 _CHANNEL_FD = 3
 
@@ -183,8 +184,8 @@ class Child(ProcessProtocol):
 
     def stop(self) -> Deferred[None]:
         """End the process in order, by force after STOP_SECONDS_MAX; done when it is reaped."""
-        self._cancel_timer()
         if self._process is None:
+            self._cancel_timer()
             self.state = "stopped"
             return succeed(None)
         if self.state != "stopping":
@@ -272,9 +273,9 @@ class Child(ProcessProtocol):
         self._signal("KILL")
 
     def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
 
     def _file_name(self, number: int) -> str:
         return f"{group_name(number)}.{self._setting.role}"

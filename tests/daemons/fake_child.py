@@ -1,0 +1,90 @@
+"""A child whose groups are fake: daemons.child with a factory of its own (see world.py)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from zope.interface import implementer
+
+from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.daemons import child
+from qdsmirror.errors import BrokenError, DeviceError
+from qdsmirror.interfaces import IGroup
+from qdsmirror.paths import Paths
+
+
+class Greeter:
+    """Greets whoever connects (a Twisted port would unlink the socket when it is closed)."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=os.dup(descriptor))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "greeter"
+
+    def doRead(self) -> None:
+        with self._socket.accept()[0] as client:
+            client.sendall(b"hello from %d" % os.getpid())
+
+    def connectionLost(self, reason: object) -> None:
+        self._socket.close()
+
+
+@implementer(IGroup)
+class FakeGroup:
+    def __init__(
+        self, config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None
+    ) -> None:
+        self.number = config.number
+        self._config = config
+        self._paths = paths
+        self._reactor = reactor
+        self._nbd = nbd
+        self._greeter: Greeter | None = None
+
+    def _event(self, what: str) -> None:
+        with open(self._paths.var / f"events{self.number}", "a") as file:
+            file.write(f"{what} {os.getpid()}\n")
+
+    def start(self) -> Deferred[None]:
+        path = self._paths.var / f"behaviour{self.number}"
+        behaviour = path.read_text() if path.exists() else "good"
+        self._event(f"start-{behaviour}")
+        if behaviour == "fatal":
+            return fail(BrokenError("the log is broken", "look"))
+        if behaviour == "fail":
+            return fail(DeviceError("the device is in use", "wait"))
+        if behaviour == "bug":
+            raise ZeroDivisionError("oops")
+        if behaviour == "hang":
+            return Deferred()
+        if self._nbd is not None:
+            self._greeter = Greeter(self._nbd)
+            self._reactor.addReader(self._greeter)
+        return succeed(None)
+
+    def stop(self) -> Deferred[None]:
+        self._event("stop")
+        if self._greeter is not None:
+            self._reactor.removeReader(self._greeter)
+            self._greeter.connectionLost(None)
+        return succeed(None)
+
+    def status(self) -> dict[str, Any]:
+        return {"group": self.number, "window": self._config.tunables.send_window}
+
+    def adopt(self, descriptor: int) -> None:
+        with socket.socket(fileno=descriptor) as connection:
+            hello = connection.recv(16)
+            connection.sendall(b"adopted %d %d" % (self.number, hello[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(child.main(factories=dict.fromkeys(("driver", "pmd", "rmd"), FakeGroup)))
