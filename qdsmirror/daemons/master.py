@@ -36,6 +36,8 @@ from qdsmirror.pidfile import PidFile
 
 _log = Logger()
 _T = TypeVar("_T")
+#: twistd's default; ours is in the run directory.
+_TWISTD_PID_FILE = "twistd.pid"
 
 #: A group's configuration with whatever else its processes depend on; equal means undisturbed.
 Fingerprint = tuple[Any, ...]
@@ -47,6 +49,11 @@ class Options(usage.Options):
     optParameters = [  # noqa: RUF012
         ["root", None, None, "Use DIR/etc, DIR/var, DIR/run, DIR/dev instead of the system's."],
     ]
+
+    def postOptions(self) -> None:  # noqa: N802
+        """Keep twistd from a pid file of its own in whatever directory it was started in."""
+        if self.parent is not None and self.parent.get("pidfile") == _TWISTD_PID_FILE:
+            self.parent["pidfile"] = ""
 
 
 class Master(Service):
@@ -193,10 +200,16 @@ class Master(Service):
                 f"{self.paths.host_config}: user: no such user {self._host.user}",
                 hint="create the user, or remove the line",
             ) from None
-        for path in (self.paths.run, self.paths.var, self._pid_file.path):
-            os.chown(path, user.pw_uid, user.pw_gid)
-        if user.pw_uid != 0:
-            switchUID(user.pw_uid, user.pw_gid)
+        try:
+            for path in (self.paths.run, self.paths.var, self._pid_file.path):
+                os.chown(path, user.pw_uid, user.pw_gid)
+            if user.pw_uid != 0:
+                switchUID(user.pw_uid, user.pw_gid)
+        except OSError as error:
+            raise QdsError(
+                f"cannot become user {self._host.user}: {error.strerror}",
+                hint="let the service manager start it as that user",
+            ) from None
 
     @inlineCallbacks
     def stopService(self) -> Any:  # noqa: N802
