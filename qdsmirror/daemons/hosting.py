@@ -170,7 +170,8 @@ class HostedGroup:
         except Exception:  # noqa: BLE001 - the others are to be stopped too
             _log.failure("{name} did not stop in order", name=self._name)
         self._pid_file.release()
-        self._report(self.number, "stopped", "", 0)
+        if group is not None:  # else what was reported last, a failure, stands
+            self._report(self.number, "stopped", "", 0)
 
 
 class Hosting:

@@ -82,7 +82,7 @@ class FakeGroup:
 
     def adopt(self, descriptor: int) -> None:
         with socket.socket(fileno=descriptor) as connection:
-            hello = connection.recv(16)
+            hello = connection.recv(1 << 16)
             connection.sendall(b"adopted %d %d" % (self.number, hello[0]))
 
 

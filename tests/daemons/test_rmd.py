@@ -1,0 +1,206 @@
+"""The rmd's master: connections accepted, peeked at and routed to children by real TLS hellos."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.threads import deferToThread
+
+from qdsmirror import limits
+from qdsmirror.daemons.rmd import RmdMaster, inherited_sockets
+from qdsmirror.daemons.routing import Router
+from qdsmirror.errors import QdsError
+from tests.daemons.test_master import MasterCase
+from tests.daemons.world import CHILD, WorldCase, pause, until
+
+
+def hello(name: str | None) -> bytes:
+    """Make the first bytes that a TLS client with this server name sends."""
+    context = ssl.create_default_context()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    try:
+        client.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    return outgoing.read()
+
+
+def exchange(port: int, data: bytes) -> bytes:
+    """Connect, send, and read until the other end closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(data)
+        return receive(client)
+
+
+def receive(client: socket.socket) -> bytes:
+    try:
+        return b"".join(iter(lambda: client.recv(1000), b""))
+    except ConnectionResetError:
+        return b""
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as one:
+        port: int = one.getsockname()[1]
+        return port
+
+
+class RmdTests(MasterCase):
+    async def test_hellos_reach_their_groups(self) -> None:
+        port = free_port()
+        self.world.host()
+        self.world.group(0, side="secondary", port=port)
+        self.world.group(4, side="secondary", port=port)
+        master = self.begin(RmdMaster)
+        await self.running(master, 0, 4)
+        for number in (0, 4):
+            answer = await deferToThread(exchange, port, hello(f"dsgrp{number:03d}.qdsmirror"))
+            # The child's first byte read is the record's type: nothing was consumed.
+            self.assertEqual(answer, b"adopted %d 22" % number)
+        # A group that is not here, and no group at all.
+        for name in ("dsgrp003.qdsmirror", "example.com"):
+            self.assertEqual(await deferToThread(exchange, port, hello(name)), b"")
+
+    async def test_closed_while_the_child_is_away(self) -> None:
+        port = free_port()
+        self.world.host()
+        self.world.group(0, side="secondary", port=port)
+        master = self.begin(RmdMaster)
+        await self.running(master, 0)
+        self.world.behave(0, "hang")
+        os.kill(self.world.pid(0, "rmd"), signal.SIGKILL)
+        await until(lambda: len(self.world.events(0)) == 2)
+        answer = await deferToThread(exchange, port, hello("dsgrp000.qdsmirror"))
+        self.assertEqual(answer, b"")
+        os.kill(master.status()["groups"][0]["pid"], signal.SIGKILL)
+
+    async def test_apply_opens_and_closes_ports(self) -> None:
+        first, second = free_port(), free_port()
+        self.world.host()
+        self.world.group(0, side="secondary", port=first)
+        master = self.begin(RmdMaster)
+        await self.running(master, 0)
+        self.world.group(0, side="secondary", port=second)
+        self.assertEqual(master.apply()["restarted"], [0])
+        self.assertRaises(ConnectionRefusedError, exchange, first, b"")
+        await until(lambda: len(self.world.events(0)) == 3)
+        await self.running(master, 0)
+        answer = await deferToThread(exchange, second, hello("dsgrp000.qdsmirror"))
+        self.assertEqual(answer, b"adopted 0 22")
+
+    async def test_port_in_use(self) -> None:
+        with socket.create_server(("", 0)) as other:
+            port = other.getsockname()[1]
+            self.world.host()
+            self.world.group(0, side="secondary", port=port)
+            master = RmdMaster(reactor, self.world.paths, CHILD)
+            master.prepare()
+            error = self.assertRaises(QdsError, master.open_privileged)
+            self.assertIn(f"port {port}", str(error))
+
+    async def test_socket_given_by_a_service_manager(self) -> None:
+        given = socket.create_server(("127.0.0.1", 0))
+        port = given.getsockname()[1]
+        self.world.host()
+        self.world.group(0, side="secondary", port=port)
+        master = RmdMaster(reactor, self.world.paths, CHILD)
+        master.inherited = [given]
+        master.prepare()
+        master.startService()
+        self.addCleanup(master.stopService)
+        await self.running(master, 0)
+        answer = await deferToThread(exchange, port, hello("dsgrp000.qdsmirror"))
+        self.assertEqual(answer, b"adopted 0 22")
+
+
+class InheritedTests(WorldCase):
+    def test_none_for_another_process(self) -> None:
+        self.patch(os, "environ", {"LISTEN_PID": "1", "LISTEN_FDS": "1"})
+        self.assertEqual(inherited_sockets(False), [])
+
+    def test_not_a_listening_socket(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.patch(os, "environ", {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"})
+            self.patch(os, "dup", lambda _number: ours.detach())
+            error = self.assertRaises(QdsError, inherited_sockets, False)
+        self.assertIn("no listening socket", str(error))
+
+
+class RouterTests(WorldCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.routed: list[int] = []
+        self.router = Router(reactor, self.route)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.address = listening.getsockname()
+        self.router.listen(listening)
+        self.addCleanup(self.router.close)
+
+    def route(self, number: int, descriptor: int) -> bool:
+        self.routed.append(number)
+        return False
+
+    def connect(self) -> socket.socket:
+        client = socket.create_connection(self.address, timeout=20)
+        self.addCleanup(client.close)
+        return client
+
+    async def test_hello_in_pieces(self) -> None:
+        data = hello("dsgrp007.qdsmirror")
+        with self.connect() as client:
+            for start in range(0, len(data), 100):
+                client.sendall(data[start : start + 100])
+                await pause(0.01)
+            await until(lambda: self.routed)
+        self.assertEqual(self.routed, [7])
+
+    async def test_partial_hello_does_not_spin(self) -> None:
+        looked: list[int] = []
+        with self.connect() as client:
+            client.sendall(hello("dsgrp007.qdsmirror")[:50])
+            peeked: Any = await until(lambda: next(iter(self.router._peeking), None))
+            real = peeked.doRead
+            peeked.doRead = lambda: (looked.append(1), real())[1]
+            await pause(0.2)
+            self.assertLess(len(looked), 3)
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(await deferToThread(receive, client), b"")
+        self.assertEqual(self.routed, [])
+
+    async def test_not_tls_is_closed_at_once(self) -> None:
+        with self.connect() as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            self.assertEqual(await deferToThread(receive, client), b"")
+
+    async def test_silent_client_is_closed_in_time(self) -> None:
+        self.patch(limits, "HANDSHAKE_SECONDS", 0.05)
+        with self.connect() as client:
+            self.assertEqual(await deferToThread(receive, client), b"")
+
+    async def test_too_many_of_one_address_are_closed(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_PER_ADDRESS_MAX", 1)
+        first = self.connect()
+        await until(lambda: self.router._peeking)
+        with self.connect() as second:
+            self.assertEqual(await deferToThread(receive, second), b"")
+        first.sendall(hello("dsgrp001.qdsmirror"))
+        await until(lambda: self.routed)
+
+    async def test_beyond_the_limit_they_wait_in_the_backlog(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_MAX", 1)
+        first = self.connect()
+        await until(lambda: self.router._peeking)
+        second = self.connect()
+        second.sendall(hello("dsgrp002.qdsmirror"))
+        await pause(0.05)
+        self.assertEqual(self.routed, [])
+        first.sendall(hello("dsgrp001.qdsmirror"))
+        await until(lambda: len(self.routed) == 2)
+        self.assertEqual(self.routed, [1, 2])
