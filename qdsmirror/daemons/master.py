@@ -338,7 +338,7 @@ def exiting(step: Callable[[], _T]) -> _T:
     try:
         return step()
     except QdsError as error:
-        text = f"{error.message}: {error.hint}" if error.hint else error.message
+        text = f"{error.message}; {error.hint}" if error.hint else error.message
         _log.error("{text}", text=text)
         sys.stderr.write(f"{text}\n")
         sys.exit(error.exit_code)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pwd
 import signal
 import socket
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,32 @@ class ClaimTests(MasterCase):
         error = self.assertRaises(ConfigError, master.prepare)
         self.assertIn("names alpha as its primary host", str(error))
         self.assertIsNone(running_pid(self.world.paths.pid_file("qdsdriver")))
+
+    async def test_becomes_the_configured_user_when_root_starts_it(self) -> None:
+        became: list[tuple[int, int]] = []
+        given: list[str] = []
+        self.patch(master_module, "switchUID", lambda uid, gid: became.append((uid, gid)))
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(os, "chown", lambda path, uid, gid: given.append(Path(path).name))
+        self.world.host(user="nobody")
+        self.world.group(0)
+        master = self.begin()
+        user = pwd.getpwnam("nobody")
+        self.assertEqual(became, [(user.pw_uid, user.pw_gid)])
+        self.assertEqual(given, ["run", "var", "qdsdriver.pid"])
+        await self.running(master, 0)
+
+    def test_unknown_user(self) -> None:
+        self.patch(os, "geteuid", lambda: 0)
+        self.world.host(user="no-such-user")
+        self.world.group(0)
+        master = DriverMaster(reactor, self.world.paths, CHILD)
+        master.prepare()
+        told = io.StringIO()
+        self.patch(sys, "stderr", told)
+        end = self.assertRaises(SystemExit, master.startService)
+        self.assertIn("no such user no-such-user", told.getvalue())
+        self.assertEqual(end.code, 10)
 
     async def test_killed_master_takes_its_children_along(self) -> None:
         self.world.host()
