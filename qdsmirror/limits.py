@@ -46,6 +46,8 @@ WRITELOG_BYTES_WARN = 2 * MIB
 GENERATIONS_MAX = 16
 #: Part of a ring that only control frames (void, break, refresh end) may use (rules.md 9).
 CONTROL_RESERVE_BYTES = 32 * KIB
+#: It holds so many of them, however large the physical block.
+CONTROL_RECORDS_MIN = 4
 #: A refresh leaves at least this part of the ring to the application.
 REFRESH_RING_SHARE = 0.5
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
@@ -73,6 +75,8 @@ INLINE_BURST_SECONDS_MAX = 0.005
 # -- driver -----------------------------------------------------------------------------------
 #: Answered or framed, not yet durable and applied; beyond it framing waits.
 UNAPPLIED_BYTES_MAX = 32 * MIB
+#: Behind the end of a scan, so far is looked for frames that were written later (rules.md 6).
+SCAN_AHEAD_BYTES = 2 * UNAPPLIED_BYTES_MAX
 #: Payload and read bytes of unanswered requests, for all connections of one child.
 REQUEST_BUDGET_BYTES = 32 * MIB
 #: Without anyone waiting for durability, commits are at least this far apart.

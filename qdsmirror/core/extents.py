@@ -24,31 +24,42 @@ def allocation(
     :returns: (length, flags) pairs that cover the range, neighbours with equal flags joined.
     """
     end = offset + length
-    busy = sorted((max(e.offset, offset), min(e.offset + e.length, end)) for e in pending)
+    busy = _joined(sorted((max(e.offset, offset), min(e.offset + e.length, end)) for e in pending))
+    busy.append((end, end))
     result: list[tuple[int, int]] = []
+    position = found_end = offset
 
-    def add(size: int, flags: int) -> None:
-        if size <= 0:
+    def add(stop: int, flags: int) -> None:
+        nonlocal position
+        if stop <= position:
             return
         if result and result[-1][1] == flags:
-            result[-1] = (result[-1][0] + size, flags)
+            result[-1] = (result[-1][0] + stop - position, flags)
         else:
-            result.append((size, flags))
-
-    position = offset
-    for size, allocated in found:
-        stop = min(position + size, end)
-        if not allocated:
-            for first, last in busy:
-                if last <= position or first >= stop:
-                    continue
-                add(first - position, HOLE | ZERO)
-                position = max(position, first)
-                add(min(last, stop) - position, 0)
-                position = min(last, stop)
-            add(stop - position, HOLE | ZERO)
-        else:
-            add(stop - position, 0)
+            result.append((stop - position, flags))
         position = stop
-    add(end - position, 0)
+
+    turn = 0
+    for size, allocated in found:
+        found_end = min(found_end + size, end)
+        if allocated:
+            add(found_end, 0)
+        while position < found_end:
+            first, last = busy[turn]
+            add(min(first, found_end), HOLE | ZERO)
+            add(min(last, found_end), 0)
+            if last <= position:
+                turn += 1
+    add(end, 0)
     return result
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join sorted ranges that overlap or touch."""
+    joined: list[tuple[int, int]] = []
+    for first, last in ranges:
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined

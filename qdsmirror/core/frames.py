@@ -30,6 +30,8 @@ CHAIN_BYTES = 16
 GENERATION_BYTES = 16
 #: The chain before the first frame of a history.
 GENESIS = bytes(CHAIN_BYTES)
+#: Sequence numbers stay below, so that what follows one still fits its eight bytes.
+NUMBERS_END = 1 << 63
 
 # Frame kinds.
 ENTRIES = 1
@@ -38,6 +40,9 @@ VOID = 2
 REFRESH_BEGIN = 3
 REFRESH_END = 4
 _KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END))
+
+#: Payload bytes that a control frame has: a refresh's id, or nothing.
+_CONTROL_PAYLOAD_BYTES = {VOID: 0, REFRESH_BEGIN: 16, REFRESH_END: 16}
 
 # Entry kinds.
 WRITE = 1
@@ -51,7 +56,6 @@ _ENTRY_KINDS = frozenset((WRITE, ZEROES, TRIM, REFRESH, REFRESH_ZEROES))
 # magic version kind flags ldsu entry_count payload_bytes generation sequence gsn_first gsn_count
 # durable_gsn time_ns body_crc
 _HEAD = Struct(">8sHBBIII16sQQQQQI")
-_TAIL = Struct(">16sI")
 _HEADER = Struct(">8sHBBIII16sQQQQQI16sI")
 HEADER_BYTES = _HEADER.size
 #: offset length kind flags reserved
@@ -193,8 +197,13 @@ def parse_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
         )
     if header.gsn_first < 1 or header.gsn_count < 1 or header.sequence < 1:
         raise CorruptError("frame header: numbers start at 1")
-    if header.kind == ENTRIES and header.gsn_count != header.entry_count:
-        raise CorruptError("frame header: entries and sequence numbers differ in count")
+    if header.gsn_first + header.gsn_count > NUMBERS_END or header.sequence >= NUMBERS_END:
+        raise CorruptError("frame header: numbers out of range")
+    if header.kind == ENTRIES:
+        if header.gsn_count != header.entry_count:
+            raise CorruptError("frame header: entries and sequence numbers differ in count")
+    elif header.entry_count or header.payload_bytes != _CONTROL_PAYLOAD_BYTES[header.kind]:
+        raise CorruptError(f"frame header: a frame of kind {header.kind} has no such body")
     return header
 
 

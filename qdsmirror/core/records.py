@@ -16,10 +16,17 @@ from typing import Any, NamedTuple
 
 from crc32c import crc32c
 
-from qdsmirror.core.frames import GENESIS, Buffer, FrameHeader
+from qdsmirror.core.frames import GENESIS, NUMBERS_END, Buffer, FrameHeader
 from qdsmirror.core.ring import Ring, align_up
-from qdsmirror.errors import CorruptError, LimitError
-from qdsmirror.limits import GENERATIONS_MAX, KIB, RECORD_ALIGN_BYTES
+from qdsmirror.errors import CorruptError, DeviceError, LimitError
+from qdsmirror.limits import (
+    FRAME_BYTES_MAX,
+    GENERATIONS_MAX,
+    KIB,
+    LDSUS_PER_GROUP_MAX,
+    MIB,
+    RECORD_ALIGN_BYTES,
+)
 
 RECORD_MAGIC = b"QDSRECRD"
 RECORD_VERSION = 1
@@ -36,11 +43,13 @@ class Record(NamedTuple):
 
     :ivar record_bytes: from this header to the next one.
     :ivar frame_bytes: of the frame behind it; 0 for a pad.
+    :ivar position: where in the log it belongs.
     """
 
     kind: int
     record_bytes: int
     frame_bytes: int
+    position: int
 
 
 def pack_record(kind: int, record_bytes: int, frame_bytes: int, log: bytes, position: int) -> bytes:
@@ -56,6 +65,17 @@ def parse_record(raw: Buffer, log: bytes, position: int) -> Record:
 
     :raises CorruptError: it is not an intact header of this log and this position.
     """
+    record = parse_placement(raw, log)
+    if record.position != position:
+        raise CorruptError(f"placement header: the record belongs to position {record.position}")
+    return record
+
+
+def parse_placement(raw: Buffer, log: bytes) -> Record:
+    """Read and check a placement header, whatever position it belongs to.
+
+    :raises CorruptError: it is not an intact header of this log.
+    """
     view = memoryview(raw)[:RECORD_HEADER_BYTES]
     if len(view) < RECORD_HEADER_BYTES or view[:8] != RECORD_MAGIC:
         raise CorruptError("no record here")
@@ -66,11 +86,9 @@ def parse_record(raw: Buffer, log: bytes, position: int) -> Record:
         raise CorruptError(f"placement header: version {version}, kind {kind}")
     if uuid != log:
         raise CorruptError("placement header: the record belongs to another log")
-    if where != position:
-        raise CorruptError(f"placement header: the record belongs to position {where}")
-    if record_bytes < RECORD_HEADER_BYTES + frame_bytes:
+    if record_bytes < RECORD_HEADER_BYTES + frame_bytes or frame_bytes > FRAME_BYTES_MAX:
         raise CorruptError("placement header: lengths do not fit")
-    return Record(kind, record_bytes, frame_bytes)
+    return Record(kind, record_bytes, frame_bytes, where)
 
 
 class Point(NamedTuple):
@@ -154,7 +172,9 @@ class Superblock:
     :ivar head: a guess: everything before it is durable in this log.
     :ivar durable_gsn: the group's durable GSN when this was written (rules.md 6).
     :ivar coherent: whether the mirror is usable as of one instant (invariant COHERENT).
-    :ivar refresh: the refresh in progress, as core.refresh writes it, or ``None``.
+    :ivar refresh: the refresh in progress, as the driver or the rmd describes it, or ``None``.
+    :ivar counter: of updates; the larger one holds.
+    :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
 
     role: str
@@ -172,6 +192,7 @@ class Superblock:
     reason: str = ""
     refresh: Mapping[str, Any] | None = None
     counter: int = 0
+    slot_bytes: int = 8 * KIB
 
     @property
     def generation(self) -> bytes:
@@ -198,9 +219,13 @@ class Superblock:
         }
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any], counter: int) -> Superblock:
-        """Read :meth:`to_json`'s form."""
-        return cls(
+    def from_json(cls, body: Mapping[str, Any], counter: int, slot_bytes: int) -> Superblock:
+        """Read :meth:`to_json`'s form.
+
+        :raises ValueError: a value is out of range; KeyError, TypeError, AttributeError: of
+            another form.
+        """
+        superblock = cls(
             role=body["role"],
             log=bytes.fromhex(body["log"]),
             group=body["group"],
@@ -216,35 +241,76 @@ class Superblock:
             reason=body["reason"],
             refresh=body["refresh"],
             counter=counter,
+            slot_bytes=slot_bytes,
         )
+        superblock._check()
+        return superblock
+
+    def _check(self) -> None:
+        """Check what a reader relies on; the checksum proves only that nothing changed."""
+        ring = self.ring
+        cursors = (self.tail, self.applied, self.head)
+        numbers = [ring.start, ring.size, ring.align, self.device_bytes, self.durable_gsn]
+        numbers += [n for c in cursors for n in (c.position, c.gsn)]
+        numbers += [point.sequence for c in cursors for point in c.points.values()]
+        numbers += [n for unit in self.units for n in (unit.index, unit.size)]
+        if not all(type(n) is int and 0 <= n < NUMBERS_END for n in numbers):
+            raise ValueError("a number is out of range")
+        if (
+            not self.units
+            or len(self.log) != 16
+            or ring.align < RECORD_ALIGN_BYTES
+            or ring.size < ring.align
+            or ring.size % ring.align
+            or ring.start < 2 * self.slot_bytes
+            or ring.start + ring.size > self.device_bytes
+        ):
+            raise ValueError("the layout is impossible")
+        if any(c.position % ring.align for c in cursors) or not (
+            self.tail.position <= self.applied.position <= self.head.position
+            <= self.tail.position + ring.size
+        ):  # fmt: skip
+            raise ValueError("tail, applied and head are not in this order")
 
 
 SUPER_MAGIC = b"QDSSUPER"
 SUPER_VERSION = 1
 #: Sizes that a slot may have: the second slot starts where the first ends.
-SLOT_BYTES = (8 * KIB, 64 * KIB, 512 * KIB)
+SLOT_BYTES = (8 * KIB, 64 * KIB, 512 * KIB, 4 * MIB)
+#: Larger slots are taken where both are at most this part of the device: a superblock may have to
+#: name every LDSU of the group (a refresh's cut).
+_SLOTS_DEVICE_PART = 32
+_SLOT_BYTES_ROOMY = 512 * KIB
 # magic version slot zero body_bytes slot_bytes counter, then the CRC of these and the body
 _SUPER = Struct(">8sHBBIIQ")
 _SUPER_HEADER_BYTES = _SUPER.size + 4
 
 
-def slot_bytes_for(units: int) -> int:
+def slot_bytes_for(units: int, device_bytes: int, physical_block: int) -> int:
     """Give the size of a slot that describes this many LDSUs.
+
+    At least a physical block, so that one torn block cannot take both slots (rules.md 5).
 
     :raises LimitError: there are too many for the largest slot.
     """
-    need = 2 * KIB + 100 * GENERATIONS_MAX + units * 512
-    for size in SLOT_BYTES:
-        if need <= size:
-            return size
-    raise LimitError(f"{units} LDSUs are too many for one log's superblock")
+    need = max(2 * KIB + 100 * GENERATIONS_MAX + units * 512, physical_block)
+    fitting = [size for size in SLOT_BYTES if need <= size]
+    if not fitting:
+        raise LimitError(f"{units} LDSUs are too many for one log's superblock")
+    roomy = [
+        size
+        for size in fitting
+        if size <= _SLOT_BYTES_ROOMY and 2 * size * _SLOTS_DEVICE_PART <= device_bytes
+    ]
+    return max(roomy, default=fitting[0])
 
 
-def pack_slot(superblock: Superblock, slot: int, slot_bytes: int) -> bytes:
+def pack_slot(superblock: Superblock, slot: int) -> bytes:
     """Make the bytes of slot 0 or 1, padded to whole 4096-byte blocks.
 
     :raises LimitError: the body does not fit the slot.
     """
+    slot_bytes = superblock.slot_bytes
     body = json.dumps(superblock.to_json(), separators=(",", ":")).encode()
     length = _SUPER_HEADER_BYTES + len(body)
     if length > slot_bytes:
@@ -279,8 +345,8 @@ def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
             f"superblock format version {version} is unknown here (this is version {SUPER_VERSION})"
         )
     try:
-        return Superblock.from_json(json.loads(bytes(body)), counter)
-    except (ValueError, KeyError, TypeError) as error:
+        return Superblock.from_json(json.loads(bytes(body)), counter, size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"superblock slot {slot}: body cannot be read: {error}") from error
 
 
@@ -288,17 +354,24 @@ def layout(device_bytes: int, units: int, physical_block: int) -> tuple[int, Rin
     """Divide a device into two slots and the ring.
 
     :returns: the slot size and the ring.
-    :raises LimitError: the device is too small.
+    :raises DeviceError: the device is too small.
     """
-    slot_bytes = slot_bytes_for(units)
+    slot_bytes = slot_bytes_for(units, device_bytes, physical_block)
     align = max(RECORD_ALIGN_BYTES, physical_block)
     start = align_up(2 * slot_bytes, align)
     size = (device_bytes - start) // align * align
     if size < 16 * align:
-        raise LimitError(f"a log for {units} LDSUs needs {start + 16 * align} bytes at least")
+        raise DeviceError(
+            f"a log for {units} LDSUs on blocks of {align} bytes needs {start + 16 * align} bytes "
+            f"at least, not {device_bytes}",
+            hint="give a larger device",
+        )
     return slot_bytes, Ring(start, size, align)
 
 
 def renewed(superblock: Superblock, **changes: Any) -> Superblock:
     """Give the next superblock: changed, and with the next counter."""
     return replace(superblock, counter=superblock.counter + 1, **changes)
+
+
+assert slot_bytes_for(LDSUS_PER_GROUP_MAX, 0, 0) <= SLOT_BYTES[-1]

@@ -36,6 +36,7 @@ class Finding:
     :ivar reached: behind the last intact frame.
     :ivar durable_gsn: the largest durable GSN named by a superblock or frame of this log.
     :ivar ranges: of the frames found, in log order.
+    :ivar room: void frames that the log has space for behind its last frame.
     :ivar stopped: why the scan stopped.
     """
 
@@ -46,6 +47,7 @@ class Finding:
     reached: Cursor
     durable_gsn: int
     ranges: Sequence[GsnRange]
+    room: int
     stopped: str = ""
 
 
@@ -71,6 +73,7 @@ def decide(findings: Sequence[Finding]) -> Recovery:
 
     - a log ends before the head that its superblock recorded as durable: corruption;
     - a number known to be durable has no frame: corruption;
+    - a number that has two frames: corruption;
     - a number above that has no frame, but a later one has: a void range, recorded in a log that
       ends below it (the log that lost its suffix is one);
     - otherwise the numbers go on after the last frame found.
@@ -90,8 +93,13 @@ def decide(findings: Sequence[Finding]) -> Recovery:
     gaps: list[GsnRange] = []
     expected = floor
     for span in sorted(r for log in findings for r in log.ranges):
-        if span.end <= expected:
+        if span.end <= floor:
             continue
+        if span.first < expected:
+            raise CorruptError(
+                f"GSN {span.first} is in a writelog of the group twice, or in two of them",
+                hint="a log's device lost or changed data; see qdswlscan(1)",
+            )
         if span.first > expected:
             gaps.append(GsnRange(expected, span.first - expected))
         expected = span.end
@@ -101,13 +109,26 @@ def decide(findings: Sequence[Finding]) -> Recovery:
             f"GSN {missing} was durable (up to {durable}), but no writelog of the group holds it",
             hint="a log's device lost or changed data; see qdswlscan(1)",
         )
-    if not gaps:
-        return Recovery(expected, ())
-    # Frames of a log are in GSN order: the log that lost the first gap ends below it, and so
-    # below every later gap.
-    loser = min(findings, key=lambda log: log.reached.gsn)
-    if loser.reached.gsn > gaps[0].first:
-        raise CorruptError(
-            f"GSN {gaps[0].first} is in no writelog, yet every writelog goes on after it"
-        )
-    return Recovery(expected, tuple(Void(loser.ldsu, gap) for gap in gaps))
+    return Recovery(expected, _place_voids(findings, gaps))
+
+
+def _place_voids(findings: Sequence[Finding], gaps: Sequence[GsnRange]) -> tuple[Void, ...]:
+    """Choose a log for each void range: frames of a log are in GSN order.
+
+    Whoever lost a gap's frame ends at or below it, and has that frame's space; so, taking the gaps
+    in order, there always is a log with room.
+    """
+    logs = sorted(findings, key=lambda log: log.reached.gsn)
+    room = {log.ldsu: log.room for log in logs}
+    voids: list[Void] = []
+    for gap in gaps:
+        for log in logs:
+            if log.reached.gsn <= gap.first and room[log.ldsu]:
+                break
+        else:
+            raise CorruptError(
+                f"GSN {gap.first} is in no writelog, yet every writelog goes on after it"
+            )
+        room[log.ldsu] -= 1
+        voids.append(Void(log.ldsu, gap))
+    return tuple(voids)

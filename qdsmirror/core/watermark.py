@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from struct import Struct
+from struct import error as StructError
 from typing import Any, NamedTuple
 
 from qdsmirror.core.records import Point
@@ -31,7 +32,9 @@ _GSN = Struct(">Q")
 _GSNS = Struct(">QQQ")
 _DURABLE = Struct(">IQ")
 _COMMITTED = Struct(">IQQ16s")
-_PAYLOAD_BYTES_MAX = _GSNS.size + LDSUS_PER_GROUP_MAX * _COMMITTED.size
+#: What one LDSU takes in the longest message, a REFRESH with the cut of every LDSU.
+_UNIT_BYTES_MAX = 128
+_PAYLOAD_BYTES_MAX = 4096 + LDSUS_PER_GROUP_MAX * _UNIT_BYTES_MAX
 
 
 class Committed(NamedTuple):
@@ -54,8 +57,14 @@ def pack_durable(gsn: int, positions: Iterable[tuple[int, int]]) -> bytes:
 
 
 def parse_durable(payload: bytes) -> tuple[int, list[tuple[int, int]]]:
-    """Read a DURABLE's payload: the GSN and the pairs."""
-    return _GSN.unpack_from(payload)[0], list(_DURABLE.iter_unpack(payload[_GSN.size :]))
+    """Read a DURABLE's payload: the GSN and the pairs.
+
+    :raises ProtocolError: its length is wrong.
+    """
+    try:
+        return _GSN.unpack_from(payload)[0], list(_DURABLE.iter_unpack(payload[_GSN.size :]))
+    except StructError as error:
+        raise ProtocolError(f"watermark DURABLE of {len(payload)} bytes") from error
 
 
 def pack_committed(sent: int, committed: int, mirrored: int, ends: Iterable[Committed]) -> bytes:
@@ -65,15 +74,35 @@ def pack_committed(sent: int, committed: int, mirrored: int, ends: Iterable[Comm
 
 
 def parse_committed(payload: bytes) -> tuple[int, int, int, list[Committed]]:
-    """Read a COMMITTED's payload: sent, committed and mirrored GSN, and the ends."""
-    sent, committed, mirrored = _GSNS.unpack_from(payload)
-    ends = [Committed(*row) for row in _COMMITTED.iter_unpack(payload[_GSNS.size :])]
+    """Read a COMMITTED's payload: sent, committed and mirrored GSN, and the ends.
+
+    :raises ProtocolError: its length is wrong.
+    """
+    try:
+        sent, committed, mirrored = _GSNS.unpack_from(payload)
+        ends = [Committed(*row) for row in _COMMITTED.iter_unpack(payload[_GSNS.size :])]
+    except StructError as error:
+        raise ProtocolError(f"watermark COMMITTED of {len(payload)} bytes") from error
     return sent, committed, mirrored, ends
 
 
 def pack_json(kind: int, body: dict[str, Any] | None) -> bytes:
     """Make a LINK or REFRESH."""
     return _message(kind, json.dumps(body).encode())
+
+
+def parse_json(payload: bytes) -> dict[str, Any]:
+    """Read the payload of a LINK or REFRESH.
+
+    :raises ProtocolError: it is no JSON object.
+    """
+    try:
+        body = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"watermark message is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ProtocolError("watermark message is not a JSON object")
+    return body
 
 
 def _message(kind: int, payload: bytes) -> bytes:

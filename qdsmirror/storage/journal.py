@@ -113,7 +113,8 @@ class Mirror:
         """Apply what the journal holds, after any end (patent: qdsrmdreco), and sync everything.
 
         :returns: frames applied.
-        :raises CorruptError: the journal ends before what was durable in it.
+        :raises CorruptError: the journal ends before what was durable in it, or its superblock is
+            not the newest there was.
         """
         superblock = self.journal.superblock
         reader = self.journal.reader(superblock.applied, contiguous=True)
@@ -121,6 +122,8 @@ class Mirror:
         for found in reader:
             self.apply([change_of(found.header, found.frame)])
             count += 1
+        # What frames say of durability is the primary's; only a later turn of the ring tells here.
+        reader.look_ahead()
         reached = reader.cursor
         if reached.position < superblock.head.position:
             raise CorruptError(

@@ -16,15 +16,19 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.records import (
+    FRAME,
     PAD,
     RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
     Cursor,
     Point,
     Record,
+    parse_placement,
     parse_record,
 )
-from qdsmirror.core.ring import Ring
+from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.errors import CorruptError, LimitError
+from qdsmirror.limits import SCAN_AHEAD_BYTES
 
 READ_BYTES = 1 << 20
 
@@ -94,7 +98,7 @@ class LogReader:
             want = min(limit, self._ring.contiguous(self.position))
             if end is not None:
                 want = min(want, end - self.position)
-                if want <= 0:
+                if want < RECORD_HEADER_BYTES:
                     self.stopped = "end"
                     break
             try:
@@ -112,8 +116,7 @@ class LogReader:
         while len(view) - offset >= RECORD_HEADER_BYTES:
             try:
                 record = parse_record(view[offset:], self._log, self.position)
-                if record.record_bytes > self._ring.contiguous(self.position):
-                    raise CorruptError("placement header: the record would wrap")
+                self._check_length(record)
                 if record.kind == PAD:
                     offset += record.record_bytes
                     self.position += record.record_bytes
@@ -132,6 +135,18 @@ class LogReader:
                     return
                 raise
 
+    def _check_length(self, record: Record) -> None:
+        rest = self._ring.contiguous(self.position)
+        if record.kind == PAD:
+            if record.record_bytes != rest:
+                raise CorruptError("placement header: the pad does not fill the ring's end")
+        elif record.record_bytes > rest:
+            raise CorruptError("placement header: the record would wrap")
+        elif record.record_bytes != align_up(
+            RECORD_HEADER_BYTES + record.frame_bytes, self._ring.align
+        ):
+            raise CorruptError("placement header: the record has a wrong length")
+
     def _frame(self, record: Record, raw: memoryview) -> LogFrame:
         frame = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + record.frame_bytes]
         header = parse_header(frame)
@@ -149,6 +164,54 @@ class LogReader:
         self._gsn = header.gsn_first + header.gsn_count
         self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
         return LogFrame(header, self.position, frame)
+
+    def look_ahead(self) -> int:
+        """Look behind the place where the history stops for what was written after it.
+
+        A tear leaves nothing there that counts the torn frame as durable; a frame that does tells
+        that durable data was damaged (rules.md 6).  Bounded by ``SCAN_AHEAD_BYTES``: more is never
+        written while a frame is not yet durable.
+
+        :returns: the largest durable GSN that an intact frame there names; 0 if there is none.
+        :raises CorruptError: this place was written over in a later turn of the ring, so that the
+            cursor comes from a superblock that was replaced since.
+        """
+        ring = self._ring
+        durable = 0
+        position = self.position
+        end = position + min(ring.size, SCAN_AHEAD_BYTES)
+        while position < end:
+            start = ring.physical(position)
+            view = memoryview(
+                self._pread(min(READ_BYTES, ring.contiguous(position), end - position), start)
+            )
+            for offset in range(0, len(view), ring.align):
+                if view[offset : offset + len(RECORD_MAGIC)] == RECORD_MAGIC:
+                    durable = max(durable, self._durable_in(view[offset:], position + offset))
+            position += len(view)
+        return durable
+
+    def _durable_in(self, raw: memoryview, position: int) -> int:
+        """Give the durable GSN in a record found behind the end; 0 where it says nothing."""
+        try:
+            record = parse_placement(raw, self._log)
+        except CorruptError:
+            return 0
+        turns, misplaced = divmod(record.position - position, self._ring.size)
+        if misplaced or turns < 0:
+            return 0
+        if turns > 0:
+            raise CorruptError(
+                f"the log was written up to position {record.position} at least, but its "
+                f"superblock is of a time before position {self.position} was reused"
+            )
+        if record.kind != FRAME:
+            return 0
+        try:
+            header = parse_header(raw[RECORD_HEADER_BYTES:])
+        except (CorruptError, LimitError):
+            return 0
+        return header.durable_gsn if header.generation in self._generations else 0
 
     def __iter__(self) -> Iterator[LogFrame]:
         """Give every frame up to where the history stops."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
-from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, entries
+from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entries
 from qdsmirror.core.records import Cursor, Superblock
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
 from qdsmirror.errors import BrokenError, CorruptError, DeviceError
@@ -125,7 +125,11 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
     for found in reader:
         header = found.header
         ranges.append(GsnRange(header.gsn_first, header.gsn_count))
-        durable = max(durable, header.durable_gsn)
+        if header.kind != VOID:
+            # A crash may have come before the other ranges of its recovery were recorded.
+            durable = max(durable, header.durable_gsn)
+    durable = max(durable, reader.look_ahead())
+    used = reader.position - superblock.tail.position
     finding = Finding(
         ldsu=ldsu.index,
         name=ldsu.name,
@@ -134,6 +138,7 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
         reached=reader.cursor,
         durable_gsn=durable,
         ranges=ranges,
+        room=(writelog.ring.size - used) // writelog.ring.align,
         stopped=reader.stopped,
     )
     return OpenUnit(ldsu, device, writelog, finding, durable)

@@ -26,12 +26,11 @@ from qdsmirror.core.records import (
     pack_slot,
     parse_slot,
     renewed,
-    slot_bytes_for,
 )
 from qdsmirror.core.ring import Placement
 from qdsmirror.errors import CorruptError, DeviceError
 from qdsmirror.interfaces import IBlockDevice
-from qdsmirror.limits import CONTROL_RESERVE_BYTES, WRITELOG_BYTES_MIN
+from qdsmirror.limits import CONTROL_RECORDS_MIN, CONTROL_RESERVE_BYTES, WRITELOG_BYTES_MIN
 from qdsmirror.storage.logreader import LogReader
 
 _ZEROES = bytes(1 << 16)
@@ -45,23 +44,30 @@ def read_superblock(device: IBlockDevice) -> Superblock:
     :raises CorruptError: neither slot is intact.
     :raises OSError: the device cannot be read.
     """
-    found: list[Superblock] = []
-    reasons: list[str] = []
-    largest = min(SLOT_BYTES[-1], device.size)
-    for slot, place, size in ((0, 0, 0), *((1, s, s) for s in SLOT_BYTES)):
-        if place + 4096 > device.size:
-            continue
-        try:
-            raw = device.pread(min(largest, device.size - place) // 4096 * 4096, place)
-            found.append(parse_slot(raw, slot, size))
-        except CorruptError as error:
-            reasons.append(error.message)
-    if not found:
+    try:
+        first = _read_slot(device, 0, 0, SLOT_BYTES[-1])
+    except CorruptError as error:
+        # Where the slots are small, the larger places lie in the ring, and what stands there may
+        # have been written by an application: the first that holds a slot is the one.
+        for place in SLOT_BYTES:
+            try:
+                return _read_slot(device, 1, place, place)
+            except CorruptError:
+                continue
         raise CorruptError(
-            f"{device.path} holds no intact log: {reasons[0]}",
+            f"{device.path} holds no intact log: {error.message}",
             hint="initialise it with qdswlinit(1) if it was never used",
-        )
-    return max(found, key=lambda s: s.counter)
+        ) from error
+    try:
+        second = _read_slot(device, 1, first.slot_bytes, first.slot_bytes)
+    except CorruptError:
+        return first
+    return max(first, second, key=lambda s: s.counter)
+
+
+def _read_slot(device: IBlockDevice, slot: int, place: int, slot_bytes: int) -> Superblock:
+    raw = device.pread(max(0, min(slot_bytes, device.size - place)) // 512 * 512, place)
+    return parse_slot(raw, slot, place)
 
 
 class Writelog:
@@ -79,7 +85,6 @@ class Writelog:
         self.log = superblock.log
         self.head = superblock.head.position
         self.durable_tail = superblock.tail.position
-        self._slot_bytes = slot_bytes_for(len(superblock.units))
         # Workers of the same log may each have something to record.
         self._superblock_lock = threading.Lock()
 
@@ -134,6 +139,7 @@ class Writelog:
             device_bytes=device.size,
             generations=tuple(generations),
             reason=reason,
+            slot_bytes=slot_bytes,
         )
         for size in SLOT_BYTES:
             # A forgotten second slot of another size must not be found again.
@@ -152,9 +158,7 @@ class Writelog:
         """
         for turn in range(2 if both else 1):
             slot = (superblock.counter + turn) % 2
-            self.device.pwritev(
-                [pack_slot(superblock, slot, self._slot_bytes)], slot * self._slot_bytes
-            )
+            self.device.pwritev([pack_slot(superblock, slot)], slot * superblock.slot_bytes)
             self.device.fdatasync()
         self.superblock = superblock
         self.durable_tail = superblock.tail.position
@@ -179,7 +183,7 @@ class Writelog:
             self.head,
             self.durable_tail,
             RECORD_HEADER_BYTES + frame_bytes,
-            0 if control else CONTROL_RESERVE_BYTES,
+            0 if control else max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * self.ring.align),
         )
         if placement is not None:
             self.head = placement.end
