@@ -113,6 +113,7 @@ class DriverUnit:
         self._locked: tuple[int, int] | None = None
         self._appending = False
         self._pumping = False
+        self._pump_again = False
         self._committing = False
         self._commit_call: Any = None
         self._applying = False
@@ -180,13 +181,19 @@ class DriverUnit:
 
     def pump(self) -> None:
         """Frame and append what is queued, a batch at a time, while the worker is free."""
+        self._pump_again = True
         if self._pumping:
             return
         self._pumping = True
         try:
-            while self._queue and not self._appending and not self.errors and self.group.may_frame:
-                if not self._append_batch():
-                    return
+            while self._pump_again:
+                # Whoever makes room from within (a checkpoint that ends at once) asks again.
+                self._pump_again = False
+                while (
+                    self._queue and not self._appending and not self.errors and self.group.may_frame
+                ):
+                    if not self._append_batch():
+                        break
         finally:
             self._pumping = False
 
