@@ -96,7 +96,7 @@ def remarks(group: Group) -> list[str]:
     for reason in (group["reason"], *(group[part].get("reason") for part in ("pmd", "rmd"))):
         if reason and reason not in seen:
             seen.append(reason)
-    lines += [f"{group['name']}: {reason}" for reason in seen]
+    lines += [f"{group['name']}: {reason}" for reason in [*seen, *group.get("errors", ())]]
     for unit in group["ldsus"]:
         lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
     return lines

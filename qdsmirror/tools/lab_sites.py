@@ -30,6 +30,10 @@ from qdsmirror.tools import launch, refresh, status, wlinit
 
 SITES = ("primary", "secondary")
 DAEMONS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
+_LAUNCHERS = {
+    "primary": (launch.launchdriver, launch.launchpmds),
+    "secondary": (launch.launchrmds,),
+}
 #: Ports are chosen below the range from which the kernel takes those of outgoing connections.
 _PORTS = range(10240, 32768)
 _PORT_TRIES = 100
@@ -198,14 +202,10 @@ class Lab:
         :raises QdsError: a daemon does not start, or a group does not become coherent.
         """
         self._must_be()
-        if "secondary" in sites:
-            self._clear("secondary")
-            _command(launch.launchrmds, self.paths["secondary"])
-        if "primary" in sites:
-            self._clear("primary")
-            _command(launch.launchdriver, self.paths["primary"])
-            _command(launch.launchpmds, self.paths["primary"])
-        if all(pid for site in SITES for pid in self.pids(site).values()):
+        for site in ("secondary", "primary"):
+            if site in sites:
+                self._launch(site)
+        if set(sites) == set(SITES) or all(self._runs(site) for site in SITES):
             self.wait_coherent(tell)
 
     def stop(self, sites: Sequence[str]) -> None:
@@ -216,6 +216,14 @@ class Lab:
             _command(launch.killdriver, self.paths["primary"])
         if "secondary" in sites:
             _command(launch.killrmds, self.paths["secondary"])
+
+    def _launch(self, site: str) -> None:
+        self._clear(site)
+        for main in _LAUNCHERS[site]:
+            _command(main, self.paths[site])
+
+    def _runs(self, site: str) -> bool:
+        return all(self.pids(site).values())
 
     def _clear(self, site: str) -> None:
         """Remove pid files and sockets that killed daemons left."""
@@ -243,6 +251,10 @@ class Lab:
                 return
             for group in groups:
                 self._help(group, configs)
+            for site in SITES:
+                # One that was killed a moment ago may have looked alive when it was started.
+                if not self._runs(site):
+                    self._launch(site)
             now = json.dumps([[one["gsn"], one["refresh"], one["modes"]] for one in groups])
             if now != before:
                 moved, before = time.monotonic(), now
