@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo."""
     arguments = build_parser().parse_args(argv)
     size = _size(arguments.size)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _interrupt)
     directory = Path(tempfile.mkdtemp(prefix="qds-"))
     lab = Lab(directory / "lab")
     progress = Progress(arguments.json)
@@ -92,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if receipt.equal and sys.stdin.isatty() and sys.stdout.isatty():
             _stay(lab)
     finally:
+        # Impatience must not leave daemons behind.
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.SIG_IGN)
         progress.end()
         if lab.directory.exists():
             lab.destroy()
