@@ -1,0 +1,198 @@
+"""A lab of real processes for a test: made in a short directory, and gone after the test.
+
+Everything here blocks: tests run it in a thread (``deferToThread``), never on the reactor's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMAND_SECONDS = 90.0
+POLL_SECONDS = 0.05
+#: Memory files where they are to be had: the tests are about processes, not about disks.
+_PLACES = ("/dev/shm", "/tmp")
+
+
+class CommandError(AssertionError):
+    """A command ended otherwise than it should."""
+
+
+def in_thread(test: Callable[..., None]) -> Callable[..., Deferred[None]]:
+    """Run a test's body, which may block, in a thread."""
+
+    def run(self: TestCase) -> Deferred[None]:
+        return deferToThread(test, self)
+
+    run.__name__ = test.__name__
+    run.__doc__ = test.__doc__
+    return run
+
+
+class LabFixture:
+    """A lab in a temporary directory.
+
+    :ivar directory: the lab's; ``primary`` and ``secondary`` are its sites' roots.
+    """
+
+    def __init__(self, test: TestCase, *options: str) -> None:
+        place = next(p for p in _PLACES if os.access(p, os.W_OK))
+        self._base = Path(tempfile.mkdtemp(prefix="qds-", dir=place))
+        test.addCleanup(self._remove)
+        self.directory = self._base / "lab"
+        self.primary = self.directory / "primary"
+        self.secondary = self.directory / "secondary"
+        self._options = options
+        self._programs: list[subprocess.Popen[str]] = []
+
+    def _remove(self) -> Deferred[None]:
+        return deferToThread(self._remove_now)
+
+    def _remove_now(self) -> None:
+        for program in self._programs:
+            if program.poll() is None:
+                program.kill()
+            program.communicate()
+        self.kill_all()
+        shutil.rmtree(self._base, ignore_errors=True)
+
+    # -- commands -----------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, str]:
+        found = {k: v for k, v in os.environ.items() if k != "QDS_ROOT"}
+        return {**found, "PYTHONPATH": str(REPOSITORY)}
+
+    def start_program(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        """Start a program that is killed when the test ends."""
+        program = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment(),
+            cwd=self._base,
+        )
+        self._programs.append(program)
+        return program
+
+    def run(self, arguments: Sequence[str], codes: Sequence[int] = (0,)) -> str:
+        """Run a program to its end and give its output."""
+        done = subprocess.run(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            cwd=self._base,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+        if done.returncode not in codes:
+            raise CommandError(
+                f"{' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}{self.logs()}"
+            )
+        return done.stdout
+
+    def tool(self, command: str, *arguments: str, codes: Sequence[int] = (0,)) -> str:
+        """Run one of the project's commands, e.g. ``qdsinfo``."""
+        return self.run([console_script(command), *arguments], codes)
+
+    def create(self) -> None:
+        self.tool("qdslab", "create", str(self.directory), *self._options)
+
+    def start(self, *sites: str) -> None:
+        self.tool("qdslab", "start", str(self.directory), *sites)
+
+    def stop(self, *sites: str) -> None:
+        self.tool("qdslab", "stop", str(self.directory), *sites)
+
+    def wait(self, state: str, seconds: float = 60.0, site: str = "primary") -> None:
+        """Wait for a state of all groups."""
+        self.tool(
+            "qdsinfo", "--root", str(self.directory / site),
+            "--wait", state, "--timeout", str(seconds),
+        )  # fmt: skip
+
+    def info(self, site: str = "primary") -> dict[str, Any]:
+        """Give a site's first group as ``qdsinfo --json`` shows it."""
+        told = json.loads(self.tool("qdsinfo", "--json", "--root", str(self.directory / site)))
+        return dict(told["groups"][0])
+
+    # -- processes ----------------------------------------------------------------------------
+
+    def pid_file(self, name: str) -> Path:
+        """Find a daemon's pid file: ``qdsrmd``, ``dsgrp000.rmd`` ..."""
+        site = self.secondary if name.endswith("rmd") else self.primary
+        return site / "run" / f"{name}.pid"
+
+    def pid(self, name: str) -> int | None:
+        """Give the pid of a daemon that runs, by its pid file's name."""
+        with suppress(OSError, ValueError):
+            pid = int(self.pid_file(name).read_text())
+            if self._is_ours(pid):
+                return pid
+        return None
+
+    def _is_ours(self, pid: int) -> bool:
+        with suppress(OSError):
+            return str(self.directory) in Path(f"/proc/{pid}/cmdline").read_text()
+        return False
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Send a signal to a daemon; one that is being relaunched is waited for."""
+        pid = self.until(lambda: self.pid(name), f"{name} to run")
+        os.kill(pid, number)
+        return pid
+
+    def until(self, happened: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+        """Wait until something is true; give it."""
+        deadline = time.monotonic() + seconds
+        while not (found := happened()):
+            if time.monotonic() > deadline:
+                raise CommandError(f"waited in vain for {what}\n{self.logs()}")
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def kill_all(self) -> None:
+        """Leave no process of this lab."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and self._is_ours(int(entry.name)):
+                with suppress(OSError):
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def images(self, site: str) -> list[Path]:
+        """Give a site's data or mirror devices, in the LDSUs' order."""
+        kind = "data" if site == "primary" else "mirror"
+        return sorted((self.directory / site / "devices").glob(f"*.{kind}"))
+
+    def logs(self, lines: int = 15) -> str:
+        """Give the ends of the daemons' logs, for a test that failed."""
+        told = ""
+        for log in sorted(self.directory.glob("*/var/*.log")):
+            with suppress(OSError):
+                said = [s for s in log.read_text().splitlines() if " connection " not in s]
+                told += f"--- {log}\n" + "\n".join(said[-lines:]) + "\n"
+        return told
+
+
+def console_script(name: str) -> str:
+    """Give the path of an installed command."""
+    return str(Path(sys.executable).parent / name)

@@ -1,0 +1,140 @@
+"""kill -9 of every daemon under load: no I/O error, nothing lost, the mirror always a prefix."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+from twisted.trial.unittest import SkipTest, TestCase
+
+from tests.integration.lab import LabFixture, console_script, in_thread
+from tests.integration.order import Layout, check
+
+SLOTS = 2048
+LDSUS = 3
+#: The children most often, and each master.
+VICTIMS = (
+    ("dsgrp000.rmd", "dsgrp000.driver", "dsgrp000.pmd", "qdsrmd", "dsgrp000.driver")
+    + ("dsgrp000.pmd", "dsgrp000.rmd", "qdsdriver", "dsgrp000.rmd", "qdspmd")
+) * 2
+CHECK_EVERY = 5
+#: Writes of the QEMU client; its driver is killed meanwhile.
+QEMU_WRITES = 20000
+
+
+class KillTests(TestCase):
+    timeout = 180
+
+    def setUp(self) -> None:
+        self.random = random.Random()
+        self.seed = self.random.randrange(1 << 32)
+        self.random.seed(self.seed)
+        self.layout = Layout(LDSUS, SLOTS)
+
+    def start_lab(self) -> LabFixture:
+        lab = LabFixture(
+            self, "--ldsus", str(LDSUS), "--size", "8M", "--writelog", "16M", "--journal", "12M"
+        )
+        lab.create()
+        lab.start()
+        return lab
+
+    def start_writer(self, lab: LabFixture) -> subprocess.Popen[str]:
+        module = [console_script("python"), "-m", "tests.integration.writer"]
+        socket = str(lab.primary / "run" / "dsgrp000.nbd")
+        names = [f"qds{index}" for index in range(LDSUS)]
+        return lab.start_program([*module, socket, *names, "--slots", str(SLOTS)])
+
+    def end_writer(self, lab: LabFixture, writer: subprocess.Popen[str]) -> dict[str, int]:
+        output, errors = writer.communicate(timeout=60)
+        self.assertEqual(writer.returncode, 0, f"{output}{errors}{lab.logs()}")
+        return dict(json.loads(output))
+
+    def kill(self, lab: LabFixture, name: str) -> None:
+        lab.kill(name)
+        if not name.startswith("dsgrp"):
+            # What the service manager does.
+            site = "secondary" if name == "qdsrmd" else "primary"
+            launch = {"qdsrmd": "launchrmds", "qdsdriver": "launchdriver", "qdspmd": "launchpmds"}
+            lab.tool(launch[name], "--root", str(lab.directory / site))
+
+    def check_prefix(self, lab: LabFixture) -> int:
+        """Kill the whole secondary, replay its journal, and check copies of the mirror devices."""
+        lab.kill("qdsrmd")
+        lab.until(lambda: lab.pid("dsgrp000.rmd") is None, "the rmd's child to follow its master")
+        told = json.loads(lab.tool("qdsrmdreco", "--json", "--root", str(lab.secondary)))
+        self.assertTrue(told["groups"][0]["coherent"], told)
+        images = [path.read_bytes() for path in lab.images("secondary")]
+        lab.tool("launchrmds", "--root", str(lab.secondary))
+        return check(images, self.layout)
+
+    def assert_equal_sites(self, lab: LabFixture) -> None:
+        lab.wait("drained")
+        lab.stop()
+        for data, mirror in zip(lab.images("primary"), lab.images("secondary"), strict=True):
+            self.assertEqual(data.read_bytes() == mirror.read_bytes(), True, f"{data} {mirror}")
+
+    @in_thread
+    def test_kills_in_turn_under_load(self) -> None:
+        lab = self.start_lab()
+        writer = self.start_writer(lab)
+        tops = []
+        for count, name in enumerate(VICTIMS, 1):
+            time.sleep(self.random.uniform(0.1, 0.6))
+            self.kill(lab, name)
+            self.assertIsNone(writer.poll(), f"seed {self.seed}: the writer ended")
+            if count % CHECK_EVERY == 0:
+                lab.wait("connected")
+                time.sleep(self.random.uniform(0.0, 0.5))
+                tops.append(self.check_prefix(lab))
+        report = self.end_writer(lab, writer)
+        self.assertGreaterEqual(report["reconnects"], LDSUS)
+        self.assertEqual(tops, sorted(set(tops)), "the mirror did not go forward")
+        self.assert_equal_sites(lab)
+        images = [path.read_bytes() for path in lab.images("secondary")]
+        self.assertEqual(check(images, self.layout), report["writes"])
+
+    @in_thread
+    def test_qemu_client_reconnects(self) -> None:
+        qemu = shutil.which("qemu-img")
+        if qemu is None:
+            raise SkipTest("qemu-img is not installed")
+        lab = self.start_lab()
+        options = {
+            "driver": "nbd",
+            "server.type": "unix",
+            "server.path": str(lab.primary / "run" / "dsgrp000.nbd"),
+            "export": "qds1",
+            "reconnect-delay": "60",
+        }
+        bench = lab.start_program(
+            [qemu, "bench", "-w", "-n", "-t", "none", "-d", "16", "-s", "4096", "-S", "12288"]
+            + ["-c", str(QEMU_WRITES), "--pattern", "7", "--image-opts"]
+            + [",".join(f"{key}={value}" for key, value in options.items())]
+        )
+        kills = 0
+        while bench.poll() is None and kills < 3:
+            lab.kill("dsgrp000.driver")
+            kills += 1
+            time.sleep(1.0)
+        output, errors = bench.communicate(timeout=60)
+        self.assertEqual(bench.returncode, 0, f"{output}{errors}{lab.logs()}")
+        self.assertEqual((errors, kills), ("", 3), output)
+        self.assert_equal_sites(lab)
+
+    @in_thread
+    def test_stopped_secondary_does_not_hold_up_the_application(self) -> None:
+        lab = self.start_lab()
+        lab.kill("dsgrp000.rmd", signal.SIGSTOP)
+        writer = self.start_writer(lab)
+        before = lab.info()["gsn"]
+        lab.until(lambda: lab.info()["gsn"]["written"] > before["written"] + 1000, "writes")
+        self.assertLess(lab.info()["gsn"]["committed"], lab.info()["gsn"]["written"])
+        lab.kill("dsgrp000.rmd", signal.SIGCONT)
+        report = self.end_writer(lab, writer)
+        self.assertEqual(report["reconnects"], 0)
+        self.assert_equal_sites(lab)
