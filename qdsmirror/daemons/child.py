@@ -150,7 +150,9 @@ def _begin_logging(prefix: str) -> None:
         return None if text is None else f"{prefix} {text}"
 
     output = FileLogObserver(sys.stderr, with_prefix)
-    enough = FilteringLogObserver(output, [LogLevelFilterPredicate(LogLevel.info)])
+    level = LogLevelFilterPredicate(LogLevel.info)
+    level.setLogLevelForNamespace("twisted.internet.endpoints", LogLevel.warn)
+    enough = FilteringLogObserver(output, [level])
     globalLogBeginner.beginLoggingTo([enough], redirectStandardIO=False)
 
 

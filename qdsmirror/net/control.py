@@ -120,6 +120,16 @@ class _BoundedAmp(amp.AMP):
     box_bytes_max = ampbox.REQUEST_BYTES_MAX
     _box_bytes = 0
 
+    def makeConnection(self, transport: Any) -> None:  # noqa: N802
+        """Connect without AMP's line in the log: tools ask several times a second."""
+        self._transportPeer = self._transportHost = None
+        amp.BinaryBoxProtocol.makeConnection(self, transport)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        """Disconnect likewise."""
+        amp.BinaryBoxProtocol.connectionLost(self, reason)
+        self.transport = None
+
     def proto_key(self, string: bytes) -> str:
         self._box_bytes = self._box_bytes + len(string) if string else 0
         return str(super().proto_key(string))
