@@ -153,6 +153,13 @@ class MergeTests(TestCase):
         self.assertEqual(group["rmd"]["pid"], 13)
         self.assertEqual(group["ldsus"][0]["mirror_device"], "/dev/vg0/mirror0")
 
+    def test_null_says_nothing_new(self) -> None:
+        """What a daemon does not know stays as the configuration has it."""
+        told = {**RMD, "peer": None, "ldsus": [{"name": "qds0", "data_device": None}]}
+        (group,) = self.groups(host_root(self, "beta"), Answers(dsgrp000_rmd=told), "beta")
+        self.assertEqual(group["peer"], "alpha")
+        self.assertEqual(group["ldsus"][0]["data_device"], "/dev/vg0/data0")
+
     def test_secondary_down(self) -> None:
         (group,) = self.groups(host_root(self, "beta"), Answers(), "beta")
         self.assertEqual((group["state"], group["reason"]), ("setup", "rmd not running"))
