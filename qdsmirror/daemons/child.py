@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import os
 import signal
@@ -32,6 +33,7 @@ from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.daemons.channel import Channel
 from qdsmirror.daemons.hosting import Factory, Hosting
+from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths, group_name
 
@@ -41,6 +43,14 @@ _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = b"-1000"
 #: A worker thread that holds the interpreter delays the reactor by at most this.
 _SWITCH_INTERVAL_SECONDS = 0.0005
+#: Where processors are short the application's writes come first: the writelog absorbs the rest.
+_NICE = {"driver": 0, "pmd": 5, "rmd": 5}
+
+
+@functools.cache
+def _runtime(reactor: Any) -> Runtime:
+    """Give what all groups of this child share."""
+    return Runtime.real(reactor)
 
 
 def _driver(
@@ -49,7 +59,7 @@ def _driver(
     from qdsmirror.groups.driver import DriverGroup
 
     assert nbd is not None
-    group: IGroup = DriverGroup(config, host, paths, reactor, nbd)
+    group: IGroup = DriverGroup(config, host, paths, reactor, nbd, runtime=_runtime(reactor))
     return group
 
 
@@ -58,7 +68,7 @@ def _primary(
 ) -> IGroup:
     from qdsmirror.groups.primary import PrimaryGroup
 
-    group: IGroup = PrimaryGroup(config, host, paths, reactor)
+    group: IGroup = PrimaryGroup(config, host, paths, reactor, runtime=_runtime(reactor))
     return group
 
 
@@ -67,7 +77,7 @@ def _remote(
 ) -> IGroup:
     from qdsmirror.groups.remote import RemoteGroup
 
-    group: IGroup = RemoteGroup(config, host, paths, reactor)
+    group: IGroup = RemoteGroup(config, host, paths, reactor, runtime=_runtime(reactor))
     return group
 
 
@@ -188,6 +198,7 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     names = " ".join(group_name(number) for number in arguments.groups)
     _begin_logging(f"[{arguments.role} {names}]")
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+    os.nice(_NICE[arguments.role])
     if arguments.role in ("driver", "pmd"):
         _protect_from_memory_pressure()
     groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}

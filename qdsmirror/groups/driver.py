@@ -106,14 +106,16 @@ class DriverGroup:
         )
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
+            self._listener = listen_nbd(
+                self.runtime.reactor, self._fd, {u.name: u for u in self.units}, self.runtime.budget
+            )
         except BaseException:
+            for unit in self.units:
+                unit.close()
             close_units(opened)
             raise
         self._serving = True
         self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())
-        self._listener = listen_nbd(
-            self.runtime.reactor, self._fd, {u.name: u for u in self.units}, self.runtime.budget
-        )
         if self.refresh_job is not None:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()

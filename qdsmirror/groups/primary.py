@@ -40,7 +40,7 @@ from qdsmirror.errors import (
 )
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.interfaces import IGroup
+from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import (
     HANDSHAKE_SECONDS,
     RECONNECT_SECONDS_MIN,
@@ -106,8 +106,8 @@ class PrimaryGroup:
         self.name = config.name
         self.runtime = runtime or Runtime.real(reactor)
         self._reactor = self.runtime.reactor
-        self._worker = self.runtime.quick_worker(f"{self.name} reader")
-        self._finder = self.runtime.slow_worker(f"{self.name} finder")
+        self._worker: IWorker
+        self._finder: IWorker
         self._secret = b""
         self._running: Deferred[None] | None = None
         self._driver: _WatermarkClient | None = None
@@ -133,6 +133,8 @@ class PrimaryGroup:
             self._secret = load_secret(self.paths, self.number)
             # Also reads the certificate and key: a broken one is told at once.
             client_options(self.host, self.config.secondary_host, server_name_for(self.number))
+            self._worker = self.runtime.quick_worker(f"{self.name} reader")
+            self._finder = self.runtime.slow_worker(f"{self.name} finder")
             self._running = ensureDeferred(self._run())
             self._running.addErrback(self._run_failed)
 

@@ -35,7 +35,7 @@ from qdsmirror.errors import (
     QdsError,
 )
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.interfaces import IGroup
+from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import RECEIVED_BYTES_MAX, UNAUTHENTICATED_MAX, UNMIRRORED_BYTES_MAX
 from qdsmirror.net.handshake import (
     IRemoteAuthority,
@@ -99,8 +99,8 @@ class RemoteGroup:
         self._notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self._intake: Intake | None = None
         self._durable = Cursor()
-        self._journal_worker = self.runtime.quick_worker(f"{self.name} journal")
-        self._mirror_worker = self.runtime.quick_worker(f"{self.name} mirror")
+        self._journal_worker: IWorker
+        self._mirror_worker: IWorker
         self._link: Link | None = None
         self._handshakes = 0
         self._received: deque[_Received] = deque()
@@ -138,6 +138,8 @@ class RemoteGroup:
                 "{group}: replayed {count} frames of the journal", group=self.name, count=replayed
             )
         self.mirror = mirror
+        self._journal_worker = self.runtime.quick_worker(f"{self.name} journal")
+        self._mirror_worker = self.runtime.quick_worker(f"{self.name} mirror")
         self._stand_at(mirror.applied)
         self._say("connecting", "waiting for the primary")
         self._tick()
