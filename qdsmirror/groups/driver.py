@@ -273,6 +273,8 @@ class DriverGroup:
             self._tail_end(unit) > unit.writelog.durable_tail
             or unit.applied_sequence > unit.synced_sequence
             for unit in self.units
+            # A checkpoint leaves a failed one as it is: asking again would not end.
+            if not unit.errors
         ):
             self.checkpoint()
 
