@@ -79,8 +79,10 @@ UNAPPLIED_BYTES_MAX = 32 * MIB
 SCAN_AHEAD_BYTES = 2 * UNAPPLIED_BYTES_MAX
 #: Payload and read bytes of unanswered requests, for all connections of one child.
 REQUEST_BUDGET_BYTES = 32 * MIB
-#: Without anyone waiting for durability, commits are at least this far apart.
-COMMIT_INTERVAL_SECONDS = 0.001
+#: Without anyone waiting for durability, a commit follows a write this soon ...
+COMMIT_DELAY_SECONDS = 0.001
+#: ... but under load commits are this far apart: each one costs all three daemons a turn.
+COMMIT_INTERVAL_SECONDS = 0.004
 
 # -- NBD (security.md 6) ------------------------------------------------------------------------
 NBD_PAYLOAD_BYTES_MAX = 32 * MIB

@@ -31,7 +31,7 @@ from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import IGroup
-from qdsmirror.limits import COMMIT_INTERVAL_SECONDS, UNAPPLIED_BYTES_MAX
+from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.paths import Paths
 from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
@@ -68,7 +68,6 @@ class DriverGroup:
         self.runtime = runtime or Runtime.real(reactor)
         self.units: list[DriverUnit] = []
         self.always_durable = config.durability == "always"
-        self.commit_interval = COMMIT_INTERVAL_SECONDS
         self.modes = GroupModes(self.runtime.wall())
         self.lag = LagClock()
         self.generation = b""

@@ -24,7 +24,11 @@ from qdsmirror.core.pending import PendingIndex, overlay
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.ring import Placement
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
-from qdsmirror.limits import ZERO_ENTRY_BYTES_MAX
+from qdsmirror.limits import (
+    COMMIT_DELAY_SECONDS,
+    COMMIT_INTERVAL_SECONDS,
+    ZERO_ENTRY_BYTES_MAX,
+)
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.writelog import Writelog, Writes
 
@@ -116,6 +120,7 @@ class DriverUnit:
         self._pump_again = False
         self._committing = False
         self._commit_call: Any = None
+        self._committed_at = 0.0
         self._applying = False
         self._appended: deque[UnitFrame] = deque()
         self._durable: deque[UnitFrame] = deque()
@@ -442,7 +447,7 @@ class DriverUnit:
     # -- committing ---------------------------------------------------------------------------
 
     def _commit(self) -> None:
-        """Make what is appended durable: at once if somebody waits, else within a millisecond."""
+        """Make what is appended durable: at once if somebody waits, else in company."""
         if self._committing or not self._appended or self.errors:
             return
         if self._urgent or self.group.hurry:
@@ -451,8 +456,10 @@ class DriverUnit:
                 self._commit_call = None
             self._commit_now()
         elif self._commit_call is None:
-            self._commit_call = self.group.runtime.reactor.callLater(
-                self.group.commit_interval, self._commit_later
+            reactor = self.group.runtime.reactor
+            since = reactor.seconds() - self._committed_at
+            self._commit_call = reactor.callLater(
+                max(COMMIT_DELAY_SECONDS, COMMIT_INTERVAL_SECONDS - since), self._commit_later
             )
 
     def _commit_later(self) -> None:
@@ -469,6 +476,7 @@ class DriverUnit:
 
     def _committed(self, count: int, _result: None, error: BaseException | None) -> None:
         self._committing = False
+        self._committed_at = self.group.runtime.reactor.seconds()
         if error is not None:
             self.fail("writelog", self.config.writelog_device, error)
             return
