@@ -29,7 +29,10 @@ from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.ring import Placement
 from qdsmirror.core.stream import Message
 from qdsmirror.errors import (
+    BrokenError,
+    ConfigError,
     DeviceFailedError,
+    IdentityError,
     MismatchError,
     ProtocolError,
     QdsError,
@@ -167,6 +170,7 @@ class RemoteGroup:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._journal()
         yield self._quiet()
         if not self.failed:
             self._checkpoint()
@@ -239,8 +243,13 @@ class RemoteGroup:
     def refused(self, error: QdsError) -> None:
         """Learn why a connection did not become a stream."""
         self._notes.append(f"refused: {error.message}")
-        if self._link is None:
+        if self._link is not None:
+            return
+        if isinstance(error, (IdentityError, ConfigError, BrokenError)):
             self._say("refused", error.message, error.exit_code)
+        else:
+            # A connection that broke says nothing about the next one.
+            self._say("connecting", error.message)
 
     def supersede(self) -> None:
         """End the present session: an authenticated peer is about to begin another.
@@ -471,7 +480,9 @@ class RemoteGroup:
             return
         self._checkpointing = True
         self._entries_at_checkpoint = self.mirrored_gsn
-        self._mirror_worker.run(partial(mirror.checkpoint, upto), self._checkpointed)
+        self._mirror_worker.run(
+            partial(mirror.checkpoint, upto, self._durable), self._checkpointed
+        )
 
     def _checkpointed(self, _result: None, error: BaseException | None) -> None:
         self._checkpointing = False
@@ -532,7 +543,7 @@ class RemoteGroup:
             "refresh": None,
             "verify": None,
             "driver": {"pid": None},
-            "pmd": {"pid": None, "state": self.link_state["state"]},
+            "pmd": {**self.link_state, "pid": None},
             "rmd": {"pid": os.getpid(), **self.link_state},
             "ldsus": [
                 {
