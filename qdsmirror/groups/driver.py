@@ -330,7 +330,7 @@ class DriverGroup:
     def _cursors(self, unit: DriverUnit) -> dict[str, Any]:
         """Give what a superblock says of an LDSU's log and of its part of a refresh."""
         index = unit.index
-        tail_gsn = min(self.applied_gsn, self.committed_gsn) + 1
+        tail_gsn = min(self.applied_gsn, unit.committed_gsn) + 1
         if unit.committed_end <= unit.applied_end:
             tail = Cursor(unit.committed_end, tail_gsn, {index: unit.committed_point})
         else:
@@ -492,7 +492,7 @@ class DriverGroup:
                              unit.writelog.ring.align],
                     "tail": Cursor(
                         unit.committed_end,
-                        self.committed_gsn + 1,
+                        unit.committed_gsn + 1,
                         {unit.index: unit.committed_point},
                     ).to_json(),
                     "durable": unit.durable_end,
@@ -522,6 +522,7 @@ class DriverGroup:
             if unit.committed_end <= row.position <= unit.durable_end:
                 unit.committed_end = row.position
                 unit.committed_point = row.point
+                unit.committed_gsn = max(committed, unit.committed_gsn)
         job = self.refresh_job
         if job is not None and job.was_committed(committed):
             self._end_refresh()

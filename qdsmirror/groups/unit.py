@@ -149,6 +149,9 @@ class DriverUnit:
         tail = self.writelog.superblock.tail
         self.committed_end = tail.position
         self.committed_point = tail.point(self.index)
+        #: Every frame behind that place has a later GSN.  Not the group's committed GSN: a crash
+        #: between two superblocks leaves tails of different age.
+        self.committed_gsn = tail.gsn - 1
         self.writelog.head = cursor.position
 
     # -- IExport ------------------------------------------------------------------------------
