@@ -118,6 +118,9 @@ class INbdConnection(Interface):
     def answer_error(request: Request, errno_code: int, message: str) -> None:
         """Answer with an error: a Python ``errno`` number, mapped to NBD's, and one line."""
 
+    def abandon(requests: Sequence[Request]) -> None:
+        """Leave requests unanswered for good and cut the client off, so that it asks again."""
+
     def answer_status(request: Request, extents: Sequence[tuple[int, int]]) -> None:
         """Answer a block status: (length, flags) pairs, flags of ``base:allocation``."""
 

@@ -159,11 +159,14 @@ class DriverGroup:
         """Answer what was accepted, make everything durable and applied, close the devices."""
         if not self._serving:
             return
-        if self._listener is not None:
-            yield self._listener.stopListening()
-            yield self._listener.disconnect_all()
+        yield self._listener.stopListening()
+        gone = self._listener.disconnect_all()
         if self.refresh_job is not None:
             self.refresh_job.stop()
+        # With a full writelog they would wait for a secondary that may never come.
+        for unit in self.units:
+            unit.leave()
+        yield gone
         while any(unit.busy for unit in self.units):
             idle: Deferred[None] = Deferred()
             self._idle.append(idle)

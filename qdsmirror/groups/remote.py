@@ -480,9 +480,7 @@ class RemoteGroup:
             return
         self._checkpointing = True
         self._entries_at_checkpoint = self.mirrored_gsn
-        self._mirror_worker.run(
-            partial(mirror.checkpoint, upto, self._durable), self._checkpointed
-        )
+        self._mirror_worker.run(partial(mirror.checkpoint, upto, self._durable), self._checkpointed)
 
     def _checkpointed(self, _result: None, error: BaseException | None) -> None:
         self._checkpointing = False

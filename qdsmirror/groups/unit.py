@@ -126,6 +126,7 @@ class DriverUnit:
         self._durable: deque[UnitFrame] = deque()
         self._flushes: deque[tuple[int, Request]] = deque()
         self._urgent = False
+        self._leaving = False
         self._reset(reached)
 
     @property
@@ -218,7 +219,10 @@ class DriverUnit:
                 request.state = state
                 if not self._queue or self._queue[0] is not request:
                     self._queue.appendleft(request)
-            self.group.want_space()
+            if self._leaving:
+                self._abandon({request.connection for request in self._queue})
+            else:
+                self.group.want_space()
             return False
         frame, writes = self._frame(frames.ENTRIES, placement, entries)
         frame.weight = payload
@@ -230,13 +234,23 @@ class DriverUnit:
     def _drop_dead(self) -> None:
         """Forget queued requests of connections that are gone (rules.md 19)."""
         gone = {c for c in {r.connection for r in self._queue} if c.hung_up()}
-        if not gone:
-            return
-        kept = deque(r for r in self._queue if r.connection not in gone)
-        for request in self._queue:
-            if request.connection in gone:
-                request.connection.answer_error(request, errno.ESHUTDOWN, "connection is gone")
-        self._queue = kept
+        if gone:
+            self._abandon(gone)
+
+    def leave(self) -> None:
+        """Wait for space no more: the driver stops, and clients ask again when it is back."""
+        self._leaving = True
+        self.pump()
+
+    def _abandon(self, connections: set[INbdConnection]) -> None:
+        dropped: dict[INbdConnection, list[Request]] = {one: [] for one in connections}
+        for request in (*self._queue, *self._held):
+            if request.connection in connections:
+                dropped[request.connection].append(request)
+        self._queue = deque(r for r in self._queue if r.connection not in connections)
+        self._held = [r for r in self._held if r.connection not in connections]
+        for connection, requests in dropped.items():
+            connection.abandon(requests)
 
     def _gather(self) -> tuple[list[Entry], list[Request], list[tuple[Request, int]]]:
         """Take entries for one frame off the queue.

@@ -364,6 +364,13 @@ class NbdConnection(Protocol):
         self._budget.give(nbd.request_cost(request))
         self._reply([nbd.error_reply(request, errno_code, message, self._structured)])
 
+    def abandon(self, requests: Sequence[Request]) -> None:
+        """Leave requests unanswered for good, and cut the client off: it asks again elsewhere."""
+        self._unanswered -= len(requests)
+        held = sum(nbd.request_cost(request) for request in requests)
+        self._abort("its requests are left to its next connection")
+        self._budget.give(held)
+
     def answer_status(self, request: Request, extents: Sequence[tuple[int, int]]) -> None:
         """Answer a block status."""
         if not any(length > 0 for length, _ in extents):

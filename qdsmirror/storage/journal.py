@@ -133,7 +133,7 @@ class Mirror:
             )
         self.journal.head = reached.position
         self.applied = reached
-        self.checkpoint(reached, both=True)
+        self.checkpoint(reached, reached, both=True)
         return count
 
     def apply(self, changes: Iterable[Change]) -> None:
@@ -168,14 +168,18 @@ class Mirror:
             device.fdatasync()
         self.journal.update(both=True, coherent=True, reason="", refresh=None)
 
-    def checkpoint(self, upto: Cursor, *, both: bool = False) -> None:
-        """Sync the mirror devices and free the journal up to a place that is applied."""
+    def checkpoint(self, upto: Cursor, durable: Cursor, *, both: bool = False) -> None:
+        """Sync the mirror devices and free the journal up to a place that is applied.
+
+        :param durable: behind the last frame that is durable in the journal: a later scan that
+            does not come so far has found corruption (rules.md 6).
+        """
         for device in self.devices:
             device.fdatasync()
         self.journal.update(
             both=both,
             tail=upto,
             applied=upto,
-            head=upto,
-            durable_gsn=upto.gsn - 1,
+            head=durable,
+            durable_gsn=durable.gsn - 1,
         )

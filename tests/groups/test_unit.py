@@ -283,7 +283,7 @@ class FrameTests(SynchronousTestCase):
         alive.write(unit, BLOCK, unique(2))
         world.settle()
         self.assertEqual(dead.done, [])
-        self.assertEqual(list(dead.errors), [stale])
+        self.assertEqual(dead.abandoned, [stale])
         self.assertEqual(world.data().content()[BLOCK : 2 * BLOCK], unique(2))
         self.assertNotIn(unique(1), world.log().content())
 
@@ -301,7 +301,7 @@ class FrameTests(SynchronousTestCase):
         for _ in range(20):
             world.settle()
             world.commit()
-        self.assertEqual(len(dead.errors), waiting)
+        self.assertEqual(len(dead.abandoned), waiting)
         self.assertEqual(world.data().content()[99 * BLOCK : 100 * BLOCK], unique(1000))
 
     def test_unapplied_bytes_are_bounded(self) -> None:

@@ -82,6 +82,8 @@ class FakeConnection:
         self.data: dict[Request, bytes] = {}
         self.errors: dict[Request, int] = {}
         self.extents: dict[Request, list[tuple[int, int]]] = {}
+        self.abandoned: list[Request] = []
+        self.abandoned: list[Request] = []
         self.gone = False
 
     def answer(self, requests: Sequence[Request]) -> None:
@@ -97,9 +99,20 @@ class FakeConnection:
         self._once(request)
         self.errors[request] = errno_code
 
+    def abandon(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._once(request)
+            self.abandoned.append(request)
+        self.gone = True
+
     def answer_status(self, request: Request, extents: Sequence[tuple[int, int]]) -> None:
         self._once(request)
         self.extents[request] = list(extents)
+
+    def abandon(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._once(request)
+            self.abandoned.append(request)
 
     def hung_up(self) -> bool:
         return self.gone
@@ -108,7 +121,10 @@ class FakeConnection:
         assert not self.answered(request), f"answered twice: {request}"
 
     def answered(self, request: Request) -> bool:
-        return any(request in kept for kept in (self.done, self.data, self.errors, self.extents))
+        return any(
+            request in kept
+            for kept in (self.done, self.data, self.errors, self.extents, self.abandoned)
+        )
 
     # -- asking -------------------------------------------------------------------------------
 
