@@ -95,6 +95,12 @@ class HostedGroup:
         self._lock.run(self._stop)
         return self._lock.run(self._start)
 
+    def hint(self) -> None:
+        """Tell the group that something may have been mended: a refused link is tried again."""
+        retry = getattr(self.group, "retry", None)
+        if retry is not None:
+            retry()
+
     def adopt(self, descriptor: int) -> None:
         """Give an accepted connection to the group, or close it."""
         adopt = getattr(self.group, "adopt", None)
@@ -228,7 +234,10 @@ class Hosting:
         return gatherResults([one.stop() for one in self._groups.values()])
 
     def ordered(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        """Do what the master says: ``start``, ``stop``, ``restart`` or ``adopt`` a group."""
+        """Do what the master says with a group.
+
+        ``start``, ``stop``, ``restart``, ``adopt`` a connection, or take a ``hint``.
+        """
         order, number = message.get("order"), message.get("group")
         group = self._groups.get(number) if isinstance(number, int) else None
         if order == "start" and isinstance(number, int) and group is None:
@@ -237,6 +246,8 @@ class Hosting:
             group.adopt(descriptors.pop())
         elif order == "restart" and group is not None:
             group.restart()
+        elif order == "hint" and group is not None:
+            group.hint()
         elif order == "stop" and group is not None:
             del self._groups[group.number]
             group.stop().addCallback(lambda _: group.close())

@@ -170,6 +170,11 @@ class Child(ProcessProtocol):
         else:
             self._order("restart", number)
 
+    def hint(self, number: int) -> None:
+        """Tell a running group that something may have been mended."""
+        if self._process is not None:
+            self._order("hint", number)
+
     def kick(self) -> None:
         """Start a child that waits or has failed now, with a fresh back-off."""
         if self._process is None:
@@ -336,7 +341,10 @@ class Supervisor:
             child.restart(number)
 
     def retry(self) -> list[int]:
-        """Try again every group that has failed or waits; give their numbers."""
+        """Try again every group that has failed or waits; give their numbers.
+
+        The others are told, so that one whose link was refused tries that again.
+        """
         numbers = []
         for child in self.children:
             ill = [n for n, group in child.groups.items() if group.state in ("failed", "retrying")]
@@ -344,8 +352,11 @@ class Supervisor:
             if child.pid is None:
                 child.kick()
             else:
-                for number in ill:
-                    child.restart(number)
+                for number in child.groups:
+                    if number in ill:
+                        child.restart(number)
+                    else:
+                        child.hint(number)
         return sorted(numbers)
 
     def adopt(self, number: int, descriptor: int) -> bool:

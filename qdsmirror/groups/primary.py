@@ -160,7 +160,8 @@ class PrimaryGroup:
         return ensureDeferred(end())
 
     def _run_failed(self, failure: Failure) -> None:
-        if not isinstance(failure.value, CancelledError):
+        # A connection attempt that is cancelled by a stop fails in its own way.
+        if self._running is not None and not failure.check(CancelledError):
             self.log.failure("{group}: pmd", failure, group=self.name)
             self._say("refused", f"internal error: {failure.getErrorMessage()}", 1)
 
@@ -273,6 +274,11 @@ class PrimaryGroup:
         """Learn of a refresh: it may overcome what a connection was refused for."""
         self._refresh = refresh
         if refresh is not None:
+            self._wake()
+
+    def retry(self) -> None:
+        """Do not wait any longer after a refusal: the operator says that something has changed."""
+        if self.link_state["state"] == "refused":
             self._wake()
 
     def driver_lost(self, client: _WatermarkClient) -> None:
