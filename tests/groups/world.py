@@ -109,11 +109,6 @@ class FakeConnection:
         self._once(request)
         self.extents[request] = list(extents)
 
-    def abandon(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._once(request)
-            self.abandoned.append(request)
-
     def hung_up(self) -> bool:
         return self.gone
 

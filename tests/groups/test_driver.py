@@ -1,0 +1,449 @@
+"""The driver's group: tail, checkpoints, recovery after any end, attachments."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from qdsmirror.core import nbd, watermark
+from qdsmirror.core.records import Cursor, Point
+from qdsmirror.core.watermark import Committed
+from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
+from qdsmirror.groups.outbound import OutUnit
+from qdsmirror.storage.writelog import read_superblock
+from tests.fakes import at_random, nothing
+from tests.groups.world import BLOCK, GENERATION, KIB, DriverWorld, FakeConnection, unique
+
+
+class TailTests(SynchronousTestCase):
+    """TAIL: never past what is not committed, or not applied and synced."""
+
+    def test_tail_waits_for_the_commit(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.attach()
+        for number in range(3):
+            world.client.write(unit, number * BLOCK, unique(number))
+        world.settle(3)
+        superblock = read_superblock(world.log())
+        self.assertEqual(superblock.tail.position, 0)
+        self.assertEqual(superblock.applied.position, unit.durable_end)
+        self.assertEqual(superblock.durable_gsn, 3)
+        world.commit(2)
+        world.settle(3)
+        superblock = read_superblock(world.log())
+        self.assertEqual(superblock.tail.position, world.frames[1].end)
+        self.assertEqual(superblock.tail.gsn, 3)
+        world.commit(3)
+        world.settle(3)
+        self.assertEqual(read_superblock(world.log()).tail.position, unit.durable_end)
+        self.assertEqual(unit.writelog.used_bytes, 0)
+
+    def test_tail_waits_for_apply_and_sync(self) -> None:
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        world.attach()
+        world.client.write(unit, 0, unique(1))
+        world.step("qds0 writelog")
+        world.reactor.advance(0.01)
+        world.step("qds0 commit")
+        world.commit()
+        self.assertEqual(world.group.committed_gsn, 1)
+        # Committed at the secondary, not yet applied here.
+        world.reactor.advance(2)
+        world.steps["qds0 commit"].step_all()
+        self.assertEqual(read_superblock(world.log()).tail.position, 0)
+        # Applied, not yet synced.
+        world.step("qds0 data")
+        world.steps["qds0 commit"].step_all()
+        self.assertEqual(read_superblock(world.log()).tail.position, 0)
+        self.assertEqual(world.group.applied_gsn, 0)
+        world.settle(3)
+        self.assertEqual(read_superblock(world.log()).tail.position, unit.durable_end)
+        self.assertEqual(world.data().durable()[:BLOCK], unique(1))
+
+    def test_applied_is_contiguous_over_the_group(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.client.write(first, 0, unique(1))
+        world.client.write(second, 0, unique(2))
+        for name in ("qds0 writelog", "qds1 writelog"):
+            world.step(name)
+        world.reactor.advance(0.01)
+        for name in ("qds0 commit", "qds1 commit", "qds1 data"):
+            world.step(name)
+        world.reactor.advance(1.5)
+        for _ in range(3):
+            for name in ("qds1 data", "qds1 commit", "qds0 commit"):
+                world.steps[name].step_all()
+        self.assertEqual(second.synced_sequence, 1)
+        self.assertEqual(world.group.applied_gsn, 0)
+        self.assertEqual(read_superblock(world.log(1)).applied.position, 0)
+        world.settle(3)
+        self.assertEqual(world.group.applied_gsn, 2)
+        self.assertGreater(read_superblock(world.log(1)).applied.position, 0)
+
+    def test_durable_gsn_has_no_gap(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.attach()
+        world.client.write(first, 0, unique(1))
+        world.client.write(second, 0, unique(2))
+        world.step("qds1 writelog")
+        world.reactor.advance(0.01)
+        world.step("qds1 commit")
+        self.assertEqual(world.group.durable_gsn, 0)
+        world.step("qds0 writelog")
+        world.reactor.advance(0.01)
+        world.step("qds0 commit")
+        self.assertEqual(world.group.durable_gsn, 2)
+
+    def test_commit_beyond_what_is_durable_is_refused(self) -> None:
+        world = DriverWorld(self)
+        world.start()
+        world.attach()
+        world.commit(7, [])
+        self.assertEqual(world.group.committed_gsn, 0)
+        self.assertIn("only 0 is durable", world.group.status()["errors"][0])
+
+    def test_checkpoint_after_many_entries(self) -> None:
+        world = DriverWorld(self, metadata_entries=4, metadata_seconds=60.0)
+        unit = world.start()
+        counter = read_superblock(world.log()).counter
+        for number in range(12):
+            world.client.write(unit, number * BLOCK, unique(number))
+            world.reactor.advance(0.01)
+        superblock = read_superblock(world.log())
+        self.assertGreater(superblock.counter, counter)
+        self.assertGreaterEqual(superblock.applied.gsn, 8)
+
+    def test_idle_group_writes_no_superblock(self) -> None:
+        world = DriverWorld(self)
+        world.start()
+        world.settle(5)
+        counter = read_superblock(world.log()).counter
+        world.settle(50)
+        self.assertEqual(read_superblock(world.log()).counter, counter)
+
+
+class RecoveryTests(SynchronousTestCase):
+    """Whatever ended the driver, the next one stands where the answers were."""
+
+    def test_answered_writes_survive_a_kill_at_any_point(self) -> None:
+        for seed in range(15):
+            self._one_life(seed, power_cut=False)
+
+    def test_flushed_writes_survive_a_power_cut_at_any_point(self) -> None:
+        for seed in range(15):
+            self._one_life(seed, power_cut=True)
+
+    def _one_life(self, seed: int, power_cut: bool) -> None:
+        """Three lives of a driver under writes and flushes, each ended at a random step."""
+        random = Random(seed)
+        world = DriverWorld(self, ldsus=2, log=256 * KIB, stepped=True)
+        blocks = 24
+        # By (LDSU, block): what must at least be there, and what may be there instead.
+        must: dict[tuple[int, int], int] = {}
+        may: dict[tuple[int, int], list[int]] = {}
+        number = 0
+        for _ in range(3):
+            world.start()
+            world.attach()
+            self._assert_content(world, must, may, f"seed {seed}")
+            issued: list[tuple[nbd.Request, tuple[int, int], int]] = []
+            covered: list[tuple[nbd.Request, list[tuple[tuple[int, int], int]]]] = []
+            for _ in range(random.randrange(5, 120)):
+                action = random.random()
+                index = random.randrange(2)
+                unit = world.group.units[index]
+                if action < 0.3:
+                    number += 1
+                    place = (index, random.randrange(blocks))
+                    fua = random.random() < 0.2
+                    request = world.client.write(unit, place[1] * BLOCK, unique(number), fua=fua)
+                    may.setdefault(place, []).append(number)
+                    issued.append((request, place, number))
+                    if fua:
+                        covered.append((request, [(place, number)]))
+                elif action < 0.35:
+                    before = [
+                        (p, n) for r, p, n in issued if p[0] == index and world.client.answered(r)
+                    ]
+                    covered.append((world.client.flush(unit), before))
+                elif action < 0.4:
+                    world.reactor.advance(random.choice((0.001, 0.6)))
+                elif action < 0.42:
+                    world.commit()
+                else:
+                    random.choice(list(world.steps.values())).step()
+            if power_cut:
+                kept = [one for r, some in covered if r in world.client.done for one in some]
+                world.crash(at_random(random))
+            else:
+                kept = [(p, n) for r, p, n in issued if r in world.client.done]
+                world.kill()
+            for place, n in kept:
+                must[place] = max(n, must.get(place, 0))
+        world.start()
+        self._assert_content(world, must, may, f"seed {seed}")
+        world.kill()
+
+    def _assert_content(
+        self,
+        world: DriverWorld,
+        must: dict[tuple[int, int], int],
+        may: dict[tuple[int, int], list[int]],
+        told: str,
+    ) -> None:
+        for (index, block), numbers in may.items():
+            content = world.client.read(world.group.units[index], block * BLOCK, BLOCK)
+            self.assertEqual(content, world.data(index).content()[block * BLOCK :][:BLOCK])
+            least = must.get((index, block), 0)
+            allowed = [unique(n) for n in numbers if n >= least]
+            if not least:
+                allowed.append(bytes(BLOCK))
+            self.assertIn(content, allowed, f"{told}: LDSU {index} block {block}: DURABLE")
+
+    def test_lost_suffix_becomes_a_void_range(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.client.write(first, 0, unique(1))
+        world.client.write(second, 0, unique(2))
+        # Only the second LDSU's frame gets to its log.
+        world.step("qds1 writelog")
+        world.kill()
+        world.start()
+        self.assertEqual(world.group.next_gsn, 3)
+        self.assertEqual(world.group.durable_gsn, 2)
+        self.assertEqual(world.data(1).content()[:BLOCK], unique(2))
+        info = world.attach()
+        gsns = []
+        for unit, description in zip(world.group.units, info["units"], strict=True):
+            reader = unit.writelog.reader(Cursor.from_json(description["tail"]))
+            gsns += [(f.header.gsn_first, f.header.kind) for f in reader]
+        self.assertEqual(sorted(gsns), [(1, 2), (2, 1)])
+        world.kill()
+        # The void range is found again, not made again.
+        world.start()
+        self.assertEqual(world.group.next_gsn, 3)
+        self.assertEqual(world.group.units[0].framed_point.sequence, 2)
+
+    def test_replay_happens_again_when_it_was_interrupted(self) -> None:
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        world.client.write(unit, 0, unique(1))
+        world.step("qds0 writelog")
+        world.kill()
+        world.data().fail("fdatasync")
+        failure = self.failureResultOf(world.begin())
+        failure.trap(DeviceError, OSError)
+        self.assertTrue(world.data().closed and world.log().closed)
+        world.crash(nothing)
+        world.start()
+        self.assertEqual(world.data().durable()[:BLOCK], unique(1))
+
+    def test_lost_durable_frame_is_corruption(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        for number in range(3):
+            world.client.write(unit, number * BLOCK, unique(number), fua=True)
+        place = unit.writelog.ring.physical(world.frames[1].end) - BLOCK
+        world.kill()
+        world.log().corrupt(place, b"X")
+        failure = self.failureResultOf(world.begin(), CorruptError)
+        self.assertIn("/near/log0", failure.getErrorMessage() + "/near/log0")
+
+    def test_foreign_log_is_refused_and_everything_is_closed(self) -> None:
+        world = DriverWorld(self, ldsus=2)
+        world.devices["/near/log0"], world.devices["/near/log1"] = world.log(1), world.log(0)
+        failure = self.failureResultOf(world.begin(), BrokenError)
+        self.assertIn("writelog of qds1", failure.getErrorMessage())
+        self.assertTrue(world.data(0).closed and world.log(0).closed)
+
+    def test_stop_applies_everything_and_leaves_nothing_to_replay(self) -> None:
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        requests = [world.client.write(unit, n * BLOCK, unique(n)) for n in range(20)]
+        world.step("qds0 writelog", 2)
+        stopped = world.group.stop()
+        self.assertNoResult(stopped)
+        world.settle()
+        self.successResultOf(stopped)
+        self.assertEqual(world.client.done, requests)
+        self.assertEqual(
+            world.data().durable()[: 20 * BLOCK], b"".join(unique(n) for n in range(20))
+        )
+        self.assertEqual(world.reactor.getDelayedCalls(), [])
+        self.assertTrue(world.data().closed and world.log().closed)
+        superblock = read_superblock(world.log().reopen())
+        self.assertEqual(superblock.applied.position, superblock.head.position)
+        self.assertEqual(superblock.applied.gsn, 21)
+
+    def test_stop_with_a_full_log_ends(self) -> None:
+        world = DriverWorld(self, log=256 * KIB)
+        unit = world.start()
+        for number in range(100):
+            world.client.write(unit, number * BLOCK, unique(number))
+        self.assertLess(len(world.client.done), 100)
+        world.client.gone = True  # what ending the NBD server makes of every client
+        stopped = world.group.stop()
+        world.settle(3)
+        self.successResultOf(stopped)
+
+    def test_numbers_go_on_after_a_restart(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.client.write(unit, 0, unique(1))
+        world.settle(2)
+        point = unit.framed_point
+        world.kill()
+        unit = world.start()
+        self.assertEqual(unit.framed_point, point)
+        world.client.write(unit, 0, unique(2))
+        self.assertEqual(world.frames[0].gsn_last, 2)
+        self.assertEqual(world.frames[0].sequence, 2)
+
+
+class AttachmentTests(SynchronousTestCase):
+    """What a pmd is told, and which pmd counts."""
+
+    def test_not_before_the_driver_serves(self) -> None:
+        world = DriverWorld(self)
+        world.start()
+        self.successResultOf(world.group.stop())
+        self.assertRaises(QdsError, world.group.attach_pmd)
+
+    def test_pmd_learns_what_is_durable_and_reads_it(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        info, descriptors, end = world.group.attach_pmd()
+        self.addCleanup(os.close, end)
+        self.addCleanup(os.close, descriptors[0])
+        world.client.write(unit, 0, unique(1), fua=True)
+        said = list(watermark.WatermarkParser().feed(world.reactor.adopted[-1].transport.value()))
+        self.assertEqual(said[-1][0], watermark.DURABLE)
+        self.assertEqual(watermark.parse_durable(said[-1][1]), (1, [(0, unit.durable_end)]))
+        out = OutUnit.from_info(info["units"][0], GENERATION, descriptors[0])
+        frames = out.read_from(out.committed).read(1 << 20, unit.durable_end)
+        self.assertEqual([f.header.gsn_first for f in frames], [1])
+        self.assertRaises(OSError, os.write, descriptors[0], b"x")
+
+    def test_pmd_that_reads_slowly_gets_the_newest_state(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.attach()
+        world.pmd.pauseProducing()
+        for number in range(10):
+            world.client.write(unit, 0, unique(number), fua=True)
+        self.assertEqual(world.pmd.transport.value(), b"")
+        world.pmd.resumeProducing()
+        said = list(watermark.WatermarkParser().feed(world.pmd.transport.value()))
+        self.assertEqual(
+            [watermark.parse_durable(s[1]) for s in said], [(10, [(0, unit.durable_end)])]
+        )
+
+    def test_only_the_latest_attachment_counts(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.attach()
+        old = world.pmd
+        world.attach()
+        self.assertTrue(old.transport.disconnecting)
+        world.client.write(unit, 0, unique(1), fua=True)
+        world.pmd, new = old, world.pmd
+        world.commit()
+        old.dataReceived(watermark.pack_json(watermark.LINK, {"state": "connected", "reason": ""}))
+        self.assertEqual(world.group.committed_gsn, 0)
+        self.assertEqual(world.group.state.value, "accumulating")
+        old.connectionLost()
+        new.dataReceived(
+            watermark.pack_json(
+                watermark.LINK, {"state": "connected", "reason": "", "code": 0, "pid": 7}
+            )
+        )
+        world.pmd = new
+        world.commit()
+        self.assertEqual(world.group.committed_gsn, 1)
+        self.assertEqual(world.group.status()["state"], "connected")
+        self.assertEqual(world.group.status()["pmd"]["pid"], 7)
+        new.connectionLost()
+        self.assertEqual(world.group.status()["state"], "accumulating")
+        self.assertEqual(world.group.status()["pmd"]["state"], "stopped")
+
+    def test_babble_ends_the_attachment(self) -> None:
+        world = DriverWorld(self)
+        world.start()
+        world.attach()
+        world.pmd.dataReceived(b"\xff" * 64)
+        self.assertTrue(world.pmd.transport.disconnecting)
+
+    def test_resume_after_a_kill_between_two_superblocks(self) -> None:
+        """The committed places of the LDSUs are of different age; each must still be readable."""
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.attach()
+        for number in range(4):
+            unit = (first, second)[number % 2]
+            world.client.write(unit, 0, unique(number))
+            world.settle(0.01)
+        world.commit()
+        world.reactor.advance(1.5)
+        for name in ("qds0 data", "qds1 data"):
+            world.steps[name].step_all()
+        world.steps["qds0 commit"].step_all()
+        world.kill()
+        places = [read_superblock(world.log(i)).tail for i in (0, 1)]
+        self.assertGreater(places[0].gsn, places[1].gsn)
+        world.start()
+        info, descriptors, end = world.group.attach_pmd()
+        for descriptor in (*descriptors, end):
+            self.addCleanup(os.close, descriptor)
+        for index, unit in enumerate(world.group.units):
+            out = OutUnit.from_info(info["units"][index], GENERATION, descriptors[index])
+            point = unit.framed_point
+            found = out.find(Point(point.sequence, point.chain))
+            self.assertEqual(found.position, unit.durable_end)
+
+    def test_places_outside_the_log_are_ignored(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.attach()
+        world.client.write(unit, 0, unique(1), fua=True)
+        world.commit(1, [Committed(0, unit.durable_end + BLOCK, 9, bytes(16))])
+        self.assertEqual(unit.committed_end, 0)
+
+
+class StatusTests(SynchronousTestCase):
+    """What qdsinfo is told."""
+
+    def test_lag_grows_with_time_and_ends_with_the_commit(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        world.attach()
+        self.assertEqual(world.group.status()["lag"], {"entries": 0, "bytes": 0, "seconds": 0.0})
+        for number in range(3):
+            world.client.write(unit, number * BLOCK, unique(number))
+            world.reactor.advance(1)
+        told = world.group.status()
+        self.assertEqual(told["lag"]["entries"], 3)
+        self.assertGreaterEqual(told["lag"]["bytes"], 3 * BLOCK)
+        self.assertAlmostEqual(told["lag"]["seconds"], 3.0, 1)
+        world.commit(2)
+        self.assertAlmostEqual(world.group.status()["lag"]["seconds"], 1.0, 1)
+        world.commit(3)
+        told = world.group.status()
+        self.assertEqual((told["lag"]["entries"], told["lag"]["seconds"]), (0, 0.0))
+        self.assertEqual(
+            told["gsn"],
+            {"written": 3, "durable": 3, "applied": 3, "sent": 3, "committed": 3, "mirrored": 3},
+        )
+
+    def test_client_that_is_gone_is_forgotten(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        connection = FakeConnection()
+        unit.attach(connection)
+        unit.detach(connection)
+        self.assertEqual(unit.connections, set())
