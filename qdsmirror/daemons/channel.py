@@ -2,7 +2,8 @@
 
 A pair of Unix sockets that keep message boundaries (``SOCK_SEQPACKET``).  The master sends
 orders (``start``, ``stop``, ``restart``, ``hint``, ``adopt``), the child reports the states of its
-groups.  It is also the *control pipe*: its end tells a child that the master is gone, however it died.
+groups.  It is also the *control pipe*: its end tells a child that the master is gone, however it
+died.
 """
 
 from __future__ import annotations

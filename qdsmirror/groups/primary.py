@@ -161,7 +161,7 @@ class PrimaryGroup:
 
     def _run_failed(self, failure: Failure) -> None:
         # A connection attempt that is cancelled by a stop fails in its own way.
-        if self._running is not None and not failure.check(CancelledError):
+        if self._running is not None and not isinstance(failure.value, CancelledError):
             self.log.failure("{group}: pmd", failure, group=self.name)
             self._say("refused", f"internal error: {failure.getErrorMessage()}", 1)
 
