@@ -58,21 +58,22 @@ class World(LabFixture):
         test.addCleanup(self._untangle)
 
     def _untangle(self) -> Deferred[None]:
-        return deferToThread(self._untangle_now)
+        return deferToThread(self.untangle)
 
-    def _untangle_now(self) -> None:
+    def untangle(self) -> None:
         """Take away mounts and loop devices; what serves them is killed, so nothing hangs."""
         self.kill_all()
         for place in reversed(self._mounts):
             _try("umount", "--lazy", str(place))
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            place_text = line.split(" ")[1]
-            if place_text.startswith(str(self.base)):
-                _try("umount", "--lazy", place_text)
         listed = _try("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE")
         strays = [line.split()[0] for line in listed.splitlines() if str(self.base) in line]
         for loop in {*strays, *self._loops}:
             _try("losetup", "--detach", loop)
+        # After the loop devices: these no longer know their files' paths without the mounts.
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            place_text = line.split(" ")[1]
+            if place_text.startswith(str(self.base)):
+                _try("umount", "--lazy", place_text)
 
     # -- commands -----------------------------------------------------------------------------
 
