@@ -103,9 +103,16 @@ class DeviceError(QdsError):
 
 
 class DeviceFailedError(DeviceError):
-    """An I/O error was latched: nothing is acknowledged on this device any more (LOUD)."""
+    """An I/O error was latched: nothing is acknowledged on this device any more (LOUD).
+
+    :ivar path: the device, where one of ours has failed.
+    """
 
     code = "device-failed"
+
+    def __init__(self, message: str, hint: str = "", path: str = "") -> None:
+        super().__init__(message, hint)
+        self.path = path
 
 
 class ProtocolError(QdsError):

@@ -247,7 +247,7 @@ class MemoryDevice:
             raise self.faults[method].popleft()
 
     def _refusal(self) -> DeviceFailedError:
-        return DeviceFailedError(f"{self.role} {self.path} failed ({self.failed})")
+        return DeviceFailedError(f"{self.role} {self.path} failed ({self.failed})", path=self.path)
 
 
 @implementer(IWorker)

@@ -34,6 +34,7 @@ from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.paths import Paths
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
 
 _ERRORS_KEPT = 8
@@ -80,6 +81,7 @@ class DriverGroup:
         self.mirrored_gsn: int | None = None
         self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
+        self._latch = FailureLatch(paths.state_file(config.number))
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
@@ -99,6 +101,8 @@ class DriverGroup:
     @inlineCallbacks
     def start(self) -> Any:
         """Recover every device, then serve the LDSUs."""
+        for ldsu in self.config.ldsus:
+            self._latch.check((ldsu.data_device, ldsu.writelog_device))
         pool = self.runtime.reactor.getThreadPool()
         opened: list[OpenUnit] = yield deferToThreadPool(
             self.runtime.reactor, pool, open_units, self.config, self.runtime.open_device
@@ -261,9 +265,13 @@ class DriverGroup:
         self.notes.append(text)
         self.log.error("{group}: {text}", group=self.name, text=text)
 
-    def unit_failed(self, unit: DriverUnit, reason: str) -> None:
-        """Learn that an LDSU's device has failed."""
+    def unit_failed(self, path: str, reason: str, error: BaseException) -> None:
+        """Learn that a device has failed; a failed sync is remembered for good (rules.md 4)."""
         self.notes.append(reason)
+        try:
+            self._latch.record(path, error)
+        except QdsError as cause:
+            self.note_error(cause.message)
         self._note_idle()
 
     # -- checkpoints: metadata, tail, space ----------------------------------------------------

@@ -50,6 +50,7 @@ from qdsmirror.net.link import ILinkOwner, Link, LinkFactory
 from qdsmirror.net.tls import server_context_factory
 from qdsmirror.paths import Paths
 from qdsmirror.storage.journal import Change, Mirror
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.writelog import Writes
 
 _ERRORS_KEPT = 8
@@ -92,6 +93,7 @@ class RemoteGroup:
         self.name = config.name
         self.runtime = runtime or Runtime.real(reactor)
         self._reactor = self.runtime.reactor
+        self._latch = FailureLatch(paths.state_file(config.number))
         self.secret = b""
         self.mirror: Mirror | None = None
         self.epoch = 0
@@ -126,6 +128,9 @@ class RemoteGroup:
     def start(self) -> Any:
         """Open and lock everything, replay the journal, then take connections."""
         self.secret = load_secret(self.paths, self.number)
+        self._latch.check(
+            (self.config.journal_device, *(ldsu.mirror_device for ldsu in self.config.ldsus))
+        )
         server_context_factory(self.host, self.config.primary_host)
         pool = self._reactor.getThreadPool()
         mirror: Mirror = yield deferToThreadPool(
@@ -408,7 +413,7 @@ class RemoteGroup:
     ) -> None:
         self._journaling = False
         if error is not None:
-            self._fail(f"journal {self.config.journal_device} failed: {error}")
+            self._fail(f"journal {self.config.journal_device} failed: {error}", error)
             return
         points = dict(self._durable.points)
         size = 0
@@ -449,7 +454,7 @@ class RemoteGroup:
     def _applied(self, batch: list[_Received], _result: None, error: BaseException | None) -> None:
         self._mirroring = False
         if error is not None or self.mirror is None:
-            self._fail(f"a mirror device of {self.name} failed: {error}")
+            self._fail(f"a mirror device of {self.name} failed: {error}", error)
             return
         last = batch[-1]
         # Batches end where journal batches end, so the last frame knows every LDSU's point.
@@ -485,16 +490,21 @@ class RemoteGroup:
     def _checkpointed(self, _result: None, error: BaseException | None) -> None:
         self._checkpointing = False
         if error is not None:
-            self._fail(f"a mirror device or the journal of {self.name} failed: {error}")
+            self._fail(f"a mirror device or the journal of {self.name} failed: {error}", error)
             return
         self._journal_full = False
         self._journal()
         self._note_idle()
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, error: BaseException | None) -> None:
         """Latch a failure: nothing is acknowledged any more (LOUD)."""
         self.failed = self.failed or reason
         self._notes.append(reason)
+        if isinstance(error, DeviceFailedError):
+            try:
+                self._latch.record(error.path, error)
+            except QdsError as cause:
+                self._notes.append(cause.message)
         self.log.error("{group}: {reason}", group=self.name, reason=reason)
         self._drop_link(reason)
         self._say("refused", reason, DeviceFailedError.exit_code)

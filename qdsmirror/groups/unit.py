@@ -646,7 +646,7 @@ class DriverUnit:
             frame.waiting = []
         for request in waiting:
             request.connection.answer_error(request, errno.EIO, reason)
-        self.group.unit_failed(self, reason)
+        self.group.unit_failed(path, reason, error)
 
     @property
     def busy(self) -> bool:

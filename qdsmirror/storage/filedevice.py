@@ -265,6 +265,7 @@ class FileDevice:
             if cause is None
             else f"{self.role} {self.path}: {self.failed}",
             hint="check the disk (dmesg); writes since its last sync may be lost",
+            path=self.path,
         ) from cause
 
 

@@ -19,6 +19,7 @@ from qdsmirror.errors import BrokenError, DeviceError
 from qdsmirror.limits import WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog
 from qdsmirror.tools import cli
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 hint="compare `name` in qds.cfg with `host` in the group files",
             )
         made = _initialise(logs)
+        for number in {log.group.number for log in logs}:
+            FailureLatch(paths.state_file(number)).clear()
     if arguments.json:
         cli.print_json({"initialised": made})
     else:
