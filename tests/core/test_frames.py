@@ -211,3 +211,13 @@ class CodecTests(SynchronousTestCase):
             raw = make([], entry_count=1, gsn_count=1, body=[table, b"abc"])
             with self.assertRaises(CorruptError):
                 entries(parse_header(raw), raw)
+
+    def test_a_zero_entry_is_bounded(self) -> None:
+        for more in (0, 1):
+            table = pack_entry(0, ZERO_ENTRY_BYTES_MAX + more, frames.ZEROES)
+            raw = make([], entry_count=1, gsn_count=1, body=[table])
+            if more:
+                with self.assertRaises(CorruptError):
+                    entries(parse_header(raw), raw)
+            else:
+                self.assertEqual(len(entries(parse_header(raw), raw)), 1)
