@@ -57,6 +57,8 @@ class Link(Protocol):
         self._pinger.clock = reactor
         self._heard = 0.0
         self._reason = ""
+        self._deadline: Any = None
+        self._deaf = False
         self.can_send = True
         self.ended = False
 
@@ -84,23 +86,25 @@ class Link(Protocol):
     def pause_reading(self) -> None:
         """Take nothing more from the peer for a while."""
         if not self.ended:
+            self._deaf = True
             self.transport.pauseProducing()
 
     def resume_reading(self) -> None:
         """Take from the peer again."""
         if not self.ended:
+            self._deaf = False
             self._heard = self._reactor.seconds()
             self.transport.resumeProducing()
 
     def close(self, reason: str) -> None:
         """End the connection in order: the peer is told why."""
-        if not self.ended:
+        if not self.ended and self._deadline is None:
             self._reason = self._reason or reason
             self.send(stream.pack_bye(reason))
             self.transport.unregisterProducer()
             self.transport.loseConnection()
             # A peer that does not read cannot hold up the end.
-            self._reactor.callLater(PING_SECONDS, self._abort_unless_ended)
+            self._deadline = self._reactor.callLater(PING_SECONDS, self.transport.abortConnection)
 
     def abort(self, reason: str) -> None:
         """End the connection at once."""
@@ -108,12 +112,9 @@ class Link(Protocol):
         if not self.ended:
             self.transport.abortConnection()
 
-    def _abort_unless_ended(self) -> None:
-        if not self.ended:
-            self.transport.abortConnection()
-
     def _ping(self) -> None:
-        if self._reactor.seconds() - self._heard > SILENT_PEER_SECONDS:
+        # While we do not read, its silence says nothing of the peer.
+        if not self._deaf and self._reactor.seconds() - self._heard > SILENT_PEER_SECONDS:
             self.abort(f"the peer was silent for {SILENT_PEER_SECONDS:.0f} s")
         else:
             self.send(stream.pack_ping())
@@ -138,6 +139,8 @@ class Link(Protocol):
         self.ended = True
         if self._pinger.running:
             self._pinger.stop()
+        if self._deadline is not None and self._deadline.active():
+            self._deadline.cancel()
         self._owner.link_lost(self, self._reason or reason.getErrorMessage())
 
     def pauseProducing(self) -> None:  # noqa: N802
