@@ -63,14 +63,14 @@ DEVICE_NOWAIT_BYTES_MAX = MIB
 #: Extents told of one range; the rest counts as allocated.
 DEVICE_EXTENTS_MAX = 4096
 #: Jobs run on the reactor thread while their moving average stays below this ...
-INLINE_AVERAGE_SECONDS_MAX = 0.001
+INLINE_AVERAGE_SECONDS_MAX = 0.002
 #: ... and each of them below this.
-INLINE_JOB_SECONDS_MAX = 0.002
+INLINE_JOB_SECONDS_MAX = 0.004
 #: So long jobs go to the worker's thread after a slow one; doubled each time it happens again soon.
 INLINE_RETRY_SECONDS_MIN = 0.05
 INLINE_RETRY_SECONDS_MAX = 10.0
 #: Jobs that follow one another inline may keep the reactor thread this long.
-INLINE_BURST_SECONDS_MAX = 0.005
+INLINE_BURST_SECONDS_MAX = 0.01
 
 # -- driver -----------------------------------------------------------------------------------
 #: Answered or framed, not yet durable and applied; beyond it framing waits.

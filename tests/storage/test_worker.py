@@ -217,9 +217,9 @@ class WaveringWorkerTests(RealWorkerContract, TestCase):
 
         def clock() -> float:
             count[0] += 1
-            return count[0] * (0.003 if count[0] // 7 % 2 else 0.0009)
+            return count[0] * (0.005 if count[0] // 7 % 2 else 0.0009)
 
-        return AdaptiveWorker(reactor, clock=clock)
+        return AdaptiveWorker(reactor, clock=clock, usage=lambda: (clock(), 0))
 
 
 class ReadWorkersTests(RealWorkerContract, TestCase):
@@ -308,13 +308,18 @@ class AdaptingTests(TestCase):
     def setUp(self) -> None:
         self.reactor = FakeReactor()
         self.clock = Clock()
-        self.worker = AdaptiveWorker(self.reactor, clock=self.clock)
+        self.preempted = 0.0
+        self.waited = 0
+        self.worker = AdaptiveWorker(self.reactor, clock=self.clock, usage=self.usage)
         self.told: list[Any] = []
 
     def tearDown(self) -> None:
         stopped = self.worker.stop()
         self.reactor.turn()
         self.successResultOf(stopped)
+
+    def usage(self) -> tuple[float, int]:
+        return self.clock.now - self.preempted, self.waited
 
     def give(self, seconds: float = 0.0, result: Any = None) -> None:
         self.worker.run(self.clock.job(seconds, result), lambda got, _: self.told.append(got))
@@ -326,8 +331,25 @@ class AdaptingTests(TestCase):
         self.assertTrue(self.worker.inline)
         self.assertEqual(self.reactor.calls, [])
 
+    def test_a_job_that_lost_its_processor_is_not_slow(self) -> None:
+        def preempted() -> None:
+            self.clock.now += 0.05
+            self.preempted += 0.05
+
+        self.worker.run(preempted, lambda *_: None)
+        self.assertTrue(self.worker.inline)
+
+    def test_a_job_that_waited_is(self) -> None:
+        def waits() -> None:
+            self.clock.now += 0.05
+            self.preempted += 0.05
+            self.waited += 1
+
+        self.worker.run(waits, lambda *_: None)
+        self.assertFalse(self.worker.inline)
+
     def test_a_slow_job_sends_the_next_to_the_thread_for_a_while(self) -> None:
-        self.give(0.0021, 0)
+        self.give(0.0041, 0)
         self.assertFalse(self.worker.inline)
         self.give(0.0, 1)
         self.assertEqual(self.told, [0])
@@ -342,14 +364,14 @@ class AdaptingTests(TestCase):
         for _ in range(50):
             if not self.worker.inline:
                 break
-            self.give(0.0015)
+            self.give(0.003)
         self.assertFalse(self.worker.inline)
         self.assertGreater(len(self.told), 3)
 
     def test_the_while_doubles_up_to_a_bound(self) -> None:
         waits = []
         for _ in range(12):
-            self.give(0.003)
+            self.give(0.005)
             before = self.clock.now
             while not self.worker.inline:
                 self.clock.now += limits.INLINE_RETRY_SECONDS_MIN / 2
@@ -361,13 +383,13 @@ class AdaptingTests(TestCase):
         for wait, wanted in zip(waits, expected, strict=True):
             self.assertApproximates(wait, wanted, limits.INLINE_RETRY_SECONDS_MIN)
         self.clock.now += 2 * limits.INLINE_RETRY_SECONDS_MAX
-        self.give(0.003)
+        self.give(0.005)
         self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
         self.assertTrue(self.worker.inline)
 
     def test_never_overtakes_the_thread(self) -> None:
         gate = threading.Event()
-        self.give(0.003, 0)
+        self.give(0.005, 0)
         self.worker.run(lambda: gate.wait(10), lambda *_: self.told.append(1))
         self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
         self.assertFalse(self.worker.inline)
@@ -380,7 +402,7 @@ class AdaptingTests(TestCase):
         self.assertEqual(self.told, [0, 1, 2])
 
     def test_finished_but_untold_jobs_are_not_overtaken(self) -> None:
-        self.give(0.003, 0)
+        self.give(0.005, 0)
         self.give(0.0, 1)
         self.assertTrue(self.reactor.called.acquire(timeout=10))
         self.reactor.called.release()
@@ -396,7 +418,7 @@ class AdaptingTests(TestCase):
             self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
             self.give(0.0, 1)
 
-        self.give(0.003, 0)
+        self.give(0.005, 0)
         self.worker.run(lambda: None, more)
         self.reactor.turn()
         self.assertEqual(self.told, [0, 1])
