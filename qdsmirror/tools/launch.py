@@ -156,11 +156,12 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
     arguments = build_parser(name).parse_args(argv)
     daemon = _COMMANDS[name][0]
     paths = cli.paths_of(arguments)
+    log = paths.log_file(daemon.name)
     pid = running_pid(paths.pid_file(daemon.name))
     if pid is not None:
+        _wait_until_started(daemon, paths, None, log, 0)
         return _tell(arguments.json, f"{daemon.name} is already running (pid {pid})", pid)
     _check(daemon, paths)
-    log = paths.log_file(daemon.name)
     with open(log, "ab") as output:
         start = output.tell()
         process = subprocess.Popen(
@@ -186,21 +187,24 @@ def _tell(as_json: bool, text: str, pid: int | None) -> int:
 
 
 def _wait_until_started(
-    daemon: _Daemon, paths: Paths, process: subprocess.Popen[bytes], log: Path, start: int
+    daemon: _Daemon, paths: Paths, process: subprocess.Popen[bytes] | None, log: Path, start: int
 ) -> dict[str, Any]:
-    """Wait until every group of a fresh master serves; give the master's status.
+    """Wait until every group of a master serves; give the master's status.
 
+    :param process: the master, unless it ran before.
     :raises QdsError: the master ended, a group does not start, or it takes too long.
     """
     client = ControlClient(paths.control_socket(daemon.name))
     begun = time.monotonic()
     while True:
         elapsed = time.monotonic() - begun
-        code = process.poll()
+        code = process.poll() if process is not None else None
         if code is not None:
             _ended(daemon, code, log, start)
         status = _status(client)
         if status is not None and _all_running(status, elapsed):
+            return status
+        if status is not None and process is None and not status["groups"]:
             return status
         if elapsed > limits.LAUNCH_SECONDS_MAX:
             raise QdsError(
@@ -231,7 +235,8 @@ def _all_running(status: dict[str, Any], elapsed_seconds: float) -> bool:
         return False
     for group in status["groups"]:
         if group["state"] != "running":
-            raise _error(group["code"], f"{group['name']}: {group['reason']}")
+            hint = "qdsconfigtool apply, when it is mended"
+            raise _error(group["code"], f"{group['name']}: {group['reason']}", hint)
     return True
 
 
