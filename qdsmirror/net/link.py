@@ -125,10 +125,11 @@ class Link(Protocol):
         try:
             for message in self._parser.feed(data):
                 if message.type == stream.BYE:
-                    self._reason = (
-                        f"the peer said: {bytes(message.payload).decode(errors='replace')}"
-                    )
-                elif message.type != stream.PING:
+                    # The peer reads no more.  Closing gently would wait for our producer, which
+                    # waits for the peer.
+                    self.abort(f"the peer said: {bytes(message.payload).decode(errors='replace')}")
+                    return
+                if message.type != stream.PING:
                     self._owner.link_message(self, message)
         except QdsError as error:
             self.log.error("link ended: {error}", error=error.message)
