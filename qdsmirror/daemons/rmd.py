@@ -17,7 +17,12 @@ from twisted.logger import Logger
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.daemons import master
-from qdsmirror.daemons.routing import Router
+from qdsmirror.daemons.routing import (
+    ALERT_HANDSHAKE_FAILURE,
+    ALERT_UNRECOGNIZED_NAME,
+    Router,
+    turn_away,
+)
 from qdsmirror.errors import QdsError
 
 _log = Logger()
@@ -88,7 +93,14 @@ class RmdMaster(master.Master):
         return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
 
     def _route(self, number: int, descriptor: int) -> bool:
-        return number in self.groups and self._supervisor.adopt(number, descriptor)
+        """Pass a connection to its group's child, or tell the peer why that is not possible."""
+        if number not in self.groups:
+            turn_away(descriptor, ALERT_UNRECOGNIZED_NAME)
+            return False
+        if self._supervisor.has_failed(number):
+            turn_away(descriptor, ALERT_HANDSHAKE_FAILURE)
+            return False
+        return self._supervisor.adopt(number, descriptor)
 
 
 def _listen(port: int) -> socket.socket:

@@ -32,6 +32,25 @@ _SHORTAGE_SECONDS = 1.0
 
 Route = Callable[[int, int], bool]
 
+#: TLS alerts (RFC 8446, section 6) with which a master turns a connection away before TLS.
+ALERT_HANDSHAKE_FAILURE = 40
+ALERT_UNRECOGNIZED_NAME = 112
+_FATAL_ALERT = b"\x15\x03\x03\x00\x02\x02%c"
+
+
+def turn_away(descriptor: int, alert: int) -> None:
+    """Answer a ClientHello with a fatal alert, so that the peer can tell its operator more.
+
+    :param descriptor: a connection whose hello was peeked at; its caller closes it.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        try:
+            # Closing with bytes unread would reset the connection, and the alert with it.
+            connection.recv(limits.CLIENT_HELLO_BYTES_MAX)
+            connection.send(_FATAL_ALERT % alert)
+        except OSError as error:
+            _log.debug("no alert sent: {error}", error=error)
+
 
 class Router:
     """Takes connections from listening sockets and passes each to its group.

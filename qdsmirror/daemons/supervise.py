@@ -359,6 +359,11 @@ class Supervisor:
                         child.hint(number)
         return sorted(numbers)
 
+    def has_failed(self, number: int) -> bool:
+        """Tell whether a group's start has failed for good."""
+        child = self.child_of(number)
+        return child is not None and child.groups[number].state == "failed"
+
     def adopt(self, number: int, descriptor: int) -> bool:
         """Pass an accepted connection to the child that hosts a group."""
         child = self.child_of(number)

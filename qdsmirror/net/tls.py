@@ -29,7 +29,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.core.authentication import EXPORTER_BYTES
-from qdsmirror.errors import ConfigError, IdentityError, ProtocolError, QdsError
+from qdsmirror.errors import ConfigError, IdentityError, MismatchError, ProtocolError, QdsError
 from qdsmirror.net.certificates import (
     HINT_PKI,
     HostIdentity,
@@ -77,6 +77,18 @@ _ALERTS = {
     "internal error": (
         "{peer} refuses {own}: it is not for the host its group file names",
         "compare `host` in the group's file on both hosts, `name` in qds.cfg and the certificate",
+    ),
+}
+
+#: What the master of the secondary says instead of a handshake (``daemons.routing``).
+_TURNED_AWAY = {
+    "unrecognized name": (
+        "{peer} has no such group",
+        "compare the group's file on both hosts; there: `qdsconfigtool apply`",
+    ),
+    "handshake failure": (
+        "{peer} cannot serve this group with what is configured there; see qdsinfo on {peer}",
+        "mend it there, then run `qdsconfigtool apply` there and here",
     ),
 }
 
@@ -208,7 +220,8 @@ def why_lost(transport: Any, reason: Failure) -> QdsError:
     :param transport: its TLS transport, as in the protocol's ``connectionLost``.
     :param reason: what ``connectionLost`` was given.
     :returns: an IdentityError if either end refused the other's certificate, TLS version or
-        plaintext, else a ProtocolError: then it is worth another try.
+        plaintext, a MismatchError if the secondary's master turned us away, else a ProtocolError:
+        then it is worth another try.
     """
     connection = transport.getHandle() if hasattr(transport, "getHandle") else None
     if not isinstance(connection, JudgedConnection):
@@ -217,6 +230,10 @@ def why_lost(transport: Any, reason: Failure) -> QdsError:
         return connection.refusal
     said = _openssl_reason(reason)
     _, is_alert, alert = said.rpartition(" alert ")
+    for ending, words in _TURNED_AWAY.items():
+        if said.endswith(ending):
+            text, next_step = (one.format(peer=connection.peer_name) for one in words)
+            return MismatchError(text, hint=next_step)
     message, hint = _ALERTS.get(alert, ("", "")) if is_alert else _LOCAL_REASONS.get(said, ("", ""))
     names = {"peer": connection.peer_name, "own": connection.own_certificate}
     if message:

@@ -63,9 +63,10 @@ class RmdTests(MasterCase):
             answer = await deferToThread(exchange, port, hello(f"dsgrp{number:03d}.qdsmirror"))
             # The child's first byte read is the record's type: nothing was consumed.
             self.assertEqual(answer, b"adopted %d 22" % number)
-        # A group that is not here, and no group at all.
-        for name in ("dsgrp003.qdsmirror", "example.com"):
-            self.assertEqual(await deferToThread(exchange, port, hello(name)), b"")
+        # A group that is not here: the alert unrecognized_name; and no group at all.
+        answer = await deferToThread(exchange, port, hello("dsgrp003.qdsmirror"))
+        self.assertEqual(answer, b"\x15\x03\x03\x00\x02\x02\x70")
+        self.assertEqual(await deferToThread(exchange, port, hello("example.com")), b"")
 
     async def test_closed_while_the_child_is_away(self) -> None:
         port = free_port()

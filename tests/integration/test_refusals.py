@@ -32,6 +32,7 @@ reactor: Any = _reactor
 
 IDENTITY = 12
 CONFIGURATION = 10
+BROKEN = 4
 #: Long enough to see a storm: a refused link is tried again after a minute only.
 WATCH_SECONDS = 3.0
 SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "2M")
@@ -135,6 +136,35 @@ class RefusalTests(TestCase):
             self.connected(world, number)
         after = {one["group"]: one["driver"]["pid"] for one in world.groups()}
         self.assertEqual(after[6], pids[6])
+
+    @in_thread
+    def test_group_that_the_secondary_cannot_serve(self) -> None:
+        """Another mapping in the secondary's file than its journal has; no group there at all."""
+        world = World(self, "--groups", "3", *SMALL)
+        world.create()
+        journal = world.device("secondary", "dsgrp000.journal")
+        world.edit(world.config("secondary"), "[[qds0]]", "[[other]]")
+        away = world.base / "dsgrp001.cfg"
+        world.config("secondary", 1).rename(away)
+        self.assertEqual(world.ask("secondary", "launchrmds").returncode, BROKEN)
+        world.at("primary", "launchdriver")
+        world.at("primary", "launchpmds")
+        self.connected(world, 2)
+        for number, reason in ((0, "see qdsinfo on secondary"), (1, "secondary has no such group")):
+            done = world.ask("primary", "qdsinfo", "-g", str(number), "--wait", "connected")
+            self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
+            self.assertIn(reason, done.stderr)
+            self.assertIn(reason, world.log("qdspmd"))
+        done = world.ask("secondary", "qdsinfo", "-g", "0", "--wait", "connected")
+        self.assertEqual(done.returncode, BROKEN, done.stderr)
+        self.assertIn(str(journal), done.stderr)
+        self.assertIn(str(journal), world.log("qdsrmd"))
+
+        world.edit(world.config("secondary"), "[[other]]", "[[qds0]]")
+        away.rename(world.config("secondary", 1))
+        self.apply(world)
+        for number in range(3):
+            self.connected(world, number)
 
     @in_thread
     def test_certificates(self) -> None:
