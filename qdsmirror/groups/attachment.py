@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,7 @@ class DriverEnd(Protocol):
                 if kind == watermark.COMMITTED:
                     self._group.pmd_committed(self, *watermark.parse_committed(payload))
                 elif kind == watermark.LINK:
-                    self._group.pmd_link(self, json.loads(payload))
+                    self._group.pmd_link(self, watermark.parse_json(payload))
         except ProtocolError as error:
             self.log.error("{error}", error=error.message)
             self.close()

@@ -426,18 +426,39 @@ class DriverGroup:
                 f"{self.name}: a refresh is running already",
                 hint=f"watch it with qdsinfo -g {self.number}, or end it with killrefresh",
             )
+        status: dict[str, Any] = yield self._begin_refresh("asked for by the operator")
+        return status
+
+    @inlineCallbacks
+    def _begin_refresh(self, reason: str) -> Any:
+        """Mark the mirror incoherent durably, then begin (invariant COHERENT)."""
         job = self.refresh_job = Refresh(self)
         self.coherent = False
         self.incoherent_reason = "a refresh is in progress"
         yield self._record_everywhere(
             coherent=False, reason=self.incoherent_reason, refresh=job.state
         )
-        self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "asked for by the operator")
-        if self._pmd is not None:
-            self._pmd.refresh(job.announcement())
+        self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), reason)
         job.poke()
         yield job.begun
+        if self._pmd is not None and self.refresh_job is job:
+            self._pmd.refresh(job.announcement())
         return job.status()
+
+    @inlineCallbacks
+    def _restart_refresh(self, lost: str) -> Any:
+        """Begin anew: the secondary has lost part of what the refresh had sent it."""
+        job = self.refresh_job
+        if job is None or job.id.hex() != lost:
+            return
+        self.log.warn(
+            "{group}: the secondary has lost part of the refresh; it begins anew", group=self.name
+        )
+        job.stop()
+        try:
+            yield self._begin_refresh("the secondary lost part of the one before")
+        except QdsError as error:
+            self.note_error(f"the refresh could not begin anew: {error.message}")
 
     @inlineCallbacks
     def kill_refresh(self) -> Any:
@@ -462,7 +483,11 @@ class DriverGroup:
     @inlineCallbacks
     def _end_refresh(self) -> Any:
         self.refresh_job = None
-        yield self._record_everywhere(refresh=None, coherent=True, reason="")
+        try:
+            yield self._record_everywhere(refresh=None, coherent=True, reason="")
+        except QdsError as error:
+            self.note_error(f"the refresh is complete, but that {error.message}")
+            return
         self.coherent = True
         self.incoherent_reason = ""
         self.modes.happen(Event.REFRESH_ENDED, self.runtime.wall())
@@ -529,6 +554,9 @@ class DriverGroup:
             return
         self.committed_gsn = max(committed, self.committed_gsn)
         for row in ends:
+            if row.ldsu >= len(self.units):
+                self.note_error(f"the pmd reports on LDSU {row.ldsu}, which does not exist")
+                return
             unit = self.units[row.ldsu]
             if unit.committed_end <= row.position <= unit.durable_end:
                 unit.committed_end = row.position
@@ -546,6 +574,10 @@ class DriverGroup:
             return
         was = self.link["state"]
         self.link = link
+        if link.get("refresh_lost"):
+            self._restart_refresh(link["refresh_lost"])
+        if link.get("diverged") and self.coherent:
+            self._lose_coherence(link["reason"])
         up = link["state"] == "connected"
         event = Event.LINK_UP if up else Event.LINK_DOWN
         self.modes.happen(event, self.runtime.wall(), link["reason"])
@@ -554,6 +586,16 @@ class DriverGroup:
                 "{group}: link {state} {reason}",
                 group=self.name, state=link["state"], reason=link["reason"],
             )  # fmt: skip
+
+    @inlineCallbacks
+    def _lose_coherence(self, reason: str) -> Any:
+        """Record that the secondary does not hold this group's mirror (any more)."""
+        self.coherent = False
+        self.incoherent_reason = reason
+        try:
+            yield self._record_everywhere(coherent=False, reason=reason)
+        except QdsError as error:
+            self.note_error(error.message)
 
     def pmd_lost(self, end: DriverEnd) -> None:
         """Learn that an attachment has ended."""

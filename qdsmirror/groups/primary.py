@@ -7,7 +7,6 @@ acknowledged is sent again, and the secondary's sequence numbers see to it that 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -77,7 +76,7 @@ class _WatermarkClient(Protocol):
                 if kind == watermark.DURABLE:
                     self._owner.driver_durable(*watermark.parse_durable(payload))
                 elif kind == watermark.REFRESH:
-                    self._owner.driver_refresh(json.loads(payload) or None)
+                    self._owner.driver_refresh(watermark.parse_json(payload) or None)
         except ProtocolError:
             self.transport.abortConnection()
 
@@ -116,6 +115,7 @@ class PrimaryGroup:
         self._durable_gsn = 0
         self._refresh: dict[str, Any] | None = None
         self._outbound: Outbound | None = None
+        self._lost_refresh = ""
         self._start_at: tuple[dict[int, Cursor], int] | None = None
         self._link: Link | None = None
         self._ended: Deferred[str] | None = None
@@ -183,12 +183,14 @@ class PrimaryGroup:
         try:
             ended = await self._connect()
         except _REFUSALS as error:
-            self._say("refused", error.message, error.exit_code)
+            diverged = isinstance(error, DivergedError)
+            self._say("refused", error.message, error.exit_code, diverged=diverged)
             self.log.error("{group}: refused: {why}", group=self.name, why=error.message)
             await self._pause(REFUSED_RETRY_SECONDS)
             return
         except QdsError as error:
-            self._say("connecting", error.message)
+            lost, self._lost_refresh = self._lost_refresh, ""
+            self._say("connecting", error.message, refresh_lost=lost)
             await self._pause(self._backoff())
             return
         self._delay = RECONNECT_SECONDS_MIN
@@ -289,11 +291,12 @@ class PrimaryGroup:
                 self._link.close("the primary's driver is gone")
             self._wake()
 
-    def _say(self, state: str, reason: str, code: int = 0) -> None:
-        """Set the link's state and tell the driver."""
+    def _say(self, state: str, reason: str, code: int = 0, **more: Any) -> None:
+        """Set the link's state and tell the driver, with what else it must know now."""
         self.link_state = {"state": state, "code": code, "reason": reason, "pid": os.getpid()}
         if self._driver is not None:
-            self._driver.transport.write(watermark.pack_json(watermark.LINK, self.link_state))
+            said = {**self.link_state, **more}
+            self._driver.transport.write(watermark.pack_json(watermark.LINK, said))
 
     # -- the secondary ----------------------------------------------------------------------------
 
@@ -351,9 +354,16 @@ class PrimaryGroup:
         try:
             self._start_at = await self._resume(acks, gsns.pop())
             return []
-        except DivergedError:
+        except DivergedError as error:
             if self._refresh is None:
                 raise
+            cut = self._refresh["cut"]["points"]
+            if any(unit.committed.position > cut[str(unit.index)][0] for unit in self._units):
+                # The refresh's first part was committed by a secondary that is no more.
+                self._lost_refresh = self._refresh["id"]
+                raise ProtocolError(
+                    f"the secondary lost part of the refresh ({error.message}); it begins anew"
+                ) from error
         return self._rebase(acks, self._refresh)
 
     async def _resume(

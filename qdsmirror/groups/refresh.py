@@ -43,13 +43,14 @@ class Refresh:
         if state is None:
             self.id = os.urandom(16)
             self.started = group.runtime.wall()
-            self.cut = group.cut()
-            self._done = [0] * len(group.units)
+            self.cut: dict[str, Any] | None = None
         else:
             self.id = bytes.fromhex(state["id"])
             self.started = state["started"]
             self.cut = state["cut"]
-            self._done = [0] * len(group.units)
+        # Known to be durable: only then may a secondary be told to begin there.
+        self._cut_durable = self.cut is not None
+        self._done = [0] * len(group.units)
         self.kind = "full"
         self._phase = BEGIN
         self._mark: UnitFrame | None = None
@@ -85,13 +86,16 @@ class Refresh:
             "id": self.id.hex(),
             "kind": self.kind,
             "started": self.started,
-            "cut": self.cut,
+            "cut": self.cut if self._cut_durable else None,
             "done": self._done[unit.index],
         }
 
-    def announcement(self) -> dict[str, Any]:
-        """Give what the pmd must know: the id, and the cut at which a history may begin anew."""
-        return {"id": self.id.hex(), "cut": self.cut}
+    def announcement(self) -> dict[str, Any] | None:
+        """Give what the pmd must know: the id, and the cut at which a history may begin anew.
+
+        ``None`` while a crash could still take away what lies before the cut.
+        """
+        return {"id": self.id.hex(), "cut": self.cut} if self._cut_durable else None
 
     # -- the work -----------------------------------------------------------------------------
 
@@ -111,10 +115,13 @@ class Refresh:
         self._poking = False
 
     def _control(self, kind: int, then: str) -> None:
+        cut = self.group.cut()
         frame = self.group.units[0].append_control(kind, self.id)
         if frame is None:
             self._later()
             return
+        if kind == frames.REFRESH_BEGIN and self.cut is None:
+            self.cut = cut
         self._mark = frame
         self._phase = then
 
@@ -148,7 +155,10 @@ class Refresh:
         unit = self.group.units[self._unit]
         cap = min(REFRESH_READ_BYTES, unit.payload_cap)
         ring = unit.writelog.ring.size
-        if unit.errors or unit.writelog.used_bytes + 2 * cap > ring * REFRESH_RING_SHARE:
+        if unit.errors or unit.is_locked:
+            self._later()
+            return
+        if unit.writelog.used_bytes + 2 * cap > ring * REFRESH_RING_SHARE:
             self.group.want_space()
             self._later()
             return
@@ -200,6 +210,7 @@ class Refresh:
     def became_durable(self, gsn: int) -> None:
         """Learn the group's durable GSN."""
         if not self.begun.called and self._mark is not None and self._mark.gsn_last <= gsn:
+            self._cut_durable = True
             self.begun.callback(None)
 
     def was_committed(self, gsn: int) -> bool:

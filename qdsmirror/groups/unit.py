@@ -225,7 +225,6 @@ class DriverUnit:
                 self.group.want_space()
             return False
         frame, writes = self._frame(frames.ENTRIES, placement, entries)
-        frame.weight = payload
         self.group.framed(frame)
         self.pending.add(entries)
         self._append(frame, writes, finished)
@@ -332,6 +331,7 @@ class DriverUnit:
         )
         frame = UnitFrame(self, placement.end, self._sequence, chain, first + count - 1)
         frame.entries = entries
+        frame.weight = placement.record_bytes
         self._sequence += 1
         self._chain = chain
         size = HEADER_BYTES + sum(map(len, body))
@@ -400,6 +400,11 @@ class DriverUnit:
 
     # -- refresh ------------------------------------------------------------------------------
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether a refresh that was ended still reads its last chunk."""
+        return self._locked is not None
+
     def lock(self, offset: int, length: int) -> None:
         """Hold back writes to a range until :meth:`unlock` (rules.md 14)."""
         assert self._locked is None, "one refresh chunk at a time"
@@ -456,7 +461,6 @@ class DriverUnit:
             frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
         )
         frame.entries = ()
-        frame.weight = len(data) if data is not None else 0
         self.group.framed(frame)
         self._append(frame, writes, ())
         return frame

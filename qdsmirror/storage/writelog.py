@@ -27,7 +27,7 @@ from qdsmirror.core.records import (
     parse_slot,
     renewed,
 )
-from qdsmirror.core.ring import Placement
+from qdsmirror.core.ring import Placement, align_up
 from qdsmirror.errors import CorruptError, DeviceError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import CONTROL_RECORDS_MIN, CONTROL_RESERVE_BYTES, WRITELOG_BYTES_MIN
@@ -173,6 +173,15 @@ class Writelog:
         """Bytes of the ring that may not be reused yet."""
         return self.head - self.durable_tail
 
+    @property
+    def _reserve(self) -> int:
+        return max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * self.ring.align)
+
+    def takes(self, frame_bytes: int) -> bool:
+        """Tell whether a frame fits an empty log, wherever its head stands."""
+        record = align_up(RECORD_HEADER_BYTES + frame_bytes, self.ring.align)
+        return 2 * record + self._reserve <= self.ring.size
+
     def place(self, frame_bytes: int, *, control: bool = False) -> Placement | None:
         """Take the place of the next record.
 
@@ -183,7 +192,7 @@ class Writelog:
             self.head,
             self.durable_tail,
             RECORD_HEADER_BYTES + frame_bytes,
-            0 if control else max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * self.ring.align),
+            0 if control else self._reserve,
         )
         if placement is not None:
             self.head = placement.end

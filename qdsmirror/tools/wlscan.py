@@ -108,6 +108,11 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
                 f"{group.journal_device}: durable up to position {superblock.head.position}, "
                 f"intact only up to {reader.position} ({reader.stopped})"
             )
+        stopped = reader.stopped
+        try:
+            reader.look_ahead()
+        except CorruptError as error:
+            refused = refused or error.message
         log = {
             "name": "journal",
             "device": group.journal_device,
@@ -116,7 +121,7 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
             "head": reader.position,
             "frames_to_replay": frames,
             "entries_to_replay": entries,
-            "stopped": reader.stopped,
+            "stopped": stopped,
         }
     finally:
         mirror.close()

@@ -207,7 +207,7 @@ class FrameTests(SynchronousTestCase):
         world.settle()
         self.assertEqual(world.client.done, [request])
         self.assertEqual(len(world.frames), 4)
-        self.assertLessEqual(max(f.weight for f in world.frames), limits.FRAME_PAYLOAD_BYTES_MAX)
+        self.assertLessEqual(max(f.weight for f in world.frames), limits.FRAME_BYTES_MAX)
         self.assertEqual(world.data().content()[BLOCK : BLOCK + len(data)], data)
 
     def test_small_log_splits_too(self) -> None:
