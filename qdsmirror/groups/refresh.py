@@ -17,7 +17,12 @@ from twisted.internet.defer import Deferred
 
 from qdsmirror.core import frames
 from qdsmirror.core.records import Point
-from qdsmirror.limits import REFRESH_READ_BYTES, REFRESH_RING_SHARE, ZERO_ENTRY_BYTES_MAX
+from qdsmirror.limits import (
+    RECORD_ALIGN_BYTES,
+    REFRESH_READ_BYTES,
+    REFRESH_RING_SHARE,
+    ZERO_ENTRY_BYTES_MAX,
+)
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
@@ -153,7 +158,7 @@ class Refresh:
             self._phase = END
             return
         unit = self.group.units[self._unit]
-        cap = min(REFRESH_READ_BYTES, unit.payload_cap)
+        cap = _chunk_cap(unit)
         ring = unit.writelog.ring.size
         if unit.errors or unit.is_locked:
             self._later()
@@ -172,7 +177,7 @@ class Refresh:
 
     def _found(self, unit: DriverUnit, span: int, hole: int) -> None:
         """Send a long hole as one entry; read anything else."""
-        chunk = min(REFRESH_READ_BYTES, unit.payload_cap, span)
+        chunk = min(_chunk_cap(unit), span)
         if hole >= chunk:
             self._append(unit, None, hole, None)
             return
@@ -243,6 +248,12 @@ class Refresh:
             "eta_seconds": round((total - done) / rate, 1) if rate else None,
             "started": self.started,
         }
+
+
+def _chunk_cap(unit: DriverUnit) -> int:
+    """Give the bytes of a chunk: small beside the ring, else live writes leave no room for one."""
+    part = unit.writelog.ring.size // 16 // RECORD_ALIGN_BYTES * RECORD_ALIGN_BYTES
+    return min(REFRESH_READ_BYTES, unit.payload_cap, max(RECORD_ALIGN_BYTES, part))
 
 
 def cut_points(cut: Mapping[str, Any]) -> dict[int, tuple[int, Point]]:
