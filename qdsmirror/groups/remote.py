@@ -25,8 +25,8 @@ from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream
 from qdsmirror.core.frames import HEADER_BYTES, REFRESH_BEGIN, REFRESH_END
 from qdsmirror.core.inbound import Intake
-from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Generation, Point
-from qdsmirror.core.ring import Placement, align_up
+from qdsmirror.core.records import Cursor, Generation, Point
+from qdsmirror.core.ring import Placement
 from qdsmirror.core.stream import Message
 from qdsmirror.errors import (
     BrokenError,
@@ -40,7 +40,6 @@ from qdsmirror.errors import (
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import (
-    CONTROL_RESERVE_BYTES,
     RECEIVED_BYTES_MAX,
     UNAUTHENTICATED_MAX,
     UNMIRRORED_BYTES_MAX,
@@ -339,7 +338,6 @@ class RemoteGroup:
         if message.type != stream.FRAME:
             raise ProtocolError(f"the primary sent a message of type {message.type}")
         self._check_fits(len(message.payload))
-        self._check_room(len(message.payload))
         header, entries = self._intake.check(message.payload)
         refresh_id = b""
         if header.kind in (REFRESH_BEGIN, REFRESH_END):
@@ -359,26 +357,12 @@ class RemoteGroup:
         :raises BrokenError: it does not, so it would be waited for without end.
         """
         assert self.mirror is not None
-        ring = self.mirror.journal.ring
-        record = align_up(RECORD_HEADER_BYTES + frame_bytes, ring.align)
-        if 2 * record + CONTROL_RESERVE_BYTES > ring.size:
+        journal = self.mirror.journal
+        if not journal.takes(frame_bytes):
             raise BrokenError(
-                f"journal {self.config.journal_device} of {ring.size} bytes is too small for the "
-                f"primary's frames of {frame_bytes} bytes",
+                f"journal {self.config.journal_device} of {journal.ring.size} bytes is too small "
+                f"for the primary's frames of {frame_bytes} bytes",
                 hint="give a larger journal, initialise it with qdswlinit, and refresh",
-            )
-
-    def _check_room(self, frame_bytes: int) -> None:
-        """Refuse what would not fit the journal even if that were empty.
-
-        :raises MismatchError: naming the journal.
-        """
-        assert self.mirror is not None
-        if not self.mirror.journal.takes(frame_bytes):
-            raise MismatchError(
-                f"the journal {self.config.journal_device} of {self.name} is too small for a "
-                f"frame of {frame_bytes} bytes",
-                hint="give the secondary a journal of 8 MiB or more, run qdswlinit, and refresh",
             )
 
     def link_writable(self, link: Link) -> None:
