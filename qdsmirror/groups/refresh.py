@@ -129,6 +129,8 @@ class Refresh:
             self.cut = cut
         self._mark = frame
         self._phase = then
+        # It may have become durable before we knew it.
+        self.became_durable(self.group.durable_gsn)
 
     def _later(self, seconds: float = _RETRY_SECONDS) -> None:
         """Try again soon; whoever makes room or ends an append pokes earlier."""
