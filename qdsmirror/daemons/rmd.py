@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,20 +119,36 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port), backlog=_BACKLOG)
     except OSError as error:
         raise QdsError(
-            f"port {port}: {error.strerror}",
+            f"port {port}: {os.strerror(error.errno or 0)}",
             hint="a port below 1024 needs root or socket activation; is another daemon there?",
         ) from None
 
 
-def inherited_sockets(inetd: bool) -> list[socket.socket]:
+def initial_environment() -> dict[str, str]:
+    """Give the environment that this process was started with.
+
+    Twisted removes ``LISTEN_FDS`` from ``os.environ`` when its endpoints are imported, which
+    ``twistd`` does before any service is made.
+    """
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries if entry)
+    return {name: value for name, _, value in pairs}
+
+
+def inherited_sockets(
+    inetd: bool, environment: Mapping[str, str] | None = None
+) -> list[socket.socket]:
     """Take the listening sockets that a service manager or inetd gave to this process.
 
     :param inetd: descriptor 0 is one.
+    :param environment: with ``LISTEN_PID`` and ``LISTEN_FDS``, sd_listen_fds(3); default: the
+        one that the process was started with.
     :raises QdsError: a descriptor given is no listening socket.
     """
+    given = initial_environment() if environment is None else environment
     numbers = [0] if inetd else []
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        count = int(os.environ.get("LISTEN_FDS", "0"))
+    if given.get("LISTEN_PID") == str(os.getpid()):
+        count = int(given.get("LISTEN_FDS", "0"))
         numbers += range(_LISTEN_FDS_START, _LISTEN_FDS_START + count)
     found = []
     for number in numbers:

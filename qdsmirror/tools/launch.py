@@ -8,6 +8,7 @@ started or has failed.  All are idempotent: what already is as asked for is a su
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -136,9 +137,12 @@ def _check_port(port: int) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
         raise QdsError(
-            f"port {port}: {error.strerror}",
-            hint="a port below 1024 needs root or socket activation; is another daemon there?",
+            f"port {port}: {os.strerror(error.errno or 0)}",
+            hint=f"see who listens there: ss -ltnp sport = {port}"
+            if in_use
+            else "a port below 1024 needs root or socket activation",
         ) from None
 
 

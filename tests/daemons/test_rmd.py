@@ -122,15 +122,15 @@ class RmdTests(MasterCase):
 
 class InheritedTests(WorldCase):
     def test_none_for_another_process(self) -> None:
-        self.patch(os, "environ", {"LISTEN_PID": "1", "LISTEN_FDS": "1"})
-        self.assertEqual(inherited_sockets(False), [])
+        other = {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
+        self.assertEqual(inherited_sockets(False, other), [])
 
     def test_not_a_listening_socket(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self.patch(os, "environ", {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"})
+            given = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
             self.patch(os, "dup", lambda _number: ours.detach())
-            error = self.assertRaises(QdsError, inherited_sockets, False)
+            error = self.assertRaises(QdsError, inherited_sockets, False, given)
         self.assertIn("no listening socket", str(error))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from twisted.internet.threads import deferToThread
 
 from qdsmirror import limits
+from qdsmirror.daemons.routing import ALERT_UNRECOGNIZED_NAME
 from qdsmirror.pidfile import running_pid
 from qdsmirror.tools import launch
 from tests.daemons.test_rmd import exchange, free_port, hello
@@ -165,6 +166,31 @@ class ForegroundTests(WorldCase):
             self.assertNotIn("Traceback", ran.stderr)
             self.assertFalse((self.world.root / "twistd.pid").exists())
 
+    async def test_in_rmd_takes_a_service_managers_socket(self) -> None:
+        port = free_port()
+        self.world.host()
+        self.world.group(0, side="secondary", port=port)
+        program = (
+            "import os, sys; os.dup2(int(sys.argv.pop(1)), 3); "
+            "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+            "from qdsmirror.tools.launch import in_rmd; sys.exit(in_rmd())"
+        )
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, str(listening.fileno())]
+                + ["--root", str(self.world.root)],
+                pass_fds=[listening.fileno()],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        try:
+            answer = await deferToThread(exchange, port, hello("dsgrp001.qdsmirror"))
+            self.assertEqual(answer[-1], ALERT_UNRECOGNIZED_NAME)
+            self.assertEqual(running_pid(self.world.paths.pid_file("qdsrmd")), process.pid)
+        finally:
+            process.terminate()
+            process.wait()
+
     async def test_in_rmd_takes_over_inetds_socket(self) -> None:
         port = free_port()
         self.world.host()
@@ -178,9 +204,9 @@ class ForegroundTests(WorldCase):
                 stderr=listening,
             )
         try:
-            # Routed to no group of ours, and therefore closed: the master has the socket.
+            # No group of ours, and told so: the master has the socket.
             answer = await deferToThread(exchange, port, hello("dsgrp001.qdsmirror"))
-            self.assertEqual(answer, b"")
+            self.assertEqual(answer[-1], ALERT_UNRECOGNIZED_NAME)
             self.assertEqual(running_pid(self.world.paths.pid_file("qdsrmd")), process.pid)
             self.assertIn(
                 "dsgrp001 takes no connection", self.world.paths.log_file("qdsrmd").read_text()
