@@ -24,7 +24,7 @@ from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Event, GroupModes, Mode
 from qdsmirror.core.watermark import Committed
-from qdsmirror.errors import DegradedError, QdsError, UsageError
+from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.refresh import Refresh
@@ -421,6 +421,12 @@ class DriverGroup:
         """
         if kind != "full":
             raise UsageError(f"there is no {kind} refresh", hint="use --full")
+        failed = next((error for unit in self.units for error in unit.errors), "")
+        if failed:
+            raise DeviceFailedError(
+                f"{self.name}: no refresh while a device has failed: {failed}",
+                hint="replace it and start the driver again",
+            )
         if self.refresh_job is not None:
             raise DegradedError(
                 f"{self.name}: a refresh is running already",
@@ -583,7 +589,7 @@ class DriverGroup:
         self.modes.happen(event, self.runtime.wall(), link["reason"])
         if link["state"] != was:
             self.log.info(
-                "{group}: link {state} {reason}",
+                "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",
                 group=self.name, state=link["state"], reason=link["reason"],
             )  # fmt: skip
 

@@ -376,7 +376,7 @@ class DriverUnit:
 
         :returns: ``None`` while there is no room or an append is under way.
         """
-        if self._appending:
+        if self._appending or self.errors:
             return None
         placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
         if placement is None:

@@ -186,6 +186,14 @@ class FileDevice:
                 self.latch(f"fdatasync: {error.strerror}")
                 self._refuse(error)
 
+    def preallocate(self) -> None:
+        """Give a sparse file all its blocks, so that a later write cannot want for space.
+
+        :raises OSError: the file system has not got them.
+        """
+        if not self.is_block:
+            os.posix_fallocate(self._fd, 0, self.size)
+
     def drop_cache(self) -> None:
         """Forget cached pages; only those already durable can be, so fdatasync comes first."""
         if self.is_block:

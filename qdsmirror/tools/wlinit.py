@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
+    for log in logs:
+        # A log that runs out of space under load would fail its LDSU.
+        log.device.preallocate()
     generations: dict[tuple[int, str], bytes] = {}
     made = []
     for log in logs:
