@@ -19,23 +19,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.logger import (
-    FileLogObserver,
-    FilteringLogObserver,
-    Logger,
-    LogLevel,
-    LogLevelFilterPredicate,
-    formatEventAsClassicLogText,
-    globalLogBeginner,
-)
+from twisted.logger import Logger
 
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.daemons import logs
 from qdsmirror.daemons.channel import Channel
 from qdsmirror.daemons.hosting import Factory, Hosting
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
-from qdsmirror.paths import Paths, group_name
+from qdsmirror.paths import Paths
 
 _log = Logger()
 
@@ -154,18 +147,6 @@ def _protect_from_memory_pressure() -> None:
         _log.debug("no PR_SET_IO_FLUSHER: {error}", error=os.strerror(ctypes.get_errno()))
 
 
-def _begin_logging(prefix: str) -> None:
-    def with_prefix(event: Any) -> str | None:
-        text = formatEventAsClassicLogText(event)
-        return None if text is None else f"{prefix} {text}"
-
-    output = FileLogObserver(sys.stderr, with_prefix)
-    level = LogLevelFilterPredicate(LogLevel.info)
-    level.setLogLevelForNamespace("twisted.internet.endpoints", LogLevel.warn)
-    enough = FilteringLogObserver(output, [level])
-    globalLogBeginner.beginLoggingTo([enough], redirectStandardIO=False)
-
-
 def _descriptors(text: str) -> dict[str, int]:
     """Parse ``NAME=FD,...``."""
     pairs = (one.partition("=") for one in text.split(","))
@@ -195,8 +176,7 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for one in arguments.fds.values():
         os.set_inheritable(one, False)
-    names = " ".join(group_name(number) for number in arguments.groups)
-    _begin_logging(f"[{arguments.role} {names}]")
+    logs.begin(arguments.role)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     os.nice(_NICE[arguments.role])
     if arguments.role in ("driver", "pmd"):

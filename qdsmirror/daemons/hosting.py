@@ -143,7 +143,8 @@ class HostedGroup:
         """Report a failed start, and try again later if that can help."""
         self._pid_file.release()
         if isinstance(error, QdsError):
-            code, reason = error.exit_code, error.message
+            code = error.exit_code
+            reason = f"{error.message}; {error.hint}" if error.hint else error.message
             _log.error("{name}: {reason}", name=self._name, reason=reason)
         else:
             code, reason = errors.EXIT_FAILED, f"{type(error).__name__}: {error}"

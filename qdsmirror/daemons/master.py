@@ -27,11 +27,12 @@ from twisted.logger import Logger
 from twisted.python import usage
 from twisted.python.util import switchUID
 
+from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.control import ControlServer
-from qdsmirror.paths import Paths
+from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()
@@ -163,7 +164,7 @@ class Master(Service):
 
     def startService(self) -> None:  # noqa: N802
         """Become the user, serve, start the children; part of IService."""
-        if not self._opened:  # ``python -m twisted`` has no privileged start of its own.
+        if not self._opened:  # daemons.run has no privileged start of its own.
             self.privilegedStartService()
         super().startService()
         exiting(self._start)
@@ -175,6 +176,13 @@ class Master(Service):
         for group in self.groups.values():
             self.open_group(group)
         self._control.start()
+        _log.info(
+            "{daemon} {version} on {host}: {names}",
+            daemon=self.daemon,
+            version=__version__,
+            host=self._host.name,
+            names=" ".join(map(group_name, sorted(self.groups))),
+        )
         setting = Setting(
             self.reactor, self.role, self.paths, self.listening, self._children_log, self._command
         )
@@ -215,6 +223,7 @@ class Master(Service):
     def stopService(self) -> Any:  # noqa: N802
         """Stop the children in order; done when they are reaped; part of IService."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _log.info("{daemon} is told to end", daemon=self.daemon)
         super().stopService()
         self.close()
         yield self._supervisor.stop()
@@ -276,7 +285,12 @@ class Master(Service):
             else:
                 if done:
                     result[done].append(number)
-        _log.info("configuration applied: {result}", result=result)
+        changes = [
+            f"{word} {', '.join(map(group_name, result[word]))}"
+            for word in ("started", "stopped", "restarted", "retried")
+            if result[word]
+        ]
+        _log.info("configuration applied: {done}", done="; ".join(changes) or "nothing to change")
         return result
 
     def _apply_one(self, number: int, group: GroupConfig | None, broken: set[Path]) -> str:

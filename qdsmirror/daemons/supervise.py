@@ -83,6 +83,7 @@ class Child(ProcessProtocol):
         self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
         self._spawned_at = 0.0
         self._stopped: list[Deferred[None]] = []
+        self._last_names = ""
 
     @property
     def pid(self) -> int | None:
@@ -136,13 +137,18 @@ class Child(ProcessProtocol):
                 childFDs={0: null.fileno(), 1: log, 2: log, **descriptors},
             )
         _log.info(
-            "{role} child {pid}: {names}", role=self._setting.role, pid=self.pid, names=self.names
+            "{names}: {role} started, pid {pid}",
+            names=self.names,
+            role=self._setting.role,
+            pid=self.pid,
         )
 
     @property
     def names(self) -> str:
-        """The groups, for the log."""
-        return " ".join(group_name(number) for number in sorted(self.groups)) or "no group"
+        """The groups, for the log; the last ones when they are removed."""
+        if self.groups:
+            self._last_names = " ".join(group_name(number) for number in sorted(self.groups))
+        return self._last_names
 
     def add(self, number: int) -> None:
         """Host one more group."""
@@ -213,10 +219,12 @@ class Child(ProcessProtocol):
         for number in self.groups:
             clear_stale(self._setting.paths.pid_file(self._file_name(number)))
         text, code = _why(reason)
-        _log.info("{role} child ended: {why}", role=self._setting.role, why=text)
         if self.state == "stopping":
+            _log.info("{names}: {role} has ended", names=self.names, role=self._setting.role)
             self._finish_stop()
-        elif code in FATAL_CODES:
+            return
+        _log.warn("{names}: {role}: {why}", names=self.names, role=self._setting.role, why=text)
+        if code in FATAL_CODES:
             self.state = "failed"
             self._mark("failed", text, code)
         else:
@@ -274,7 +282,7 @@ class Child(ProcessProtocol):
 
     def _kill(self) -> None:
         self._timer = None
-        _log.error("a child did not end in time and is killed: {names}", names=self.names)
+        _log.error("{names}: the process did not end in time and is killed", names=self.names)
         self._signal("KILL")
 
     def _cancel_timer(self) -> None:

@@ -27,6 +27,7 @@ from qdsmirror import __version__
 from qdsmirror.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, QdsError, UsageError
 from qdsmirror.limits import GROUPS_MAX
 from qdsmirror.paths import Paths, group_name
+from qdsmirror.pidfile import running_pid
 
 if TYPE_CHECKING:
     from qdsmirror.config import GroupConfig
@@ -249,3 +250,18 @@ def _silence(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
+
+
+def refuse_beside_daemon(paths: Paths, group: GroupConfig, role: str) -> None:
+    """Refuse to touch a group's devices while its daemon has them.
+
+    :param role: ``driver`` or ``rmd``.
+    :raises QdsError: it runs.
+    """
+    pid = running_pid(paths.pid_file(f"{group.name}.{role}"))
+    if pid is not None:
+        kill = "killdriver" if role == "driver" else "killrmds"
+        raise QdsError(
+            f"{group.name}: its {role} runs (pid {pid}) and holds the devices",
+            hint=f"end it first: {' '.join([kill, *paths.arguments()])}; or select others with -g",
+        )

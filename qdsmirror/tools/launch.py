@@ -152,7 +152,7 @@ def _check_port(port: int) -> None:
 def _command(daemon: _Daemon, paths: Paths, *options: str) -> list[str]:
     """Give the command line of a master."""
     # -P: nothing is imported from the directory that the caller happens to stand in.
-    python = [sys.executable, "-P", "-m", "twisted", "--log-format=text"]
+    python = [sys.executable, "-P", "-m", "qdsmirror.daemons.run"]
     return [*python, daemon.name, *paths.arguments(), *options]
 
 
@@ -239,7 +239,11 @@ def _all_running(status: dict[str, Any], elapsed_seconds: float) -> bool:
         return False
     for group in status["groups"]:
         if group["state"] != "running":
-            hint = "qdsconfigtool apply, when it is mended"
+            hint = (
+                "it is tried again by itself"
+                if group["state"] == "retrying"
+                else "when that is mended: qdsconfigtool apply"
+            )
             raise _error(group["code"], f"{group['name']}: {group['reason']}", hint)
     return True
 

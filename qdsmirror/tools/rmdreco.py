@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{host.name} is not the secondary of any group selected",
             hint="run it on the secondary system",
         )
+    for group in groups:
+        cli.refuse_beside_daemon(paths, group, "rmd")
     done = [_recover(group) for group in groups]
     if arguments.json:
         cli.print_json({"groups": done})

@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: list[dict[str, Any]] = []
     for group in cli.select_groups(arguments, load_groups(paths)):
         if host.name == group.primary_host:
+            cli.refuse_beside_daemon(paths, group, "driver")
             found.append(_scan_primary(group, arguments.check))
         if host.name == group.secondary_host:
+            cli.refuse_beside_daemon(paths, group, "rmd")
             found.append(_scan_secondary(group))
     if arguments.json:
         cli.print_json({"groups": found})

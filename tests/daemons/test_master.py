@@ -124,7 +124,7 @@ class SupervisionTests(MasterCase):
         master = self.begin()
         await until(lambda: self.states(master) == {0: "failed", 1: "running"})
         group = master.status()["groups"][0]
-        self.assertEqual((group["reason"], group["code"]), ("the log is broken", 4))
+        self.assertEqual((group["reason"], group["code"]), ("the log is broken; look", 4))
         await until(lambda: master.status()["children"][0]["state"] == "failed")
         self.assertEqual(len(self.world.events(0)), 1)
         self.world.behave(0, "good")
@@ -139,7 +139,7 @@ class SupervisionTests(MasterCase):
         self.world.behave(0, "fail")
         master = self.begin()
         await until(lambda: len(self.world.events(0)) >= 2)
-        await until(lambda: master.status()["groups"][0]["reason"] == "the device is in use")
+        await until(lambda: master.status()["groups"][0]["reason"] == "the device is in use; wait")
         self.world.behave(0, "good")
         await self.running(master, 0)
 

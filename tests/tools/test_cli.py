@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from qdsmirror.errors import (
     UnreachableError,
     UsageError,
 )
+from qdsmirror.paths import Paths
+from qdsmirror.pidfile import PidFile
 from qdsmirror.tools import cli
 
 
@@ -225,3 +228,20 @@ class SelectionTests(TestCase):
     def test_nothing_configured(self) -> None:
         arguments = cli.parser("qdstest", "Test.", groups=True).parse_args([])
         self.assertRaises(ConfigError, cli.select_groups, arguments, [])
+
+
+class LiveDaemonTests(TestCase):
+    def test_devices_of_a_live_daemon_are_refused(self) -> None:
+        paths = Paths(Path(self.mktemp()).resolve())
+        paths.run.mkdir(parents=True)
+        cli.refuse_beside_daemon(paths, group(3), "driver")
+        held = PidFile(paths.pid_file("dsgrp003.driver"))
+        held.acquire()
+        self.addCleanup(held.release)
+        held.write()
+        cli.refuse_beside_daemon(paths, group(3), "rmd")
+        cli.refuse_beside_daemon(paths, group(2), "driver")
+        with self.assertRaises(QdsError) as caught:
+            cli.refuse_beside_daemon(paths, group(3), "driver")
+        self.assertIn(f"dsgrp003: its driver runs (pid {os.getpid()})", str(caught.exception))
+        self.assertIn("killdriver --root", caught.exception.hint)

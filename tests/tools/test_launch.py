@@ -149,12 +149,12 @@ class CheckTests(LaunchCase):
 
 
 class ForegroundTests(WorldCase):
-    """The real plugins, by twistd and by python -m twisted."""
+    """The real plugins, by twistd and as the launch commands start them."""
 
     def test_configuration_error_exits_10(self) -> None:
         self.world.host()
         twistd = Path(sys.executable).with_name("twistd")
-        for command in ([str(twistd), "-n"], [sys.executable, "-P", "-m", "twisted"]):
+        for command in ([str(twistd), "-n"], [sys.executable, "-P", "-m", "qdsmirror.daemons.run"]):
             ran = subprocess.run(
                 [*command, "qdsdriver", "--root", str(self.world.root)],
                 capture_output=True,
