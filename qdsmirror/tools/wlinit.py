@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         groups=True,
     )
     parser.add_argument(
-        "--yes", action="store_true", help="also where the device is in use by something else"
+        "--yes",
+        action="store_true",
+        help="also where a device holds something already, which is lost",
     )
     return parser
 
@@ -59,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs: list[_Log] = []
         for group in groups:
             if host.name == group.primary_host:
+                cli.refuse_beside_daemon(paths, group, "driver")
                 logs += _writelogs(group, opened, arguments.yes)
             if host.name == group.secondary_host:
+                cli.refuse_beside_daemon(paths, group, "rmd")
                 logs.append(_journal(group, opened, arguments.yes))
         if not logs:
             raise BrokenError(

@@ -6,8 +6,10 @@ import argparse
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -232,7 +234,9 @@ class SelectionTests(TestCase):
 
 class LiveDaemonTests(TestCase):
     def test_devices_of_a_live_daemon_are_refused(self) -> None:
-        paths = Paths(Path(self.mktemp()).resolve())
+        paths = Paths.of(tempfile.mkdtemp(dir="/tmp"))
+        assert paths.root is not None
+        self.addCleanup(shutil.rmtree, paths.root)
         paths.run.mkdir(parents=True)
         cli.refuse_beside_daemon(paths, group(3), "driver")
         held = PidFile(paths.pid_file("dsgrp003.driver"))
