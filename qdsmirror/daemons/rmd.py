@@ -53,7 +53,7 @@ class RmdMaster(master.Master):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.inherited: list[socket.socket] = []
-        self._router = Router(self.reactor, self._route)
+        self._router = Router(self.reactor, self._route, self._is_starting)
         self._given_ports: set[int] = set()
 
     def open_privileged(self) -> None:
@@ -92,6 +92,9 @@ class RmdMaster(master.Master):
     def depends_on(self, host: HostConfig, number: int) -> list[Path]:
         """Name the identity's files: a new certificate or secret takes effect by apply."""
         return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
+
+    def _is_starting(self, number: int) -> bool:
+        return number in self.groups and self._supervisor.is_starting(number)
 
     def _route(self, number: int, descriptor: int) -> bool:
         """Pass a connection to its group's child, or tell the peer why that is not possible."""

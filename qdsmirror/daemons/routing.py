@@ -27,10 +27,13 @@ _log = Logger()
 
 #: After these a connection is gone or resources are short; the listening socket is good.
 _PASSING = frozenset({errno.ECONNABORTED, errno.EPERM, errno.EINTR, errno.EAGAIN})
+#: How often a connection looks whether its group has started.
+_START_POLL_SECONDS = 0.05
 #: So long accepting pauses when the process is out of descriptors or memory.
 _SHORTAGE_SECONDS = 1.0
 
 Route = Callable[[int, int], bool]
+Starting = Callable[[int], bool]
 
 #: TLS alerts (RFC 8446, section 6) with which a master turns a connection away before TLS.
 ALERT_HANDSHAKE_FAILURE = 40
@@ -58,10 +61,15 @@ class Router:
     :param reactor: provides IReactorFDSet and IReactorTime.
     :param route: called with (group number, descriptor); passes a duplicate on, or gives
         ``False``: then the connection is closed.
+    :param starting: tells whether a group is only now being started: its connections wait for
+        that, HANDSHAKE_SECONDS at most, as a peer turned away would come again much later.
     """
 
-    def __init__(self, reactor: Any, route: Route) -> None:
+    def __init__(
+        self, reactor: Any, route: Route, starting: Starting = lambda _number: False
+    ) -> None:
         self.reactor = reactor
+        self.starting = starting
         self._route = route
         self._listeners: list[_Listener] = []
         self._peeking: dict[_Peeked, str] = {}
@@ -176,6 +184,7 @@ class _Peeked(_Descriptor):
 
     def start(self) -> None:
         self._seen = 0
+        self._poll: Any = None
         reactor = self.router.reactor
         self._timer = reactor.callLater(limits.HANDSHAKE_SECONDS, self.finish, None)
         reactor.addReader(self)
@@ -190,7 +199,8 @@ class _Peeked(_Descriptor):
             return CONNECTION_LOST
         name = peek_server_name(data)
         if isinstance(name, str):
-            self.finish(group_hint(name))
+            self.router.reactor.removeReader(self)
+            self._offer(group_hint(name))
         elif name is Peek.NOT_TLS or len(data) <= self._seen:
             # Woken without a byte more than last time: the peer has hung up.
             self.finish(None)
@@ -203,10 +213,19 @@ class _Peeked(_Descriptor):
     def connectionLost(self, reason: Failure) -> None:  # noqa: N802
         self.finish(None)
 
+    def _offer(self, number: int | None) -> None:
+        """Hand the connection back as soon as its group can take it or is known not to."""
+        if number is not None and self.router.starting(number):
+            self._poll = self.router.reactor.callLater(_START_POLL_SECONDS, self._offer, number)
+        else:
+            self.finish(number)
+
     def finish(self, number: int | None) -> None:
         """Leave the reactor and hand the connection back."""
         if self._timer is None:
             return
+        if self._poll is not None and self._poll.active():
+            self._poll.cancel()
         if self._timer.active():
             self._timer.cancel()
         self._timer = None

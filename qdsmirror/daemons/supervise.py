@@ -372,6 +372,11 @@ class Supervisor:
         child = self.child_of(number)
         return child is not None and child.groups[number].state == "failed"
 
+    def is_starting(self, number: int) -> bool:
+        """Tell whether a group is being started, with no verdict yet."""
+        child = self.child_of(number)
+        return child is not None and child.groups[number].state == "starting"
+
     def adopt(self, number: int, descriptor: int) -> bool:
         """Pass an accepted connection to the child that hosts a group."""
         child = self.child_of(number)

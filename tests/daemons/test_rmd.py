@@ -175,6 +175,25 @@ class RouterTests(WorldCase):
             self.assertEqual(await deferToThread(receive, client), b"")
         self.assertEqual(self.routed, [])
 
+    async def test_waits_for_a_group_that_is_being_started(self) -> None:
+        starting = {7}
+        self.router.starting = starting.__contains__
+        with self.connect() as client:
+            client.sendall(hello("dsgrp007.qdsmirror"))
+            await pause(0.2)
+            self.assertEqual(self.routed, [])
+            starting.clear()
+            await until(lambda: self.routed)
+        self.assertEqual(self.routed, [7])
+
+    async def test_does_not_wait_for_ever(self) -> None:
+        self.patch(limits, "HANDSHAKE_SECONDS", 0.2)
+        self.router.starting = lambda _number: True
+        with self.connect() as client:
+            client.sendall(hello("dsgrp007.qdsmirror"))
+            self.assertEqual(await deferToThread(receive, client), b"")
+        self.assertEqual(self.routed, [])
+
     async def test_not_tls_is_closed_at_once(self) -> None:
         with self.connect() as client:
             client.sendall(b"GET / HTTP/1.0\r\n\r\n")

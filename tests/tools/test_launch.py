@@ -235,8 +235,13 @@ class UnitTests(WorldCase):
 
         self.assertEqual(code("nonsense"), 2)
         self.assertEqual(code("status"), 3)
-        pid_file.write_text(f"{os.getpid()}\n")
-        self.assertEqual(code("status"), 0)
+        with subprocess.Popen(
+            ["sh", "-c", "read end; exit", "qdsdriver"], stdin=subprocess.PIPE
+        ) as running:
+            pid_file.write_text(f"{running.pid}\n")
+            self.assertEqual(code("status"), 0)
+        pid_file.write_text(f"{os.getppid()}\n")
+        self.assertEqual(code("status"), 1)
         pid_file.write_text("4194305\n")
         self.assertEqual(code("status"), 1)
 
