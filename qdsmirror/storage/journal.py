@@ -31,6 +31,8 @@ from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.recovery import check_binding, closing_on_error
 from qdsmirror.storage.writelog import Writelog
 
+_REMEDY = "the journal lost or changed data: make a new mirror with qdsrefresh --full"
+
 
 class Change(NamedTuple):
     """What a frame does to the mirror.
@@ -123,13 +125,16 @@ class Mirror:
             self.apply([change_of(found.header, found.frame)])
             count += 1
         # What frames say of durability is the primary's; only a later turn of the ring tells here.
-        reader.look_ahead()
+        try:
+            reader.look_ahead()
+        except CorruptError as error:
+            raise CorruptError(f"{self.journal.device.path}: {error.message}", _REMEDY) from error
         reached = reader.cursor
         if reached.position < superblock.head.position:
             raise CorruptError(
                 f"{self.journal.device.path}: durable up to position {superblock.head.position}, "
                 f"but intact only up to {reached.position} ({reader.stopped})",
-                hint="the journal lost or changed data: make a new mirror with qdsrefresh --full",
+                _REMEDY,
             )
         self.journal.head = reached.position
         self.applied = reached

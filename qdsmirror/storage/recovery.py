@@ -128,7 +128,13 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
         if header.kind != VOID:
             # A crash may have come before the other ranges of its recovery were recorded.
             durable = max(durable, header.durable_gsn)
-    durable = max(durable, reader.look_ahead())
+    try:
+        durable = max(durable, reader.look_ahead())
+    except CorruptError as error:
+        raise CorruptError(
+            f"writelog of {ldsu.name}: {error.message}",
+            hint="the log's device lost or changed data; see qdswlscan(1)",
+        ) from error
     used = reader.position - superblock.tail.position
     finding = Finding(
         ldsu=ldsu.index,

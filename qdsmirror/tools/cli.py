@@ -20,11 +20,19 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from qdsmirror import __version__
-from qdsmirror.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, QdsError, UsageError
+from qdsmirror.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DeviceError,
+    QdsError,
+    UsageError,
+)
 from qdsmirror.limits import GROUPS_MAX
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import running_pid
@@ -250,6 +258,22 @@ def _silence(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Tell what an OSError befell: one of an open device knows a descriptor only.
+
+    :param what: e.g. ``writelog of qds0 /dev/vg0/log0``.
+    :raises DeviceError: instead of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f" {os.fsdecode(error.filename)}:" if error.filename is not None else ""
+        raise DeviceError(
+            f"{what}:{where} {error.strerror or error}", hint="see what the kernel says: dmesg"
+        ) from error
 
 
 def refuse_beside_daemon(paths: Paths, group: GroupConfig, role: str) -> None:

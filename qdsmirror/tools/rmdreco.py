@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import BrokenError
+from qdsmirror.errors import EXIT_OK, ConfigError, QdsError
+from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.tools import cli
 
 
@@ -38,26 +40,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if group.secondary_host == host.name
     ]
     if not groups:
-        raise BrokenError(
+        raise ConfigError(
             f"{host.name} is not the secondary of any group selected",
             hint="run it on the secondary system",
         )
     for group in groups:
         cli.refuse_beside_daemon(paths, group, "rmd")
-    done = [_recover(group) for group in groups]
+    done: list[dict[str, Any]] = []
+    failed: list[QdsError] = []
+    for group in groups:
+        try:
+            with cli.naming(group.name):
+                done.append(_recover(paths, group))
+        except QdsError as error:
+            # The other mirrors are needed no less.
+            failed.append(error)
     if arguments.json:
-        cli.print_json({"groups": done})
+        told = [{"code": e.code, "message": e.message, "hint": e.hint} for e in failed]
+        cli.print_json({"groups": done, **({"error": told[0]} if told else {})})
     else:
         for one in done:
-            usable = "coherent" if one["coherent"] else f"NOT coherent ({one['reason']})"
-            print(
-                f"{one['group']}: {one['frames']} frames committed; the mirror stands at GSN "
-                f"{one['gsn']} and is {usable}"
-            )
-    return 0
+            _print(one)
+        for one_error in failed:
+            cli.report(one_error, as_json=False)
+    return failed[0].exit_code if failed else EXIT_OK
 
 
-def _recover(group: GroupConfig) -> dict[str, Any]:
+def _recover(paths: Paths, group: GroupConfig) -> dict[str, Any]:
+    used = (group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus))
+    FailureLatch(paths.state_file(group.number)).check(used)
     mirror = Mirror.open(group, open_device)
     try:
         frames = mirror.replay()
@@ -72,3 +83,11 @@ def _recover(group: GroupConfig) -> dict[str, Any]:
         }
     finally:
         mirror.close()
+
+
+def _print(found: dict[str, Any]) -> None:
+    usable = "coherent" if found["coherent"] else f"NOT coherent ({found['reason']})"
+    print(
+        f"{found['group']}: {found['frames']} frames committed; the mirror stands at GSN "
+        f"{found['gsn']} and is {usable}"
+    )

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.core.records import BoundUnit, Generation
-from qdsmirror.errors import BrokenError, DeviceError
+from qdsmirror.core.records import BoundUnit, Generation, layout
+from qdsmirror.errors import ConfigError, DeviceError
 from qdsmirror.limits import WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
+from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog
@@ -33,6 +34,48 @@ class _Log:
     role: str
     device: FileDevice
     units: list[BoundUnit] = field(default_factory=list)
+
+    def check_size(self) -> None:
+        """Refuse a device that is too small for its superblocks and the least ring.
+
+        :raises DeviceError: it is.
+        """
+        try:
+            layout(self.device.size, len(self.units), self.device.physical_block)
+        except DeviceError as error:
+            raise DeviceError(
+                f"{self.device.role} {self.device.path}: {error.message}", hint=error.hint
+            ) from error
+
+
+class _Devices:
+    """Opens the devices of this run, each for one use alone.
+
+    :param opened: closes them.
+    """
+
+    def __init__(self, opened: ExitStack) -> None:
+        self._opened = opened
+        self._uses: dict[Identity, str] = {}
+
+    def open(self, path: str, role: str, minimum_bytes: int = 1) -> FileDevice:
+        """Open and lock a device.
+
+        :raises DeviceError: it is missing, in use, too small, or here for something else already.
+        """
+        try:
+            use = self._uses.get(identify(path))
+        except OSError:
+            use = None  # open_device says what is wrong
+        if use is not None:
+            raise DeviceError(
+                f"{role} {path} is the same device as the {use}",
+                hint="name different devices in the group files",
+            )
+        device = open_device(path, writable=True, role=role, minimum_bytes=minimum_bytes)
+        self._opened.callback(device.close)
+        self._uses[device.identity] = f"{role} {path}"
+        return device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,19 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = load_host(paths)
     groups = cli.select_groups(arguments, load_groups(paths))
     with ExitStack() as opened:
+        devices = _Devices(opened)
         logs: list[_Log] = []
         for group in groups:
             if host.name == group.primary_host:
                 cli.refuse_beside_daemon(paths, group, "driver")
-                logs += _writelogs(group, opened, arguments.yes)
+                logs += _writelogs(group, devices, arguments.yes)
             if host.name == group.secondary_host:
                 cli.refuse_beside_daemon(paths, group, "rmd")
-                logs.append(_journal(group, opened, arguments.yes))
+                logs.append(_journal(group, devices, arguments.yes))
         if not logs:
-            raise BrokenError(
+            raise ConfigError(
                 f"{host.name} is neither primary nor secondary of the groups selected",
                 hint="compare `name` in qds.cfg with `host` in the group files",
             )
+        for log in logs:
+            log.check_size()
         made = _initialise(logs)
         for number in {log.group.number for log in logs}:
             FailureLatch(paths.state_file(number)).clear()
@@ -85,19 +131,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
     for log in logs:
         # A log that runs out of space under load would fail its LDSU.
-        log.device.preallocate()
+        with cli.naming(
+            f"{log.device.role} {log.device.path}: cannot allocate its {log.device.size} bytes"
+        ):
+            log.device.preallocate()
     generations: dict[tuple[int, str], bytes] = {}
     made = []
     for log in logs:
         generation = generations.setdefault((log.group.number, log.role), os.urandom(16))
-        Writelog.initialise(
-            log.device,
-            role=log.role,
-            group=log.group.number,
-            units=log.units,
-            # A journal is blank until a primary begins its history.
-            generations=[Generation(generation, 1)] if log.role == "writelog" else [],
-        )
+        with cli.naming(f"{log.device.role} {log.device.path}"):
+            Writelog.initialise(
+                log.device,
+                role=log.role,
+                group=log.group.number,
+                units=log.units,
+                # A journal is blank until a primary begins its history.
+                generations=[Generation(generation, 1)] if log.role == "writelog" else [],
+            )
         made.append(
             {
                 "group": log.group.name,
@@ -109,16 +159,16 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
     return made
 
 
-def _writelogs(group: GroupConfig, opened: ExitStack, consent: bool) -> list[_Log]:
+def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Log]:
     logs = []
     for ldsu in group.ldsus:
-        data = _open(opened, ldsu.data_device, f"data device of {ldsu.name}")
+        data = devices.open(ldsu.data_device, f"data device of {ldsu.name}")
         if probe_signature(data) == OWN_NAME:
             raise DeviceError(
                 f"data device {data.path} of {ldsu.name} holds a writelog or journal",
                 hint=f"name the right device in {group.path}",
             )
-        log = _open(opened, ldsu.writelog_device, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
+        log = devices.open(ldsu.writelog_device, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
         _check_unused(log, f"writelog of {ldsu.name}", consent)
         if log.size < WRITELOG_BYTES_WARN:
             print(
@@ -131,22 +181,15 @@ def _writelogs(group: GroupConfig, opened: ExitStack, consent: bool) -> list[_Lo
     return logs
 
 
-def _journal(group: GroupConfig, opened: ExitStack, consent: bool) -> _Log:
+def _journal(group: GroupConfig, devices: _Devices, consent: bool) -> _Log:
     units = []
     for ldsu in group.ldsus:
-        mirror = _open(opened, ldsu.mirror_device, f"mirror device of {ldsu.name}")
+        mirror = devices.open(ldsu.mirror_device, f"mirror device of {ldsu.name}")
         _check_unused(mirror, f"mirror device of {ldsu.name}", consent)
         units.append(BoundUnit(ldsu.index, ldsu.name, mirror.size, ldsu.mirror_device))
-    journal = _open(opened, group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
+    journal = devices.open(group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
     _check_unused(journal, f"journal of {group.name}", consent)
     return _Log(group, "journal", journal, units)
-
-
-def _open(opened: ExitStack, path: str, role: str, minimum_bytes: int = 1) -> FileDevice:
-    """Open a device for this command alone; two uses of one device refuse each other."""
-    device = open_device(path, writable=True, role=role, minimum_bytes=minimum_bytes)
-    opened.callback(device.close)
-    return device
 
 
 def _check_unused(device: FileDevice, role: str, consent: bool) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import EXIT_BROKEN, BrokenError, CorruptError
+from qdsmirror.errors import EXIT_BROKEN, BrokenError, ConfigError, CorruptError
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import close_units, judge, open_units, replay
 from qdsmirror.tools import cli
 
@@ -40,12 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = load_host(paths)
     found: list[dict[str, Any]] = []
     for group in cli.select_groups(arguments, load_groups(paths)):
+        latch = FailureLatch(paths.state_file(group.number))
         if host.name == group.primary_host:
             cli.refuse_beside_daemon(paths, group, "driver")
-            found.append(_scan_primary(group, arguments.check))
+            for ldsu in group.ldsus:
+                latch.check((ldsu.data_device, ldsu.writelog_device))
+            with cli.naming(group.name):
+                found.append(_scan_primary(group, arguments.check))
         if host.name == group.secondary_host:
             cli.refuse_beside_daemon(paths, group, "rmd")
-            found.append(_scan_secondary(group))
+            latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
+            with cli.naming(group.name):
+                found.append(_scan_secondary(group))
+    if not found:
+        raise ConfigError(
+            f"{host.name} is neither primary nor secondary of the groups selected",
+            hint="compare `name` in qds.cfg with `host` in the group files",
+        )
     if arguments.json:
         cli.print_json({"groups": found})
     else:
@@ -81,7 +93,8 @@ def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
         generation = units[0].writelog.superblock.generation
         if not check and not refused:
             for unit in units:
-                replay(unit)
+                with cli.naming(unit.config.data_device):
+                    replay(unit)
     finally:
         close_units(units)
     return {
@@ -114,7 +127,7 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
         try:
             reader.look_ahead()
         except CorruptError as error:
-            refused = refused or error.message
+            refused = refused or f"{group.journal_device}: {error.message}"
         log = {
             "name": "journal",
             "device": group.journal_device,
