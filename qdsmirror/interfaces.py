@@ -77,6 +77,9 @@ class IBlockDevice(Interface):
     def extents(offset: int, length: int) -> list[tuple[int, bool]]:
         """Give (length, allocated) pairs that cover the range."""
 
+    def hole(offset: int, length: int) -> int:
+        """Give how many of the range's first bytes are not allocated, and read as zeroes."""
+
     def open_shared() -> int:
         """Give a new read-only descriptor with no lock on it, for another process (rules.md 10)."""
 

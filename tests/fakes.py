@@ -214,6 +214,10 @@ class MemoryDevice:
             offset += step
         return pairs
 
+    def hole(self, offset: int, length: int) -> int:
+        first = next(iter(self.extents(offset, length)), (0, True))
+        return 0 if first[1] else first[0]
+
     def open_shared(self) -> int:
         self._enter("open_shared")
         if self._memory is None:

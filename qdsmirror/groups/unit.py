@@ -423,10 +423,11 @@ class DriverUnit:
             done(0)
             return
 
-        def found(extents: list[tuple[int, bool]] | None, error: BaseException | None) -> None:
-            done(0 if not extents or error is not None or extents[0][1] else extents[0][0])
+        def found(hole: int | None, _error: BaseException | None) -> None:
+            # An error here is met again, and told, by the read that follows.
+            done(hole or 0)
 
-        self._read_worker.run(partial(self.device.extents, offset, length), found)
+        self._read_worker.run(partial(self.device.hole, offset, length), found)
 
     def read_chunk(
         self, offset: int, length: int, done: Callable[[bytes | None, BaseException | None], None]

@@ -228,6 +228,15 @@ class FileDevice:
                 position = end
         return pairs
 
+    def hole(self, offset: int, length: int) -> int:
+        """Give how many of the range's first bytes are a hole; costs no look at what is not.
+
+        (Where a file's data ends is slow to find: SEEK_HOLE walks over all of it.)
+        """
+        if self.is_block:
+            return 0
+        return min(self._seek(offset, os.SEEK_DATA) - offset, length)
+
     def open_shared(self) -> int:
         """Open the same device again, read-only, with neither lock nor claim (rules.md 10).
 

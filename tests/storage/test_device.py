@@ -258,6 +258,13 @@ class FileDeviceTests(DeviceContract, TestCase):
         )
         self.assertEqual(self.device.extents(139264, 8192), [(8192, True)])
 
+    def test_hole_is_told_from_its_start(self) -> None:
+        self.device.pwritev([b"x" * 65536], 131072)
+        self.assertEqual(self.device.hole(0, SIZE), 131072)
+        self.assertEqual(self.device.hole(0, 4096), 4096)
+        self.assertEqual(self.device.hole(131072, 4096), 0)
+        self.assertEqual(self.device.hole(SIZE - 4096, 4096), 4096)
+
     def test_extents_are_bounded(self) -> None:
         for offset in range(0, SIZE, 65536):
             self.device.pwritev([b"x" * 4096], offset)
