@@ -33,10 +33,11 @@ from qdsmirror.errors import (
     ConfigError,
     DeviceFailedError,
     IdentityError,
-    MismatchError,
     ProtocolError,
     QdsError,
 )
+from qdsmirror.groups.authority import Authority
+from qdsmirror.groups.remote_status import remote_status
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import (
@@ -45,12 +46,11 @@ from qdsmirror.limits import (
     UNMIRRORED_BYTES_MAX,
 )
 from qdsmirror.net.handshake import (
-    IRemoteAuthority,
     RebasePosition,
     RemoteHandshake,
     UnitPosition,
 )
-from qdsmirror.net.link import ILinkOwner, Link, LinkFactory
+from qdsmirror.net.link import ILinkOwner, Link
 from qdsmirror.net.tls import server_context_factory
 from qdsmirror.paths import Paths
 from qdsmirror.storage.journal import Change, Mirror
@@ -77,6 +77,9 @@ class RemoteGroup:
     """The remote mirror daemon of one group.
 
     :ivar committed_gsn: durable in the journal; ``mirrored_gsn``: on the mirror devices.
+    :ivar since: when the link's state was entered, seconds since 1970.
+    :ivar notes: the last errors, for ``qdsinfo``.
+    :ivar unmirrored_bytes: durable in the journal and not yet on the mirror devices.
     :ivar epoch: counts what invalidates positions that a handshake was told.
     """
 
@@ -104,8 +107,8 @@ class RemoteGroup:
         self.committed_gsn = self.mirrored_gsn = 0
         self.failed = ""
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
-        self._since = self.runtime.wall()
-        self._notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
+        self.since = self.runtime.wall()
+        self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self._intake: Intake | None = None
         self._durable = Cursor()
         self._journal_worker: IWorker
@@ -118,7 +121,7 @@ class RemoteGroup:
         self._journal_full = False
         self._ack_wanted = False
         self._to_mirror: deque[_Received] = deque()
-        self._unmirrored_bytes = 0
+        self.unmirrored_bytes = 0
         self._mirroring = False
         self._checkpointing = False
         self._paused = False
@@ -217,7 +220,7 @@ class RemoteGroup:
 
     def _say(self, state: str, reason: str, code: int = 0) -> None:
         if state != self.link_state["state"]:
-            self._since = self.runtime.wall()
+            self.since = self.runtime.wall()
         self.link_state = {"state": state, "code": code, "reason": reason}
 
     # -- connections --------------------------------------------------------------------------
@@ -243,7 +246,7 @@ class RemoteGroup:
             self._reactor.adoptStreamConnection(accepted.fileno(), family, tls)
 
     def _handshake(self) -> RemoteHandshake:
-        return RemoteHandshake(_Authority(self), self._reactor)
+        return RemoteHandshake(Authority(self), self._reactor)
 
     def handshake_ended(self) -> None:
         """Count a handshake as over."""
@@ -251,7 +254,7 @@ class RemoteGroup:
 
     def refused(self, error: QdsError) -> None:
         """Learn why a connection did not become a stream."""
-        self._notes.append(f"refused: {error.message}")
+        self.notes.append(f"refused: {error.message}")
         if self._link is not None:
             return
         if isinstance(error, (IdentityError, ConfigError, BrokenError)):
@@ -381,7 +384,7 @@ class RemoteGroup:
         """Pause or resume the peer as what is under way grows or shrinks (BOUND)."""
         full = (
             self._received_bytes > RECEIVED_BYTES_MAX
-            or self._unmirrored_bytes > UNMIRRORED_BYTES_MAX
+            or self.unmirrored_bytes > UNMIRRORED_BYTES_MAX
         )
         if full != self._paused and self._link is not None:
             self._paused = full
@@ -445,7 +448,7 @@ class RemoteGroup:
         self._durable = Cursor(last.end, last.change.header.gsn_last + 1, points)
         self.committed_gsn = last.change.header.gsn_last
         self._received_bytes -= size
-        self._unmirrored_bytes += size
+        self.unmirrored_bytes += size
         self._to_mirror.extend(batch)
         if self._ack_wanted:
             self._ack_wanted = False
@@ -479,7 +482,7 @@ class RemoteGroup:
         # Batches end where journal batches end, so the last frame knows every LDSU's point.
         self.mirror.applied = Cursor(last.end, last.change.header.gsn_last + 1, last.points)
         self.mirrored_gsn = last.change.header.gsn_last
-        self._unmirrored_bytes -= sum(len(received.frame) for received in batch)
+        self.unmirrored_bytes -= sum(len(received.frame) for received in batch)
         self._press()
         self._apply()
         if not self._mirroring:
@@ -518,12 +521,12 @@ class RemoteGroup:
     def _fail(self, reason: str, error: BaseException | None) -> None:
         """Latch a failure: nothing is acknowledged any more (LOUD)."""
         self.failed = self.failed or reason
-        self._notes.append(reason)
+        self.notes.append(reason)
         if isinstance(error, DeviceFailedError):
             try:
                 self._latch.record(error.path, error)
             except QdsError as cause:
-                self._notes.append(cause.message)
+                self.notes.append(cause.message)
         self.log.error("{group}: {reason}", group=self.name, reason=reason)
         self._drop_link(reason)
         self._say("refused", reason, DeviceFailedError.exit_code)
@@ -533,131 +536,4 @@ class RemoteGroup:
 
     def status(self) -> dict[str, Any]:
         """See :class:`IGroup`."""
-        mirror = self.mirror
-        superblock = mirror.journal.superblock if mirror is not None else None
-        connected = self.link_state["state"] == "connected"
-        coherent = superblock is not None and superblock.coherent
-        modes = ["connected" if connected else "accumulating"] if mirror is not None else ["setup"]
-        refreshing = superblock is not None and superblock.refresh is not None
-        if refreshing:
-            modes.append("refresh")
-        reason = self.failed or ("" if connected else str(self.link_state["reason"]))
-        return {
-            "group": self.number,
-            "name": self.name,
-            "role": "secondary",
-            "operation": self.config.operation,
-            "state": "refresh" if refreshing else modes[0],
-            "modes": sorted(modes),
-            "since": self._since,
-            "reason": reason or (superblock.reason if superblock is not None else ""),
-            "coherent": coherent,
-            "generation": superblock.generation.hex() if superblock is not None else "",
-            "peer": self.config.primary_host,
-            "gsn": {
-                "written": None,
-                "durable": None,
-                "applied": None,
-                "sent": None,
-                "committed": self.committed_gsn if mirror is not None else None,
-                "mirrored": self.mirrored_gsn if mirror is not None else None,
-            },
-            "lag": {
-                "entries": self.committed_gsn - self.mirrored_gsn,
-                "bytes": self._unmirrored_bytes,
-                "seconds": None,
-            },
-            "refresh": None,
-            "verify": None,
-            "driver": {"pid": None},
-            "pmd": {**self.link_state, "pid": None},
-            "rmd": {"pid": os.getpid(), **self.link_state},
-            "ldsus": [
-                {
-                    "name": ldsu.name,
-                    "nbd_uri": None,
-                    "device": None,
-                    "data_device": ldsu.data_device,
-                    "mirror_device": ldsu.mirror_device,
-                    "size": mirror.devices[ldsu.index].size if mirror is not None else None,
-                    "coherent": coherent,
-                    "errors": [self.failed] if self.failed else [],
-                }
-                for ldsu in self.config.ldsus
-            ],
-            "journal": self._journal_status(),
-            "errors": list(self._notes),
-        }
-
-    def _journal_status(self) -> dict[str, Any] | None:
-        if self.mirror is None:
-            return None
-        journal = self.mirror.journal
-        return {
-            "devices": [self.config.journal_device],
-            "size": journal.ring.size,
-            "used_bytes": journal.used_bytes,
-            "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
-            "entries": self.committed_gsn - self.mirrored_gsn,
-        }
-
-
-@implementer(IRemoteAuthority)
-class _Authority:
-    """The group, as the handshake of one connection sees it."""
-
-    def __init__(self, group: RemoteGroup) -> None:
-        self._group = group
-        self._epoch: int | None = None
-        self.group = group.number
-        self.digest = group.config.identity_digest()
-        self.secret = group.secret
-        self.ldsus = len(group.config.ldsus)
-
-    def map_ldsu(self, index: int, name: str, size: int) -> UnitPosition:
-        """Match an LDSU with its mirror device; the first one ends any older session."""
-        group = self._group
-        if group.mirror is None:
-            raise ProtocolError("the remote mirror daemon is stopping")
-        if self._epoch is None:
-            group.supersede()
-            self._epoch = group.epoch
-        ldsu = group.config.ldsus[index]
-        device = group.mirror.devices[index]
-        if ldsu.name != name:
-            raise MismatchError(
-                f"LDSU {index} is {name} at the primary and {ldsu.name} at the secondary",
-                hint="compare the group's file on both hosts",
-            )
-        if device.size < size:
-            raise MismatchError(
-                f"mirror device {ldsu.mirror_device} of {name} has {device.size} bytes, the data "
-                f"device {size}",
-                hint="give the mirror a device at least as large",
-            )
-        return group.position(index)
-
-    def rebase(self, positions: list[RebasePosition]) -> Deferred[None]:
-        """Replace the group's history."""
-        self._check_epoch()
-        done: Deferred[None] = self._group.rebase(positions)
-
-        def renew(_: None) -> None:
-            self._epoch = self._group.epoch
-
-        return done.addCallback(renew)
-
-    def start(self, session: bytes) -> Factory:
-        """Begin the stream."""
-        self._check_epoch()
-        self._group.handshake_ended()
-        return LinkFactory(self._group, self._group.runtime.reactor)
-
-    def _check_epoch(self) -> None:
-        if self._epoch != self._group.epoch:
-            raise ProtocolError("another connection came first; try again")
-
-    def refused(self, error: QdsError) -> None:
-        """Pass on why nothing came of this connection."""
-        self._group.handshake_ended()
-        self._group.refused(error)
+        return remote_status(self, os.getpid())

@@ -1,0 +1,77 @@
+"""What the handshake of one connection may ask of the secondary's group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory
+from zope.interface import implementer
+
+from qdsmirror.errors import MismatchError, ProtocolError, QdsError
+from qdsmirror.net.handshake import IRemoteAuthority, RebasePosition, UnitPosition
+from qdsmirror.net.link import LinkFactory
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.remote import RemoteGroup
+
+
+@implementer(IRemoteAuthority)
+class Authority:
+    """The group, as the handshake of one connection sees it."""
+
+    def __init__(self, group: RemoteGroup) -> None:
+        self._group = group
+        self._epoch: int | None = None
+        self.group = group.number
+        self.digest = group.config.identity_digest()
+        self.secret = group.secret
+        self.ldsus = len(group.config.ldsus)
+
+    def map_ldsu(self, index: int, name: str, size: int) -> UnitPosition:
+        """Match an LDSU with its mirror device; the first one ends any older session."""
+        group = self._group
+        if group.mirror is None:
+            raise ProtocolError("the remote mirror daemon is stopping")
+        if self._epoch is None:
+            group.supersede()
+            self._epoch = group.epoch
+        ldsu = group.config.ldsus[index]
+        device = group.mirror.devices[index]
+        if ldsu.name != name:
+            raise MismatchError(
+                f"LDSU {index} is {name} at the primary and {ldsu.name} at the secondary",
+                hint="compare the group's file on both hosts",
+            )
+        if device.size < size:
+            raise MismatchError(
+                f"mirror device {ldsu.mirror_device} of {name} has {device.size} bytes, the data "
+                f"device {size}",
+                hint="give the mirror a device at least as large",
+            )
+        return group.position(index)
+
+    def rebase(self, positions: list[RebasePosition]) -> Deferred[None]:
+        """Replace the group's history."""
+        self._check_epoch()
+        done: Deferred[None] = self._group.rebase(positions)
+
+        def renew(_: None) -> None:
+            self._epoch = self._group.epoch
+
+        return done.addCallback(renew)
+
+    def start(self, session: bytes) -> Factory:
+        """Begin the stream."""
+        self._check_epoch()
+        self._group.handshake_ended()
+        return LinkFactory(self._group, self._group.runtime.reactor)
+
+    def _check_epoch(self) -> None:
+        if self._epoch != self._group.epoch:
+            raise ProtocolError("another connection came first; try again")
+
+    def refused(self, error: QdsError) -> None:
+        """Pass on why nothing came of this connection."""
+        self._group.handshake_ended()
+        self._group.refused(error)

@@ -1,0 +1,80 @@
+"""The rmd's part of ``qdsinfo --json`` (man page qdsinfo(1))."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.remote import RemoteGroup
+
+
+def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
+    """Describe a group as the secondary sees it."""
+    mirror = group.mirror
+    superblock = mirror.journal.superblock if mirror is not None else None
+    connected = group.link_state["state"] == "connected"
+    coherent = superblock is not None and superblock.coherent
+    modes = ["connected" if connected else "accumulating"] if mirror is not None else ["setup"]
+    refreshing = superblock is not None and superblock.refresh is not None
+    if refreshing:
+        modes.append("refresh")
+    reason = group.failed or ("" if connected else str(group.link_state["reason"]))
+    return {
+        "group": group.number,
+        "name": group.name,
+        "role": "secondary",
+        "operation": group.config.operation,
+        "state": "refresh" if refreshing else modes[0],
+        "modes": sorted(modes),
+        "since": group.since,
+        "reason": reason or (superblock.reason if superblock is not None else ""),
+        "coherent": coherent,
+        "generation": superblock.generation.hex() if superblock is not None else "",
+        "peer": group.config.primary_host,
+        "gsn": {
+            "written": None,
+            "durable": None,
+            "applied": None,
+            "sent": None,
+            "committed": group.committed_gsn if mirror is not None else None,
+            "mirrored": group.mirrored_gsn if mirror is not None else None,
+        },
+        "lag": {
+            "entries": group.committed_gsn - group.mirrored_gsn,
+            "bytes": group.unmirrored_bytes,
+            "seconds": None,
+        },
+        "refresh": None,
+        "verify": None,
+        "driver": {"pid": None},
+        "pmd": {**group.link_state, "pid": None},
+        "rmd": {"pid": pid, **group.link_state},
+        "ldsus": [
+            {
+                "name": ldsu.name,
+                "nbd_uri": None,
+                "device": None,
+                "data_device": ldsu.data_device,
+                "mirror_device": ldsu.mirror_device,
+                "size": mirror.devices[ldsu.index].size if mirror is not None else None,
+                "coherent": coherent,
+                "errors": [group.failed] if group.failed else [],
+            }
+            for ldsu in group.config.ldsus
+        ],
+        "journal": _journal_status(group),
+        "errors": list(group.notes),
+    }
+
+
+def _journal_status(group: RemoteGroup) -> dict[str, Any] | None:
+    if group.mirror is None:
+        return None
+    journal = group.mirror.journal
+    return {
+        "devices": [group.config.journal_device],
+        "size": journal.ring.size,
+        "used_bytes": journal.used_bytes,
+        "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
+        "entries": group.committed_gsn - group.mirrored_gsn,
+    }
