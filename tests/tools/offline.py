@@ -110,7 +110,7 @@ class Site:
     def locked(self, name: str) -> Iterator[None]:
         """Hold a device as another process of ours does."""
         with open(self.device(name), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     @contextmanager
