@@ -16,6 +16,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
     written = group.next_gsn - 1
     age = group.lag.age(group.committed_gsn, written, group.runtime.reactor.seconds())
     link = group.link
+    said = {key: link[key] for key in ("state", "reason", "code")}
     return {
         "group": group.number,
         "name": group.name,
@@ -44,13 +45,8 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "verify": None,
         "driver": {"pid": pid},
-        "pmd": {
-            "pid": link.get("pid"),
-            "state": link["state"],
-            "reason": link["reason"],
-            "code": link["code"],
-        },
-        "rmd": {"pid": None, "state": link["state"]},
+        "pmd": {"pid": link.get("pid"), **said},
+        "rmd": {"pid": None, **said},
         "ldsus": [_unit_status(group, unit, age) for unit in group.units],
         "errors": list(group.notes),
     }

@@ -73,10 +73,10 @@ class RefusedDeviceTests(TestCase):
         world = self.create()
         journal = world.device("secondary", "dsgrp000.journal")
         world.launch()
-        self.refuse(world, "primary", ["qdswlinit", "--yes"], FAILED, ".data", "in use")
-        self.refuse(world, "primary", ["qdswlscan"], FAILED, "qds0", "in use")
-        self.refuse(world, "secondary", ["qdswlinit", "--yes"], FAILED, ".mirror", "in use")
-        self.refuse(world, "secondary", ["qdsrmdreco"], FAILED, str(journal), "in use")
+        self.refuse(world, "primary", ["qdswlinit", "--yes"], FAILED, "driver runs", "killdriver")
+        self.refuse(world, "primary", ["qdswlscan"], FAILED, "driver runs", "killdriver")
+        self.refuse(world, "secondary", ["qdswlinit", "--yes"], FAILED, "rmd runs", "killrmds")
+        self.refuse(world, "secondary", ["qdsrmdreco"], FAILED, "rmd runs", "killrmds")
         # Another lab whose group names a device of this one.
         other = self.create()
         data = world.device("primary", "qds0.data")
@@ -215,10 +215,9 @@ class UsedDeviceTests(TestCase):
             world.kill(name)
         self.load(world)
         world.settle()
-        # A block device that somebody has mounted or opened alone is in use.
         done = world.ask("primary", "qdswlinit", "--yes")
         self.assertEqual(done.returncode, FAILED, done.stderr)
-        self.assertIn("in use", done.stderr)
+        self.assertIn("driver runs", done.stderr)
 
     @in_thread
     def test_loop_devices_of_512_bytes_a_sector(self) -> None:
