@@ -45,7 +45,7 @@ from qdsmirror.limits import (
     RECONNECT_SECONDS_MIN,
     REFUSED_RETRY_SECONDS,
 )
-from qdsmirror.net.control import attach_to_driver
+from qdsmirror.net.control import attach_to_driver, why_unconnected
 from qdsmirror.net.handshake import (
     PrimaryHandshake,
     PrimaryOffer,
@@ -185,7 +185,6 @@ class PrimaryGroup:
         except _REFUSALS as error:
             diverged = isinstance(error, DivergedError)
             self._say("refused", error.message, error.exit_code, diverged=diverged)
-            self.log.error("{group}: refused: {why}", group=self.name, why=error.message)
             await self._pause(REFUSED_RETRY_SECONDS)
             return
         except QdsError as error:
@@ -241,7 +240,10 @@ class PrimaryGroup:
         factory.noisy = False
         self._reactor.adoptStreamConnection(end, socket.AF_UNIX, factory)
         os.close(end)
-        self._say(self.link_state["state"], self.link_state["reason"], self.link_state["code"])
+        was = self.link_state
+        # Why there was no connection until now says nothing about the next try.
+        reason = "" if was["state"] == "connecting" else was["reason"]
+        self._say(was["state"], reason, was["code"])
 
     def _detach(self) -> None:
         driver, self._driver = self._driver, None
@@ -292,7 +294,12 @@ class PrimaryGroup:
             self._wake()
 
     def _say(self, state: str, reason: str, code: int = 0, **more: Any) -> None:
-        """Set the link's state and tell the driver, with what else it must know now."""
+        """Set the link's state and tell log and driver, with what else that must know now."""
+        was = self.link_state
+        if (state, reason) != (was["state"], was["reason"]) and (reason or state == "connected"):
+            tell = self.log.error if state == "refused" else self.log.info
+            text = f"{state}: {reason}" if reason else state
+            tell("{group}: {text}", group=self.name, text=text)
         self.link_state = {"state": state, "code": code, "reason": reason, "pid": os.getpid()}
         if self._driver is not None:
             said = {**self.link_state, **more}
@@ -340,7 +347,7 @@ class PrimaryGroup:
             handshake.done.addErrback(lambda _: None)
             raise UnreachableError(
                 f"{config.secondary_host} does not answer at {config.secondary_address} port "
-                f"{config.port}: {error}",
+                f"{config.port}: {why_unconnected(error)}",
                 hint="start its remote mirror daemon with launchrmds",
             ) from None
         await handshake.done
@@ -430,7 +437,6 @@ class PrimaryGroup:
 
     def _writelog_failed(self, error: CorruptError) -> None:
         self._say("refused", error.message, error.exit_code)
-        self.log.error("{group}: {why}", group=self.name, why=error.message)
         if self._link is not None:
             self._link.close(error.message)
 

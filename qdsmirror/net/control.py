@@ -314,6 +314,12 @@ class _AttachProtocol(_BoundedAmp):
         self._descriptors.clear()
 
 
+def why_unconnected(error: Exception) -> str:
+    """Tell in the system's own words why a connection could not be made."""
+    number = getattr(error, "osError", None) or getattr(error, "errno", None)
+    return os.strerror(number) if isinstance(number, int) else str(error).rstrip(".")
+
+
 @inlineCallbacks
 def attach_to_driver(
     reactor: Any, path: str | os.PathLike[str], timeout_seconds: float = 5.0
@@ -333,7 +339,8 @@ def attach_to_driver(
         protocol = yield endpoints.connectProtocol(endpoint, _AttachProtocol())
     except (ConnectError, OSError) as error:
         raise UnreachableError(
-            f"no driver answers on {where}: {error}", hint="start it with launchdriver"
+            f"no driver answers on {where}: {why_unconnected(error)}",
+            hint="start it with launchdriver",
         ) from None
     clock: IReactorTime = reactor
     timer = clock.callLater(timeout_seconds, protocol.transport.abortConnection)

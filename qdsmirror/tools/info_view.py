@@ -92,11 +92,13 @@ def remarks(group: Group) -> list[str]:
     progress = group["refresh"]
     if progress:
         lines.append(f"{group['name']}: {refresh_text(progress)}")
-    seen = []
-    for reason in (group["reason"], *(group[part].get("reason") for part in ("pmd", "rmd"))):
-        if reason and reason not in seen:
+    seen: list[str] = []
+    parts = (group[part].get("reason") for part in ("pmd", "rmd"))
+    for reason in (group["reason"], *parts, *group.get("errors", ())):
+        # The same is often said by driver and pmd, or said again with a word before it.
+        if reason and not any(one in reason for one in seen):
             seen.append(reason)
-    lines += [f"{group['name']}: {reason}" for reason in [*seen, *group.get("errors", ())]]
+    lines += [f"{group['name']}: {reason}" for reason in seen]
     for unit in group["ldsus"]:
         lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
     return lines

@@ -192,7 +192,8 @@ class HostsTests(TestCase):
         for host in (self.primary, self.secondary):
             logs = (self.directory / f"host{host.number}" / "_var_opt" / "QLIXds").glob("*.log")
             lines = "".join(log.read_text() for log in logs).splitlines()
-            self.assertIn("connected", "".join(lines))
+            who = "pmd" if host is self.primary else "rmd"
+            self.assertRegex("\n".join(lines), rf" {who}\[\d+\]: dsgrp000: connected")
             for line in lines:
                 self.assertRegex(line, r"^\S+ \w+\[\d+\]: .*(dsgrp000|qds(driver|pmd|rmd))")
 

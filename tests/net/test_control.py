@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
@@ -27,7 +28,7 @@ from qdsmirror.errors import (
     UnreachableError,
     UsageError,
 )
-from qdsmirror.net.control import ControlServer, attach_to_driver
+from qdsmirror.net.control import ControlServer, attach_to_driver, why_unconnected
 from qdsmirror.tools.client import ControlClient
 
 
@@ -180,6 +181,17 @@ class AttachTests(ControlCase):
 BOXES = st.lists(
     st.dictionaries(st.binary(min_size=1, max_size=255), st.binary(max_size=300), max_size=5)
 )
+
+
+class WordsTests(SynchronousTestCase):
+    def test_a_connection_not_made_is_told_in_the_systems_words(self) -> None:
+        for error, words in (
+            (ConnectionRefusedError(111, "x"), "Connection refused"),
+            (FileNotFoundError(2, "x"), "No such file or directory"),
+            (ConnectError(2, "x"), "No such file or directory"),
+            (DNSLookupError("no such host."), "DNS lookup failed: no such host"),
+        ):
+            self.assertEqual(why_unconnected(error), words)
 
 
 class BoxTests(SynchronousTestCase):

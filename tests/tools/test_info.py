@@ -361,6 +361,19 @@ class ViewTests(TestCase):
             ["-", "0.2 s", "42 s", "10 min", "2.5 h"],
         )
 
+    def test_a_reason_is_told_once(self) -> None:
+        why = "mirror device /m has 1 bytes, the data device 2"
+        group = group_of(
+            reason=why,
+            refresh=None,
+            ldsus=[],
+            pmd={"reason": why},
+            rmd={"reason": ""},
+            errors=[f"refused: {why}", f"refused: {why}", "another"],
+        )
+        name = group["name"]
+        self.assertEqual(info_view.remarks(group), [f"{name}: {why}", f"{name}: another"])
+
     def test_rich(self) -> None:
         from io import StringIO
 
