@@ -163,8 +163,13 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
     log = paths.log_file(daemon.name)
     pid = running_pid(paths.pid_file(daemon.name))
     if pid is not None:
-        _wait_until_started(daemon, paths, None, log, 0)
-        return _tell(arguments.json, f"{daemon.name} is already running (pid {pid})", pid)
+        try:
+            _wait_until_started(daemon, paths, None, log, 0)
+        except _GoneError:
+            # It was about to end, killed perhaps: then this is the first launch.
+            pass
+        else:
+            return _tell(arguments.json, f"{daemon.name} is already running (pid {pid})", pid)
     _check(daemon, paths)
     with open(log, "ab") as output:
         start = output.tell()
@@ -190,6 +195,10 @@ def _tell(as_json: bool, text: str, pid: int | None) -> int:
     return errors.EXIT_OK
 
 
+class _GoneError(Exception):
+    """A master that ran before has ended."""
+
+
 def _wait_until_started(
     daemon: _Daemon, paths: Paths, process: subprocess.Popen[bytes] | None, log: Path, start: int
 ) -> dict[str, Any]:
@@ -197,6 +206,7 @@ def _wait_until_started(
 
     :param process: the master, unless it ran before.
     :raises QdsError: the master ended, a group does not start, or it takes too long.
+    :raises _GoneError: the master that ran before has ended.
     """
     client = ControlClient(paths.control_socket(daemon.name))
     begun = time.monotonic()
@@ -206,6 +216,9 @@ def _wait_until_started(
         if code is not None:
             _ended(daemon, code, log, start)
         status = _status(client)
+        if status is None and process is None:
+            if running_pid(paths.pid_file(daemon.name)) is None:
+                raise _GoneError
         if status is not None and _all_running(status, elapsed):
             return status
         if status is not None and process is None and not status["groups"]:

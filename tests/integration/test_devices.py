@@ -71,7 +71,6 @@ class RefusedDeviceTests(TestCase):
     @in_thread
     def test_in_use(self) -> None:
         world = self.create()
-        journal = world.device("secondary", "dsgrp000.journal")
         world.launch()
         self.refuse(world, "primary", ["qdswlinit", "--yes"], FAILED, "driver runs", "killdriver")
         self.refuse(world, "primary", ["qdswlscan"], FAILED, "driver runs", "killdriver")
