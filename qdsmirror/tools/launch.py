@@ -216,9 +216,9 @@ def _wait_until_started(
         if code is not None:
             _ended(daemon, code, log, start)
         status = _status(client)
-        if status is None and process is None:
-            if running_pid(paths.pid_file(daemon.name)) is None:
-                raise _GoneError
+        gone = process is None and running_pid(paths.pid_file(daemon.name)) is None
+        if status is None and gone:
+            raise _GoneError
         if status is not None and _all_running(status, elapsed):
             return status
         if status is not None and process is None and not status["groups"]:
