@@ -384,6 +384,19 @@ class TmpfsDeviceTests(FileDeviceTests):
     def test_plain_reads_do_not_wait_in_memory(self) -> None:
         self.assertEqual(self.device.pread_nowait(4096, 0), bytes(4096))
 
+    def test_nowait_unsupported_is_remembered(self) -> None:
+        """In memory nothing can wait, so the flag is not even asked for."""
+        preadv = os.preadv
+        flags: list[int] = []
+
+        def watched(fd: int, buffers: Any, offset: int, flag: int = 0) -> int:
+            flags.append(flag)
+            return preadv(fd, buffers, offset, flag)
+
+        with mock.patch("os.preadv", watched):
+            self.assertEqual(self.device.pread_nowait(512, 0), bytes(512))
+        self.assertNotIn(os.RWF_NOWAIT, flags)
+
 
 class Loop512Tests(DeviceContract, TestCase):
     sector = 512
