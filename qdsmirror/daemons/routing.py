@@ -149,7 +149,6 @@ class Router:
                 self.reactor.addReader(listener)
 
 
-@implementer(IReadDescriptor)
 class _Descriptor:
     """A socket in the reactor."""
 
@@ -163,13 +162,11 @@ class _Descriptor:
     def logPrefix(self) -> str:  # noqa: N802
         return "router"
 
-    def doRead(self) -> Any:  # noqa: N802
-        raise NotImplementedError
-
     def connectionLost(self, reason: Failure) -> None:  # noqa: N802
         """Follow doRead's own verdict."""
 
 
+@implementer(IReadDescriptor)
 class _Listener(_Descriptor):
     @property
     def listening(self) -> socket.socket:
@@ -179,6 +176,7 @@ class _Listener(_Descriptor):
         self.router.accept(self.socket)
 
 
+@implementer(IReadDescriptor)
 class _Peeked(_Descriptor):
     """One connection whose hello is not complete."""
 

@@ -362,7 +362,8 @@ class DriverGroup:
                 unit.fail("writelog", unit.config.writelog_device, error)
             done()
 
-        unit.update_superblock(self._cursors(unit), False, written)
+        # Both slots before the space is used again (rules.md 5): losing either loses nothing.
+        unit.update_superblock(self._cursors(unit), written)
 
     def _checkpointed(self) -> None:
         self._checkpointing = False
@@ -390,7 +391,7 @@ class DriverGroup:
                     unit.fail("writelog", unit.config.writelog_device, error)
                 done()
 
-            unit.update_superblock(own, True, written)
+            unit.update_superblock(own, written)
 
         def finish() -> None:
             if failed:

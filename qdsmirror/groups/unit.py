@@ -627,11 +627,11 @@ class DriverUnit:
         self._apply_worker.run(self.device.fdatasync, lambda _result, error: done(upto, error))
 
     def update_superblock(
-        self, changes: dict[str, Any], both: bool, done: Callable[[BaseException | None], None]
+        self, changes: dict[str, Any], done: Callable[[BaseException | None], None]
     ) -> None:
-        """Write the writelog's superblock with these changes, durably."""
+        """Write both slots of the writelog's superblock with these changes, durably."""
         self._sync_worker.run(
-            partial(self.writelog.update, both=both, **changes),
+            partial(self.writelog.update, both=True, **changes),
             lambda _result, error: done(error),
         )
 

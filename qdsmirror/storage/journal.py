@@ -138,7 +138,7 @@ class Mirror:
             )
         self.journal.head = reached.position
         self.applied = reached
-        self.checkpoint(reached, reached, both=True)
+        self.checkpoint(reached, reached)
         return count
 
     def apply(self, changes: Iterable[Change]) -> None:
@@ -173,7 +173,7 @@ class Mirror:
             device.fdatasync()
         self.journal.update(both=True, coherent=True, reason="", refresh=None)
 
-    def checkpoint(self, upto: Cursor, durable: Cursor, *, both: bool = False) -> None:
+    def checkpoint(self, upto: Cursor, durable: Cursor) -> None:
         """Sync the mirror devices and free the journal up to a place that is applied.
 
         :param durable: behind the last frame that is durable in the journal: a later scan that
@@ -182,7 +182,7 @@ class Mirror:
         for device in self.devices:
             device.fdatasync()
         self.journal.update(
-            both=both,
+            both=True,
             tail=upto,
             applied=upto,
             head=durable,
