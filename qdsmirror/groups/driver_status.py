@@ -54,7 +54,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
 
 def _applied(group: DriverGroup) -> int:
     """Give the last GSN up to which every frame is on its data device (synced or not)."""
-    return group.next_gsn - 1 if group.all_applied else group.applied_gsn
+    return group.next_gsn - 1 if group.all_applied else group.checkpoints.applied_gsn
 
 
 def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Refresh:
             self._later()
             return
         if unit.writelog.used_bytes + 2 * cap > ring * REFRESH_RING_SHARE:
-            self.group.want_space()
+            self.group.checkpoints.want_space()
             self._later()
             return
         if not self.group.may_frame:

@@ -222,7 +222,7 @@ class DriverUnit:
             if self._leaving:
                 self._abandon({request.connection for request in self._queue})
             else:
-                self.group.want_space()
+                self.group.checkpoints.want_space()
             return False
         frame, writes = self._frame(frames.ENTRIES, placement, entries)
         self.group.framed(frame)
@@ -380,7 +380,7 @@ class DriverUnit:
             return None
         placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
         if placement is None:
-            self.group.want_space()
+            self.group.checkpoints.want_space()
             return None
         frame, writes = self._frame(kind, placement, (), [payload])
         self.group.framed(frame)
@@ -454,7 +454,7 @@ class DriverUnit:
         size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
         placement = self.writelog.place(size)
         if placement is None:
-            self.group.want_space()
+            self.group.checkpoints.want_space()
             return None
         kind = frames.REFRESH_ZEROES if data is None else frames.REFRESH
         payload = None if data is None else memoryview(data)

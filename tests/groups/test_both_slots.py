@@ -19,7 +19,7 @@ class BothSlotsTests(TestCase):
         world.settle()
         world.commit()
         assert world.group is not None
-        world.group.checkpoint()
+        world.group.checkpoints.take()
         world.settle()
         log = world.log()
         newest = read_superblock(log)

@@ -54,18 +54,18 @@ class TailTests(SynchronousTestCase):
         self.assertEqual(world.group.committed_gsn, 1)
         # Committed at the secondary, not yet applied here.
         counter = read_superblock(world.log()).counter
-        world.group.checkpoint()
+        world.group.checkpoints.take()
         world.step("qds0 commit")
         superblock = read_superblock(world.log())
         self.assertGreater(superblock.counter, counter)
         self.assertEqual((superblock.tail.position, superblock.applied.position), (0, 0))
         # Applied while a sync that may have missed it was under way: not yet synced.
         world.step("qds0 data")
-        world.group.checkpoint()
-        self.assertEqual(world.group.applied_gsn, 0)
+        world.group.checkpoints.take()
+        self.assertEqual(world.group.checkpoints.applied_gsn, 0)
         self.assertEqual(read_superblock(world.log()).tail.position, 0)
         world.settle(0.1)
-        self.assertEqual(world.group.applied_gsn, 1)
+        self.assertEqual(world.group.checkpoints.applied_gsn, 1)
         self.assertEqual(read_superblock(world.log()).tail.position, unit.durable_end)
         self.assertEqual(world.data().durable()[:BLOCK], unique(1))
 
@@ -84,10 +84,10 @@ class TailTests(SynchronousTestCase):
             for name in ("qds1 data", "qds1 commit", "qds0 commit"):
                 world.steps[name].step_all()
         self.assertEqual(second.synced_sequence, 1)
-        self.assertEqual(world.group.applied_gsn, 0)
+        self.assertEqual(world.group.checkpoints.applied_gsn, 0)
         self.assertEqual(read_superblock(world.log(1)).applied.position, 0)
         world.settle(3)
-        self.assertEqual(world.group.applied_gsn, 2)
+        self.assertEqual(world.group.checkpoints.applied_gsn, 2)
         self.assertGreater(read_superblock(world.log(1)).applied.position, 0)
 
     def test_durable_gsn_has_no_gap(self) -> None:

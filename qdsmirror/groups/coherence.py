@@ -1,0 +1,150 @@
+"""Whether a group's mirror is usable, and the refresh that makes it so (invariant COHERENT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import inlineCallbacks
+from twisted.logger import Logger
+
+from qdsmirror.core.records import Superblock
+from qdsmirror.core.states import Event
+from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
+from qdsmirror.groups.refresh import Refresh
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+
+
+class Coherence:
+    """What the primary durably knows of its mirror.
+
+    :ivar coherent: whether the mirror is the group's state as of one instant.
+    :ivar reason: why it is not; "" while it is.
+    :ivar job: the refresh in progress.
+    """
+
+    log = Logger()
+
+    def __init__(self, group: DriverGroup) -> None:
+        self._group = group
+        self.coherent = False
+        self.reason = ""
+        self.job: Refresh | None = None
+
+    def resume(self, superblocks: Sequence[Superblock]) -> None:
+        """Take up what the superblocks (by LDSU) say; the worst of them holds."""
+        self.coherent = all(s.coherent for s in superblocks)
+        self.reason = next((s.reason for s in superblocks if s.reason), "")
+        self.job = Refresh.resumed(self._group, [s.refresh for s in superblocks])
+        if self.job is not None:
+            self.coherent = False
+
+    @inlineCallbacks
+    def refresh(self, kind: str) -> Any:
+        """Begin a refresh; fires with its status once it has durably begun.
+
+        :raises DegradedError: one is running already.
+        """
+        group = self._group
+        if kind != "full":
+            raise UsageError(f"there is no {kind} refresh", hint="use --full")
+        failed = next((error for unit in group.units for error in unit.errors), "")
+        if failed:
+            raise DeviceFailedError(
+                f"{group.name}: no refresh while a device has failed: {failed}",
+                hint="replace it and start the driver again",
+            )
+        if self.job is not None:
+            raise DegradedError(
+                f"{group.name}: a refresh is running already",
+                hint=f"watch it with qdsinfo -g {group.number}, or end it with killrefresh",
+            )
+        status: dict[str, Any] = yield self._begin("asked for by the operator")
+        return status
+
+    @inlineCallbacks
+    def _begin(self, reason: str) -> Any:
+        """Mark the mirror incoherent durably, then begin (invariant COHERENT)."""
+        group = self._group
+        job = self.job = Refresh(group)
+        self.coherent = False
+        self.reason = "a refresh is in progress"
+        yield group.checkpoints.record_everywhere(
+            coherent=False, reason=self.reason, refresh=job.state
+        )
+        group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
+        job.poke()
+        yield job.begun
+        if self.job is job:
+            group.tell_refresh(job.announcement())
+        return job.status()
+
+    @inlineCallbacks
+    def restart(self, lost: str) -> Any:
+        """Begin anew: the secondary has lost part of what the refresh with this id had sent it."""
+        job = self.job
+        if job is None or job.id.hex() != lost:
+            return
+        group = self._group
+        self.log.warn(
+            "{group}: the secondary has lost part of the refresh; it begins anew", group=group.name
+        )
+        job.stop()
+        try:
+            yield self._begin("the secondary lost part of the one before")
+        except QdsError as error:
+            group.note_error(f"the refresh could not begin anew: {error.message}")
+
+    @inlineCallbacks
+    def kill_refresh(self) -> Any:
+        """End a refresh; the mirror stays incoherent.
+
+        :raises DegradedError: none is running.
+        """
+        job = self.job
+        group = self._group
+        if job is None:
+            raise DegradedError(f"{group.name}: no refresh is running")
+        job.stop()
+        self.job = None
+        self.reason = "the last refresh was ended before it was complete"
+        yield group.checkpoints.record_everywhere(refresh=None, reason=self.reason)
+        group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
+        group.tell_refresh(None)
+        if not job.begun.called:
+            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended"))
+        return {}
+
+    def committed(self, gsn: int) -> None:
+        """Learn what the secondary has committed: perhaps the end mark."""
+        if self.job is not None and self.job.was_committed(gsn):
+            self._end()
+
+    @inlineCallbacks
+    def _end(self) -> Any:
+        group = self._group
+        self.job = None
+        try:
+            yield group.checkpoints.record_everywhere(refresh=None, coherent=True, reason="")
+        except QdsError as error:
+            group.note_error(f"the refresh is complete, but that {error.message}")
+            return
+        self.coherent = True
+        self.reason = ""
+        group.modes.happen(Event.REFRESH_ENDED, group.runtime.wall())
+        self.log.info("{group}: refresh complete, the mirror is coherent", group=group.name)
+        group.tell_refresh(None)
+
+    @inlineCallbacks
+    def lose(self, reason: str) -> Any:
+        """Record that the secondary does not hold this group's mirror (any more)."""
+        if not self.coherent:
+            return
+        self.coherent = False
+        self.reason = reason
+        try:
+            yield self._group.checkpoints.record_everywhere(coherent=False, reason=reason)
+        except QdsError as error:
+            self._group.note_error(error.message)
