@@ -175,7 +175,7 @@ class Refresh:
         span = min(ZERO_ENTRY_BYTES_MAX, unit.size - self._offset)
         unit.lock(self._offset, span)
         self._reading = True
-        unit.find_hole(self._offset, span, lambda hole: self._found(unit, span, hole))
+        unit.reading.find_hole(self._offset, span, lambda hole: self._found(unit, span, hole))
 
     def _found(self, unit: DriverUnit, span: int, hole: int) -> None:
         """Send a long hole as one entry; read anything else."""
@@ -183,7 +183,7 @@ class Refresh:
         if hole >= chunk:
             self._append(unit, None, hole, None)
             return
-        unit.read_chunk(
+        unit.reading.read_chunk(
             self._offset, chunk, lambda data, error: self._append(unit, data, chunk, error)
         )
 

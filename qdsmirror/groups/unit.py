@@ -18,11 +18,11 @@ from zope.interface import implementer
 
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core import frames, nbd
-from qdsmirror.core.extents import allocation
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer, Entry
-from qdsmirror.core.pending import PendingIndex, overlay
+from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.ring import Placement
+from qdsmirror.groups.reading import Reading
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
 from qdsmirror.limits import (
     COMMIT_DELAY_SECONDS,
@@ -112,6 +112,7 @@ class DriverUnit:
         self._sync_worker = runtime.quick_worker(f"{self.name} commit")
         self._apply_worker = runtime.quick_worker(f"{self.name} data")
         self._read_worker = runtime.read_worker(f"{self.name} read")
+        self.reading = Reading(self.name, device, self.pending, self._read_worker, group.note_error)
         self._queue: deque[Request] = deque()
         self._held: list[Request] = []
         self._locked: tuple[int, int] | None = None
@@ -175,11 +176,11 @@ class DriverUnit:
                 request.state = 0
                 self._queue.append(request)
             elif command == nbd.CMD_READ:
-                self._read(request)
+                self.reading.read(request)
             elif command == nbd.CMD_FLUSH:
                 self._flush(request)
             elif command == nbd.CMD_BLOCK_STATUS:
-                self._block_status(request)
+                self.reading.block_status(request)
             else:
                 request.state = 0
                 self._queue.append(request)
@@ -335,7 +336,7 @@ class DriverUnit:
         self._sequence += 1
         self._chain = chain
         size = HEADER_BYTES + sum(map(len, body))
-        return frame, self.writelog.record(placement, size, [header, *body])
+        return frame, self.writelog.record(placement, size, [header, *body], self.durable_end)
 
     def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
         self._appending = True
@@ -416,33 +417,6 @@ class DriverUnit:
         self._queue.extendleft(reversed(self._held))
         self._held.clear()
         self.pump()
-
-    def find_hole(self, offset: int, length: int, done: Callable[[int], None]) -> None:
-        """Tell ``done`` how many bytes from ``offset`` on are a hole with nothing pending."""
-        if self.pending.overlapping(offset, length):
-            done(0)
-            return
-
-        def found(hole: int | None, _error: BaseException | None) -> None:
-            # An error here is met again, and told, by the read that follows.
-            done(hole or 0)
-
-        self._read_worker.run(partial(self.device.hole, offset, length), found)
-
-    def read_chunk(
-        self, offset: int, length: int, done: Callable[[bytes | None, BaseException | None], None]
-    ) -> None:
-        """Read what applications see of a range, for a refresh."""
-        pending = self.pending.overlapping(offset, length)
-
-        def finish(data: bytes | None, error: BaseException | None) -> None:
-            if data is not None and pending:
-                base = bytearray(data)
-                overlay(base, offset, pending)
-                data = bytes(base)
-            done(data, error)
-
-        self._read_worker.run(partial(self.device.pread, length, offset), finish)
 
     def append_chunk(self, offset: int, data: bytes | None, length: int) -> UnitFrame | None:
         """Append one refresh entry: ``data``, or zeroes where it is ``None``.
@@ -561,60 +535,6 @@ class DriverUnit:
         self._flushes.append((self._sequence - 1, request))
         self._urgent = True
         self._commit()
-
-    def _read(self, request: Request) -> None:
-        pending = self.pending.overlapping(request.offset, request.length) if self.pending else ()
-        if len(pending) == 1:
-            only = pending[0]
-            skip = request.offset - only.offset
-            if only.payload is not None and skip >= 0 and skip + request.length <= only.length:
-                request.connection.answer_read(
-                    request, [only.payload[skip : skip + request.length]]
-                )
-                return
-        try:
-            data = self.device.pread_nowait(request.length, request.offset)
-        except OSError as error:
-            self._was_read(request, pending, None, error)
-            return
-        if data is not None:
-            self._was_read(request, pending, data, None)
-            return
-        self._read_worker.run(
-            partial(self.device.pread, request.length, request.offset),
-            partial(self._was_read, request, pending),
-        )
-
-    def _was_read(
-        self,
-        request: Request,
-        pending: Sequence[Entry],
-        data: bytes | None,
-        error: BaseException | None,
-    ) -> None:
-        if error is not None or data is None:
-            # A read error is the client's answer, not the LDSU's end: other blocks may be well.
-            self.group.note_error(f"{self.name}: read at {request.offset}: {error}")
-            request.connection.answer_error(request, errno.EIO, str(error))
-            return
-        if pending:
-            base = bytearray(data)
-            overlay(base, request.offset, pending)
-            data = bytes(base)
-        request.connection.answer_read(request, [data])
-
-    def _block_status(self, request: Request) -> None:
-        pending = self.pending.overlapping(request.offset, request.length)
-
-        def found(extents: list[tuple[int, bool]] | None, error: BaseException | None) -> None:
-            if error is not None or extents is None:
-                request.connection.answer_error(request, errno.EIO, str(error))
-                return
-            request.connection.answer_status(
-                request, allocation(request.offset, request.length, extents, pending)
-            )
-
-        self._read_worker.run(partial(self.device.extents, request.offset, request.length), found)
 
     # -- checkpoints and the end ----------------------------------------------------------------
 
