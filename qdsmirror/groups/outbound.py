@@ -66,7 +66,10 @@ class OutUnit:
         return LogReader(self._pread, self.ring, self.log, cursor, frozenset((self.generation,)))
 
     def _pread(self, length: int, offset: int) -> bytes:
-        data = os.pread(self.fd, length, offset)
+        try:
+            data = os.pread(self.fd, length, offset)
+        except OSError as error:
+            raise CorruptError(f"writelog of {self.name}: {error.strerror} at {offset}") from error
         if len(data) != length:
             raise CorruptError(f"writelog of {self.name}: short read at {offset}")
         return data
@@ -75,6 +78,7 @@ class OutUnit:
         """Find the place where this LDSU's history stands at ``point`` (rules.md 8); blocking.
 
         :raises DivergedError: the history never stood there, or that part is gone.
+        :raises CorruptError: the writelog cannot be read up to its durable end.
         """
         cursor = self.committed
         if point.sequence < cursor.point(self.index).sequence:
@@ -86,6 +90,8 @@ class OutUnit:
         reader = self.read_from(cursor)
         while reader.point(self.index).sequence < point.sequence:
             found = reader.read(MIB, self.durable)
+            if reader.position < self.durable and not found:
+                raise self.unreadable(reader.stopped)
             if not found:
                 raise DivergedError(
                     f"{self.name}: the secondary is ahead of the primary (it expects frame "
@@ -104,6 +110,13 @@ class OutUnit:
                         point,
                     )
         return self._proven(cursor, point)
+
+    def unreadable(self, why: object) -> CorruptError:
+        """Give the error for a writelog that stops before its durable end."""
+        return CorruptError(
+            f"writelog of {self.name}: cannot be read up to its durable end: {why}",
+            hint="its device lost or changed data; see qdswlscan(1)",
+        )
 
     def _proven(self, cursor: Cursor, point: Point) -> Cursor:
         if cursor.point(self.index).chain != point.chain:
@@ -232,12 +245,8 @@ class Outbound:
             for unit, got in zip(hungry, found or [[]] * len(hungry), strict=True):
                 if not got:
                     why = error or (unit.reader.stopped if unit.reader is not None else "")
-                    self._failed(
-                        CorruptError(
-                            f"writelog of {unit.name}: cannot be read up to its durable end: {why}",
-                            hint="its device lost or changed data; see qdswlscan(1)",
-                        )
-                    )
+                    self.end()
+                    self._failed(unit.unreadable(why))
                     return
                 unit.buffer.extend(got)
                 self._heads[unit.buffer[0].header.gsn_first] = unit
