@@ -65,6 +65,18 @@ def read_superblock(device: IBlockDevice) -> Superblock:
     return max(first, second, key=lambda s: s.counter)
 
 
+def _reserve(align: int) -> int:
+    return max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * align)
+
+
+def ring_bytes_for(frame_bytes: int, align: int) -> int:
+    """Give the size of a ring that, empty, takes a frame wherever its head stands.
+
+    :param frame_bytes: of the largest frame; ``align``: of the ring's records.
+    """
+    return 2 * align_up(RECORD_HEADER_BYTES + frame_bytes, align) + _reserve(align)
+
+
 def _read_slot(device: IBlockDevice, slot: int, place: int, slot_bytes: int) -> Superblock:
     raw = device.pread(max(0, min(slot_bytes, device.size - place)) // 512 * 512, place)
     return parse_slot(raw, slot, place)
@@ -175,12 +187,11 @@ class Writelog:
 
     @property
     def _reserve(self) -> int:
-        return max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * self.ring.align)
+        return _reserve(self.ring.align)
 
     def takes(self, frame_bytes: int) -> bool:
         """Tell whether a frame fits an empty log, wherever its head stands."""
-        record = align_up(RECORD_HEADER_BYTES + frame_bytes, self.ring.align)
-        return 2 * record + self._reserve <= self.ring.size
+        return ring_bytes_for(frame_bytes, self.ring.align) <= self.ring.size
 
     def place(self, frame_bytes: int, *, control: bool = False) -> Placement | None:
         """Take the place of the next record.

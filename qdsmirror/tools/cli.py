@@ -22,12 +22,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from qdsmirror import __version__
 from qdsmirror.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_OK,
     ConfigError,
     DeviceError,
     QdsError,
@@ -38,7 +39,9 @@ from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import running_pid
 
 if TYPE_CHECKING:
-    from qdsmirror.config import GroupConfig
+    from pathlib import Path
+
+    from qdsmirror.config import GroupConfig, Problem
 
 #: Version of every JSON object that a command prints.
 SCHEMA = 1
@@ -173,6 +176,65 @@ def select_groups(
     return [by_number[number] for number in sorted(chosen or by_number)]
 
 
+class Selection(NamedTuple):
+    """What ``-g`` and LDSU names select.
+
+    :ivar groups: the good ones, in number order; never empty.
+    :ivar broken: an error for each selected group whose file is broken.
+    """
+
+    groups: list[GroupConfig]
+    broken: list[QdsError]
+
+
+def load_selection(arguments: argparse.Namespace, paths: Paths) -> Selection:
+    """Load the group files and select among them: a broken file stops its own group only.
+
+    A broken one that is not selected is warned of on standard error.
+
+    :raises UsageError: as :func:`select_groups`.
+    :raises ConfigError: nothing that is selected is good, or a name may stand in a broken file.
+    """
+    from qdsmirror.config import scan_groups
+
+    groups, problems = scan_groups(paths)
+    broken = broken_files(paths, problems)
+    wanted = {paths.group_config(number) for number in arguments.numbers}
+    if arguments.names:
+        known = {ldsu.name for group in groups for ldsu in group.ldsus}
+        if broken and not known.issuperset(arguments.names):
+            raise next(iter(broken.values()))
+        selected = {}
+    elif wanted:
+        selected = {path: error for path, error in broken.items() if path in wanted}
+    else:
+        selected = broken
+    if selected and (not groups or wanted and wanted.issubset(selected)):
+        if len(selected) > 1:
+            report_all(list(selected.values())[:-1], as_json=arguments.json)
+        raise list(selected.values())[-1]
+    for path, error in broken.items():
+        if path not in selected:
+            print(f"warning: {one_line(error.message)}", file=sys.stderr)
+    good = [one for one in arguments.numbers if paths.group_config(one) not in selected]
+    arguments = argparse.Namespace(numbers=good, names=arguments.names)
+    return Selection(select_groups(arguments, groups), list(selected.values()))
+
+
+def broken_files(paths: Paths, problems: Sequence[Problem]) -> dict[Path, QdsError]:
+    """Give one error for each file that has problems.
+
+    :param problems: of ``config.scan_groups``.
+    """
+    from qdsmirror.config import ProblemsError
+
+    hint = " ".join(["qdsconfigtool check", *paths.arguments()])
+    return {
+        path: ProblemsError([one for one in problems if one.file == path], hint)
+        for path in dict.fromkeys(one.file for one in problems)
+    }
+
+
 def _nearest_ldsu(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {found[0]}?" if found else "qdsinfo lists the LDSUs"
@@ -200,12 +262,33 @@ def report(error: QdsError, as_json: bool) -> int:
     :returns: the exit code.
     """
     if as_json:
-        told = {"code": error.code, "message": error.message, "hint": error.hint}
-        print_json({"error": told}, indent=None)
+        print_json({"error": described(error)}, indent=None)
     else:
         parts = [one_line(part) for part in (error.message, error.hint) if part]
         print("; ".join(parts), file=sys.stderr)
     return error.exit_code
+
+
+def described(error: QdsError) -> dict[str, str]:
+    """Give an error as ``--json`` shows it."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
+def errors_json(errors: Sequence[QdsError]) -> dict[str, Any]:
+    """Give what an object says of groups that failed beside others: ``error``, the first; all."""
+    told = [described(error) for error in errors]
+    return {"error": told[0], "errors": told} if told else {}
+
+
+def report_all(errors: Sequence[QdsError], as_json: bool) -> int:
+    """Print every error as a line on standard error, unless the JSON object has them.
+
+    :returns: the first one's exit code, 0 if there is none.
+    """
+    for error in errors:
+        if not as_json:
+            report(error, as_json=False)
+    return errors[0].exit_code if errors else EXIT_OK
 
 
 def run(main_function: Main) -> Callable[..., int]:

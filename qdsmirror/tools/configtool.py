@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdsmirror.config import GroupConfig, HostConfig, load_groups, load_host
+from qdsmirror.config import GroupConfig, HostConfig, load_host, scan_groups
 from qdsmirror.errors import EXIT_CONFIG, EXIT_OK, QdsError, UnreachableError, UsageError
 from qdsmirror.limits import APPLY_SECONDS, GROUPS_MAX, HOST_CERTIFICATE_DAYS
 from qdsmirror.paths import Paths, group_name
@@ -105,20 +105,22 @@ def _check(arguments: argparse.Namespace, paths: Paths) -> int:
 
 
 def _show(arguments: argparse.Namespace, paths: Paths) -> int:
-    host, groups = load_host(paths), load_groups(paths)
-    if groups or arguments.numbers or arguments.names:
-        groups = cli.select_groups(arguments, groups)
+    host = load_host(paths)
+    groups: list[GroupConfig] = []
+    broken: list[QdsError] = []
+    if any(scan_groups(paths)) or arguments.numbers or arguments.names:
+        groups, broken = cli.load_selection(arguments, paths)
     if arguments.json:
         described = [{**_group(group), "role": group.role_of(host.name)} for group in groups]
-        cli.print_json({"host": _host(host), "groups": described})
-        return EXIT_OK
+        cli.print_json({"host": _host(host), "groups": described, **cli.errors_json(broken)})
+        return cli.report_all(broken, as_json=True)
     print(f"# {paths.host_config}")
     for key, value in _host(host).items():
         print(f"{key} = {_text(value)}" if value != "" else f"# {key}: whoever starts the daemons")
     for group in groups:
         print(f"\n# {group.path}: here {group.role_of(host.name) or 'neither side'}")
         _print_section(_group(group)["configuration"], 0)
-    return EXIT_OK
+    return cli.report_all(broken, as_json=False)
 
 
 def _host(host: HostConfig) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qdsmirror.config import load_groups, load_host
+from qdsmirror.config import load_host
 from qdsmirror.errors import (
     EXIT_DEGRADED,
-    EXIT_OK,
     ConfigError,
     DegradedError,
+    QdsError,
     UnreachableError,
     UsageError,
 )
@@ -74,24 +74,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--timeout goes with --wait", hint="qdsinfo --help")
     if arguments.interval is not None and not arguments.watch:
         raise UsageError("--interval goes with --watch", hint="qdsinfo --help")
-    look = _look(cli.paths_of(arguments), arguments)
+    look, broken = _look(cli.paths_of(arguments), arguments)
     if arguments.watch:
+        code = cli.report_all(broken, arguments.json)
         interval = arguments.interval or INTERVAL_SECONDS_DEFAULT
         watch(look, max(interval, INTERVAL_SECONDS_MIN), arguments.json)
-        return EXIT_OK
+        return code
     if arguments.wait is not None:
+        if broken:
+            raise broken[0]
         timeout = arguments.timeout
         seconds = TIMEOUT_SECONDS_DEFAULT if timeout is None else timeout
         host, groups = wait(look, arguments.wait, seconds)
     else:
         host, groups = look()
     if arguments.json:
-        cli.print_json(report(host, groups))
+        cli.print_json({**report(host, groups), **cli.errors_json(broken)})
     elif arguments.is_state is None and arguments.wait is None:
         info_view.show(groups)
-    if arguments.is_state is not None and not all_are(groups, arguments.is_state):
+    code = cli.report_all(broken, arguments.json)
+    if not code and arguments.is_state is not None and not all_are(groups, arguments.is_state):
         return EXIT_DEGRADED
-    return EXIT_OK
+    return code
 
 
 def report(host: str, groups: list[Group]) -> dict[str, Any]:
@@ -194,10 +198,10 @@ def watch(
             live.update(info_view.rich_view(groups, time.time()), refresh=True)
 
 
-def _look(paths: Paths, arguments: argparse.Namespace) -> Look:
-    """Read the configuration once; give what looks at the selected groups."""
+def _look(paths: Paths, arguments: argparse.Namespace) -> tuple[Look, list[QdsError]]:
+    """Read the configuration once; give what looks at the selected groups, and what is broken."""
     host = load_host(paths)
-    selected = cli.select_groups(arguments, load_groups(paths))
+    selected, broken = cli.load_selection(arguments, paths)
     here = [group for group in selected if group.role_of(host.name) is not None]
     if not here:
         names = ", ".join(group.name for group in selected)
@@ -205,7 +209,7 @@ def _look(paths: Paths, arguments: argparse.Namespace) -> Look:
             f"host {host.name} is neither primary nor secondary of {names}",
             hint=f"compare name in {paths.host_config} with the groups' hosts",
         )
-    return lambda: (host.name, collect_groups(paths, host.name, here))
+    return lambda: (host.name, collect_groups(paths, host.name, here)), broken
 
 
 def _seconds(text: str) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qdsmirror import errors, limits
-from qdsmirror.config import GroupConfig, HostConfig, load_groups, load_host, load_secret
+from qdsmirror.config import GroupConfig, HostConfig, load_host, load_secret, scan_groups
 from qdsmirror.errors import ConfigError, DeviceError, QdsError, UnreachableError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -72,13 +72,18 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 # -- sanity checks ---------------------------------------------------------------------------------
 
 
-def _check(daemon: _Daemon, paths: Paths) -> None:
+def _check(daemon: _Daemon, paths: Paths) -> list[QdsError]:
     """Look whether the daemon can work here.
 
+    :returns: what is wrong in group files; the good ones do not wait for them.
     :raises QdsError: what is missing, and where.
     """
     host = load_host(paths)
-    groups = [one for one in load_groups(paths) if one.role_of(host.name) == daemon.side]
+    found, problems = scan_groups(paths)
+    groups = [one for one in found if one.role_of(host.name) == daemon.side]
+    broken = list(cli.broken_files(paths, problems).values())
+    if not groups and broken:
+        raise broken[0]
     if not groups:
         raise ConfigError(
             f"no dsgrpNNN.cfg in {paths.etc} names {host.name} as its {daemon.side} host",
@@ -92,6 +97,7 @@ def _check(daemon: _Daemon, paths: Paths) -> None:
     if daemon.role == "rmd":
         for port in sorted({group.port for group in groups}):
             _check_port(port)
+    return broken
 
 
 def _check_directories(paths: Paths) -> None:
@@ -170,7 +176,7 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
             pass
         else:
             return _tell(arguments.json, f"{daemon.name} is already running (pid {pid})", pid)
-    _check(daemon, paths)
+    broken = _check(daemon, paths)
     with open(log, "ab") as output:
         start = output.tell()
         process = subprocess.Popen(
@@ -184,15 +190,15 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
     status = _wait_until_started(daemon, paths, process, log, start)
     count = len(status["groups"])
     groups = "1 group" if count == 1 else f"{count} groups"
-    return _tell(arguments.json, f"{daemon.name} runs with {groups}", status["pid"])
+    return _tell(arguments.json, f"{daemon.name} runs with {groups}", status["pid"], broken)
 
 
-def _tell(as_json: bool, text: str, pid: int | None) -> int:
+def _tell(as_json: bool, text: str, pid: int | None, broken: Sequence[QdsError] = ()) -> int:
     if as_json:
-        cli.print_json({"pid": pid, "message": text})
+        cli.print_json({"pid": pid, "message": text, **cli.errors_json(broken)})
     else:
         print(text)
-    return errors.EXIT_OK
+    return cli.report_all(broken, as_json)
 
 
 class _GoneError(Exception):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import EXIT_OK, BrokenError, ConfigError, UnreachableError
+from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.errors import BrokenError, ConfigError, QdsError, UnreachableError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.client import ControlClient
@@ -67,13 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``qdsrefresh``: return once every group's refresh has durably ended."""
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs = _primaries(paths, arguments)
+    configs, broken = _primaries(paths, arguments)
     begun = [begin(paths, config, arguments.kind) for config in configs]
     host = configs[0].primary_host
     with _display(arguments.json) as show:
         follow(configs, lambda one: collect_groups(paths, host, [one])[0], show)
-    _tell(arguments.json, begun, "refreshed")
-    return EXIT_OK
+    return _tell(arguments.json, begun, "refreshed", broken)
 
 
 @cli.run
@@ -81,9 +80,9 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run ``launchrefresh``: return once every group's refresh has durably begun."""
     arguments = build_launch_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    begun = [begin(paths, one, arguments.kind) for one in _primaries(paths, arguments)]
-    _tell(arguments.json, begun, "refresh has begun")
-    return EXIT_OK
+    configs, broken = _primaries(paths, arguments)
+    begun = [begin(paths, one, arguments.kind) for one in configs]
+    return _tell(arguments.json, begun, "refresh has begun", broken)
 
 
 @cli.run
@@ -92,11 +91,11 @@ def kill_main(argv: Sequence[str] | None = None) -> int:
     arguments = build_kill_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     ended = []
-    for config in _primaries(paths, arguments):
+    configs, broken = _primaries(paths, arguments)
+    for config in configs:
         _call_driver(paths, config, "KillRefresh")
         ended.append({"group": config.number, "name": config.name})
-    _tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent")
-    return EXIT_OK
+    return _tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", broken)
 
 
 def begin(paths: Paths, config: GroupConfig, kind: str, call: Call | None = None) -> dict[str, Any]:
@@ -204,13 +203,13 @@ def _call_driver(paths: Paths, config: GroupConfig, command: str, **words: str) 
     return ControlClient(control, BEGIN_SECONDS).call(command, **words)
 
 
-def _primaries(paths: Paths, arguments: argparse.Namespace) -> list[GroupConfig]:
-    """Give the selected groups of which this host is primary.
+def _primaries(paths: Paths, arguments: argparse.Namespace) -> cli.Selection:
+    """Give the selected groups of which this host is primary, and which have broken files.
 
     :raises ConfigError: there is none, or one that was named is not.
     """
     host = load_host(paths)
-    selected = cli.select_groups(arguments, load_groups(paths))
+    selected, broken = cli.load_selection(arguments, paths)
     here = [one for one in selected if one.role_of(host.name) == "primary"]
     others = [one for one in selected if one not in here]
     if not here or (others and (arguments.numbers or arguments.names)):
@@ -218,12 +217,15 @@ def _primaries(paths: Paths, arguments: argparse.Namespace) -> list[GroupConfig]
             f"host {host.name} is not the primary of {(others or selected)[0].name}",
             hint=f"run this on {(others or selected)[0].primary_host}",
         )
-    return here
+    return cli.Selection(here, broken)
 
 
-def _tell(as_json: bool, groups: list[dict[str, Any]], text: str) -> None:
+def _tell(
+    as_json: bool, groups: list[dict[str, Any]], text: str, broken: Sequence[QdsError]
+) -> int:
     if as_json:
-        cli.print_json({"groups": groups})
-        return
-    for group in groups:
-        print(f"{group['name']}: {text}")
+        cli.print_json({"groups": groups, **cli.errors_json(broken)})
+    else:
+        for group in groups:
+            print(f"{group['name']}: {text}")
+    return cli.report_all(broken, as_json)

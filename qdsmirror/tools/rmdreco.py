@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import EXIT_OK, ConfigError, QdsError
+from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
@@ -34,11 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     host = load_host(paths)
-    groups = [
-        group
-        for group in cli.select_groups(arguments, load_groups(paths))
-        if group.secondary_host == host.name
-    ]
+    selection = cli.load_selection(arguments, paths)
+    groups = [group for group in selection.groups if group.secondary_host == host.name]
     if not groups:
         raise ConfigError(
             f"{host.name} is not the secondary of any group selected",
@@ -47,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for group in groups:
         cli.refuse_beside_daemon(paths, group, "rmd")
     done: list[dict[str, Any]] = []
-    failed: list[QdsError] = []
+    failed = selection.broken
     for group in groups:
         try:
             with cli.naming(group.name):
@@ -56,14 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The other mirrors are needed no less.
             failed.append(error)
     if arguments.json:
-        told = [{"code": e.code, "message": e.message, "hint": e.hint} for e in failed]
-        cli.print_json({"groups": done, **({"error": told[0]} if told else {})})
+        cli.print_json({"groups": done, **cli.errors_json(failed)})
     else:
         for one in done:
             _print(one)
-        for one_error in failed:
-            cli.report(one_error, as_json=False)
-    return failed[0].exit_code if failed else EXIT_OK
+    return cli.report_all(failed, arguments.json)
 
 
 def _recover(paths: Paths, group: GroupConfig) -> dict[str, Any]:

@@ -13,17 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_groups, load_host
+from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.core.records import BoundUnit, Generation, layout
 from qdsmirror.errors import ConfigError, DeviceError
-from qdsmirror.limits import WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
+from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
+from qdsmirror.paths import Paths
+from qdsmirror.pidfile import running_pid
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
-from qdsmirror.storage.writelog import Writelog
+from qdsmirror.storage.writelog import Writelog, ring_bytes_for
 from qdsmirror.tools import cli
+from qdsmirror.tools.client import ControlClient
 
 
 @dataclass
@@ -38,14 +41,24 @@ class _Log:
     def check_size(self) -> None:
         """Refuse a device that is too small for its superblocks and the least ring.
 
+        A journal's ring must take any frame that a primary may send.
+
         :raises DeviceError: it is.
         """
+        device = self.device
         try:
-            layout(self.device.size, len(self.units), self.device.physical_block)
+            _, ring = layout(device.size, len(self.units), device.physical_block)
         except DeviceError as error:
             raise DeviceError(
-                f"{self.device.role} {self.device.path}: {error.message}", hint=error.hint
+                f"{device.role} {device.path}: {error.message}", hint=error.hint
             ) from error
+        needed = ring.start + ring_bytes_for(FRAME_BYTES_MAX, ring.align)
+        if self.role == "journal" and device.size < needed:
+            raise DeviceError(
+                f"{device.role} {device.path} has {device.size} bytes; the primary's frames "
+                f"(of up to {FRAME_BYTES_MAX} bytes) need {needed}",
+                hint="give a larger device",
+            )
 
 
 class _Devices:
@@ -99,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     host = load_host(paths)
-    groups = cli.select_groups(arguments, load_groups(paths))
+    groups, broken = cli.load_selection(arguments, paths)
+    if broken:
+        # What it names may be a device that a good group names too.
+        raise broken[0]
     with ExitStack() as opened:
         devices = _Devices(opened)
         logs: list[_Log] = []
@@ -118,14 +134,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         for log in logs:
             log.check_size()
         made = _initialise(logs)
-        for number in {log.group.number for log in logs}:
-            FailureLatch(paths.state_file(number)).clear()
+        for number, role in {(log.group.number, log.role) for log in logs}:
+            _forget_failures(paths, number, "qdsdriver" if role == "writelog" else "qdsrmd")
     if arguments.json:
         cli.print_json({"initialised": made})
     else:
         for one in made:
             print(f"{one['group']}: {one['role']} {one['device']} initialised, {one['size']} bytes")
     return 0
+
+
+def _forget_failures(paths: Paths, number: int, daemon: str) -> None:
+    """Clear what a group's master, if it runs, and its state file say of failed devices.
+
+    :raises QdsError: one of them cannot be cleared.
+    """
+    if running_pid(paths.pid_file(daemon)) is not None:
+        ControlClient(paths.control_socket(daemon)).call("ForgetFailures", group=str(number))
+    FailureLatch(paths.state_file(number)).clear()
 
 
 def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_groups, load_host
-from qdsmirror.errors import EXIT_BROKEN, BrokenError, ConfigError, CorruptError
+from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.errors import BrokenError, ConfigError, CorruptError, QdsError
+from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
@@ -39,34 +40,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     host = load_host(paths)
-    found: list[dict[str, Any]] = []
-    for group in cli.select_groups(arguments, load_groups(paths)):
-        latch = FailureLatch(paths.state_file(group.number))
-        if host.name == group.primary_host:
-            cli.refuse_beside_daemon(paths, group, "driver")
-            for ldsu in group.ldsus:
-                latch.check((ldsu.data_device, ldsu.writelog_device))
-            with cli.naming(group.name):
-                found.append(_scan_primary(group, arguments.check))
-        if host.name == group.secondary_host:
-            cli.refuse_beside_daemon(paths, group, "rmd")
-            latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
-            with cli.naming(group.name):
-                found.append(_scan_secondary(group))
-    if not found:
+    groups, failed = cli.load_selection(arguments, paths)
+    here = [group for group in groups if group.role_of(host.name) is not None]
+    if not here:
         raise ConfigError(
             f"{host.name} is neither primary nor secondary of the groups selected",
             hint="compare `name` in qds.cfg with `host` in the group files",
         )
+    found: list[dict[str, Any]] = []
+    for group in here:
+        try:
+            found.append(_scan(paths, group, host.name, arguments.check))
+        except QdsError as error:
+            # The others are to be known no less.
+            failed.append(error)
+            continue
+        if found[-1]["refused"]:
+            failed.append(BrokenError(found[-1]["refused"], hint="see RECOVERY in qdswlscan(1)"))
     if arguments.json:
-        cli.print_json({"groups": found})
+        cli.print_json({"groups": found, **cli.errors_json(failed)})
     else:
         for one in found:
             _print(one)
-    refused = next((one["refused"] for one in found if one["refused"]), "")
-    if refused and not arguments.json:
-        raise BrokenError(refused, hint="see RECOVERY in qdswlscan(1)")
-    return EXIT_BROKEN if refused else 0
+    return cli.report_all(failed, arguments.json)
+
+
+def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str, Any]:
+    latch = FailureLatch(paths.state_file(group.number))
+    if host == group.primary_host:
+        cli.refuse_beside_daemon(paths, group, "driver")
+        for ldsu in group.ldsus:
+            latch.check((ldsu.data_device, ldsu.writelog_device))
+        with cli.naming(group.name):
+            return _scan_primary(group, check)
+    cli.refuse_beside_daemon(paths, group, "rmd")
+    latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
+    with cli.naming(group.name):
+        return _scan_secondary(group)
 
 
 def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
@@ -112,31 +122,16 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         superblock = mirror.journal.superblock
-        reader = mirror.journal.reader(superblock.applied, contiguous=True)
-        frames = entries = 0
-        for found in reader:
-            frames += 1
-            entries += found.header.gsn_count
-        refused = ""
-        if reader.position < superblock.head.position:
-            refused = (
-                f"{group.journal_device}: durable up to position {superblock.head.position}, "
-                f"intact only up to {reader.position} ({reader.stopped})"
-            )
-        stopped = reader.stopped
-        try:
-            reader.look_ahead()
-        except CorruptError as error:
-            refused = refused or f"{group.journal_device}: {error.message}"
+        scan = mirror.scan()
         log = {
             "name": "journal",
             "device": group.journal_device,
             "tail": superblock.tail.position,
             "applied": superblock.applied.position,
-            "head": reader.position,
-            "frames_to_replay": frames,
-            "entries_to_replay": entries,
-            "stopped": stopped,
+            "head": scan.reached.position,
+            "frames_to_replay": scan.frames,
+            "entries_to_replay": scan.entries,
+            "stopped": scan.stopped,
         }
     finally:
         mirror.close()
@@ -147,7 +142,7 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
         "logs": [log],
         "voids": [],
         "replayed": False,
-        "refused": refused,
+        "refused": scan.damage,
     }
 
 

@@ -26,8 +26,8 @@ from qdsmirror.tools import wlinit
 from tests.storage.logworld import KIB, FrameMaker, append, write
 from tests.tools.sites import captured
 
-#: Above the size that is warned of, and not so large that comparing it takes long.
-LOG = 2048 * KIB
+#: Enough for a journal, and not so large that comparing it takes long.
+LOG = 2560 * KIB
 DATA = 64 * KIB
 
 _HEAD = """\

@@ -21,7 +21,7 @@ from qdsmirror.tools.nbdclient import NbdClient
 from qdsmirror.tools.status import nbd_uri
 from tests.tools.sites import captured
 
-SMALL = Plan(size=4 * MIB, writelog=2 * MIB, journal=2 * MIB)
+SMALL = Plan(size=4 * MIB, writelog=2 * MIB, journal=3 * MIB)
 
 
 def directory(test: TestCase, where: str = "/tmp") -> Path:
@@ -56,7 +56,7 @@ class CreateTests(TestCase):
 
     def test_given_port(self) -> None:
         made = Lab(directory(self) / "lab")
-        self.assertEqual(made.create(Plan(1, 1, 4 * MIB, 2 * MIB, 2 * MIB, 1575)), 1575)
+        self.assertEqual(made.create(Plan(1, 1, 4 * MIB, 2 * MIB, 3 * MIB, 1575)), 1575)
         self.assertEqual(load_group(made.paths["primary"], 0).port, 1575)
 
     def test_not_empty(self) -> None:
@@ -93,7 +93,7 @@ class CommandTests(TestCase):
 
     def test_create_status_destroy(self) -> None:
         place = str(directory(self) / "lab")
-        small = ("--size", "4M", "--writelog", "2M", "--journal", "2M")
+        small = ("--size", "4M", "--writelog", "2M", "--journal", "3M")
         code, output, errors = self.lab("create", place, *small)
         self.assertEqual((code, errors), (0, ""))
         self.assertIn("created, port ", output)
@@ -152,7 +152,7 @@ class LiveTests(TestCase):
             raise SkipTest("needs a tmpfs at /dev/shm")
         self.lab = Lab(directory(self, "/dev/shm") / "lab")
         self.addCleanup(self.end)
-        self.lab.create(Plan(2, 1, 8 * MIB, 2 * MIB, 2 * MIB))
+        self.lab.create(Plan(2, 1, 8 * MIB, 2 * MIB, 3 * MIB))
 
     def end(self) -> None:
         if self.lab.directory.exists():

@@ -11,7 +11,7 @@ from typing import Any
 from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.core.records import BoundUnit
-from qdsmirror.limits import KIB, MIB, WRITELOG_BYTES_MIN
+from qdsmirror.limits import FRAME_BYTES_MAX, KIB, MIB, WRITELOG_BYTES_MIN
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.tools.wlinit import main
 from tests.tools.offline import DATA, LOG, Site, json_error
@@ -153,7 +153,7 @@ class RefuseTests(TestCase):
             site.device(device).unlink()
             site.make(device, WRITELOG_BYTES_MIN - 512)
             site.refused(main, 1, str(site.device(device)), "too small", str(WRITELOG_BYTES_MIN))
-            site.make(device, WRITELOG_BYTES_MIN)
+            site.make(device, WRITELOG_BYTES_MIN if name == "alpha" else LOG)
             self.assertEqual(site.run(main)[0], 0, device)
 
     def test_a_journal_too_small_for_its_ldsus(self) -> None:
@@ -162,6 +162,33 @@ class RefuseTests(TestCase):
         site.device("journal1").unlink()
         site.make("journal1", WRITELOG_BYTES_MIN)
         site.refused(main, 1, str(site.device("journal1")), "40 LDSUs")
+
+    def test_a_journal_too_small_for_the_largest_frame(self) -> None:
+        site = Site(self, "beta")
+        journal = site.device("journal0")
+        journal.unlink()
+        site.make("journal0", 2 * MIB)
+        _, _, errors = site.run(main)
+        needed = int(errors.partition(" need ")[2].partition(";")[0])
+        for size in (2 * MIB, needed - 512):
+            journal.unlink()
+            site.make("journal0", size)
+            site.refused(main, 1, str(journal), str(size), str(needed), argv=["--yes"])
+        site.make("journal0", needed)
+        self.assertEqual(site.run(main)[0], 0)
+        with site.log("journal0") as log:
+            self.assertTrue(log.takes(FRAME_BYTES_MAX))
+
+    def test_a_broken_file(self) -> None:
+        site = Site(self, groups=2, ldsus=1)
+        site.paths.group_config(1).write_text("operation = nonsense\n")
+        # Everything is selected: nothing is written while one of them is not known.
+        site.refused(main, 10, "dsgrp001.cfg")
+        code, output, errors = site.run(main, "-g", "0")
+        self.assertEqual(code, 0)
+        self.assertIn("dsgrp000: writelog", output)
+        self.assertTrue(errors.startswith("warning: "))
+        self.assertIn("dsgrp001.cfg", errors)
 
     def test_small_log_is_warned_of(self) -> None:
         site = Site(self)
