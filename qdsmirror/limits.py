@@ -125,7 +125,9 @@ PING_SECONDS = 5.0
 SILENT_PEER_SECONDS = 20.0
 RECONNECT_SECONDS_MIN = 0.1
 RECONNECT_SECONDS_MAX = 5.0
-#: After a refusal (identity, configuration, divergence) the next try comes this late.
+#: After a refusal (identity, configuration, divergence) the next tries come so late: doubling, so
+#: that none waits longer than has passed since the first, and at most this.
+REFUSED_RETRY_SECONDS_MIN = 1.0
 REFUSED_RETRY_SECONDS = 60.0
 #: Frames received and not yet durable in the secondary journal; beyond it reading pauses.
 RECEIVED_BYTES_MAX = 8 * MIB

@@ -44,6 +44,7 @@ from qdsmirror.limits import (
     HANDSHAKE_SECONDS,
     RECONNECT_SECONDS_MIN,
     REFUSED_RETRY_SECONDS,
+    REFUSED_RETRY_SECONDS_MIN,
 )
 from qdsmirror.net.control import attach_to_driver, why_unconnected
 from qdsmirror.net.handshake import (
@@ -121,6 +122,7 @@ class PrimaryGroup:
         self._ended: Deferred[str] | None = None
         self._sleep: Deferred[None] | None = None
         self._delay = RECONNECT_SECONDS_MIN
+        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
 
@@ -185,7 +187,7 @@ class PrimaryGroup:
         except _REFUSALS as error:
             diverged = isinstance(error, DivergedError)
             self._say("refused", error.message, error.exit_code, diverged=diverged)
-            await self._pause(REFUSED_RETRY_SECONDS)
+            await self._pause(self._refused_backoff())
             return
         except QdsError as error:
             lost, self._lost_refresh = self._lost_refresh, ""
@@ -193,9 +195,10 @@ class PrimaryGroup:
             await self._pause(self._backoff())
             return
         self._delay = RECONNECT_SECONDS_MIN
+        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
         reason = await ended
         if self.link_state["state"] == "refused":
-            await self._pause(REFUSED_RETRY_SECONDS)
+            await self._pause(self._refused_backoff())
             return
         self._say("connecting", reason)
         if self._driver is not None:
@@ -204,6 +207,17 @@ class PrimaryGroup:
     def _backoff(self) -> float:
         delay = self._delay
         self._delay = min(self._delay * 2, self.config.tunables.reconnect_max)
+        return delay
+
+    def _refused_backoff(self) -> float:
+        """Give the pause after a refusal.
+
+        What is mended at the secondary cannot be told to the primary.  Doubling from the last
+        ``apply`` here on, the link is back at the latest after as long again as the mending
+        took, and at most REFUSED_RETRY_SECONDS after it.
+        """
+        delay = min(self._refused_delay, REFUSED_RETRY_SECONDS)
+        self._refused_delay = min(delay * 2, REFUSED_RETRY_SECONDS)
         return delay
 
     async def _pause(self, seconds: float) -> None:
@@ -282,6 +296,7 @@ class PrimaryGroup:
 
     def retry(self) -> None:
         """Do not wait any longer after a refusal: the operator says that something has changed."""
+        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
         if self.link_state["state"] == "refused":
             self._wake()
 
