@@ -33,7 +33,6 @@ from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAPPLIED_BYTES_MAX
-from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
@@ -46,6 +45,7 @@ class DriverGroup:
     """The driver's side of a group.
 
     :param nbd_listening_fd: the group's listening Unix socket, owned by the master.
+    :param latch: knows the group's failed devices, and learns of more.
     :ivar durable_gsn: every GSN up to this one is durable in its writelog.
     :ivar committed_gsn: what the secondary has acknowledged; ``sent_gsn``, ``mirrored_gsn``
         likewise, ``None`` while no pmd has said so.
@@ -61,6 +61,7 @@ class DriverGroup:
         reactor: Any,
         nbd_listening_fd: int,
         runtime: Runtime | None = None,
+        latch: FailureLatch | None = None,
     ) -> None:
         self.config = config
         self.number = config.number
@@ -80,7 +81,7 @@ class DriverGroup:
         self.mirrored_gsn: int | None = None
         self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
-        self._latch = FailureLatch(paths.state_file(config.number))
+        self._latch = latch or FailureLatch(paths.state_file(config.number))
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
@@ -103,7 +104,7 @@ class DriverGroup:
         )
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
-            self._listener = listen_nbd(
+            self._listener = self.runtime.listen(
                 self.runtime.reactor, self._fd, {u.name: u for u in self.units}, self.runtime.budget
             )
         except BaseException:
@@ -236,6 +237,8 @@ class DriverGroup:
         blocked = not self.may_frame
         self._unapplied_bytes -= weight
         if blocked and self.may_frame:
+            if self.refresh_job is not None:
+                self.refresh_job.poke()
             for unit in self.units:
                 unit.pump()
         if self.checkpoints.due:

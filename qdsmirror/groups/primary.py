@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.endpoints import HostnameEndpoint, connectProtocol, wrapClientTLS
+from twisted.internet.endpoints import connectProtocol
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
@@ -23,7 +23,6 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream, watermark
-from qdsmirror.core.clienthello import server_name_for
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.stream import Message
 from qdsmirror.core.watermark import Committed
@@ -41,12 +40,11 @@ from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import (
-    HANDSHAKE_SECONDS,
     RECONNECT_SECONDS_MIN,
     REFUSED_RETRY_SECONDS,
     REFUSED_RETRY_SECONDS_MIN,
 )
-from qdsmirror.net.control import attach_to_driver, why_unconnected
+from qdsmirror.net.control import why_unconnected
 from qdsmirror.net.handshake import (
     PrimaryHandshake,
     PrimaryOffer,
@@ -55,7 +53,6 @@ from qdsmirror.net.handshake import (
     UnitPosition,
 )
 from qdsmirror.net.link import ILinkOwner, Link, LinkFactory
-from qdsmirror.net.tls import client_options
 from qdsmirror.paths import Paths
 
 #: Errors after which the same attempt would fail again: an operator must act first.
@@ -134,7 +131,7 @@ class PrimaryGroup:
         async def begin() -> None:
             self._secret = load_secret(self.paths, self.number)
             # Also reads the certificate and key: a broken one is told at once.
-            client_options(self.host, self.config.secondary_host, server_name_for(self.number))
+            self.runtime.endpoint(self._reactor, self.host, self.config)
             self._worker = self.runtime.quick_worker(f"{self.name} reader")
             self._finder = self.runtime.slow_worker(f"{self.name} finder")
             self._running = ensureDeferred(self._run())
@@ -240,7 +237,7 @@ class PrimaryGroup:
 
     async def _attach(self) -> None:
         path = self.paths.control_socket(f"{self.name}.driver")
-        info, descriptors, end = await attach_to_driver(self._reactor, path)
+        info, descriptors, end = await self.runtime.attach(self._reactor, path)
         self._generation = bytes.fromhex(info["generation"])
         self._units = [
             OutUnit.from_info(unit, self._generation, fd)
@@ -331,13 +328,7 @@ class PrimaryGroup:
         if self.link_state["state"] != "connecting":
             self._say("connecting", "")
         config = self.config
-        options = client_options(self.host, config.secondary_host, server_name_for(self.number))
-        endpoint = wrapClientTLS(
-            options,
-            HostnameEndpoint(
-                self._reactor, config.secondary_address, config.port, timeout=HANDSHAKE_SECONDS
-            ),
-        )
+        endpoint = self.runtime.endpoint(self._reactor, self.host, config)
         self._outbound = Outbound(
             self._units,
             self._worker,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,6 @@ from qdsmirror.net.handshake import (
     UnitPosition,
 )
 from qdsmirror.net.link import ILinkOwner, Link
-from qdsmirror.net.tls import server_context_factory
 from qdsmirror.paths import Paths
 from qdsmirror.storage.journal import Change, Mirror
 from qdsmirror.storage.latch import FailureLatch
@@ -92,6 +91,7 @@ class RemoteGroup:
         paths: Paths,
         reactor: Any,
         runtime: Runtime | None = None,
+        latch: FailureLatch | None = None,
     ) -> None:
         self.config = config
         self.host = host
@@ -100,7 +100,7 @@ class RemoteGroup:
         self.name = config.name
         self.runtime = runtime or Runtime.real(reactor)
         self._reactor = self.runtime.reactor
-        self._latch = FailureLatch(paths.state_file(config.number))
+        self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.secret = b""
         self.mirror: Mirror | None = None
         self.epoch = 0
@@ -138,7 +138,7 @@ class RemoteGroup:
         self._latch.check(
             (self.config.journal_device, *(ldsu.mirror_device for ldsu in self.config.ldsus))
         )
-        server_context_factory(self.host, self.config.primary_host)
+        self.runtime.server_tls(self.host, self.config.primary_host)
         pool = self._reactor.getThreadPool()
         mirror: Mirror = yield deferToThreadPool(
             self._reactor, pool, Mirror.open, self.config, self.runtime.open_device
@@ -225,32 +225,41 @@ class RemoteGroup:
 
     # -- connections --------------------------------------------------------------------------
 
-    def adopt(self, fd: int) -> None:
+    def adopt(self, fd: int, ended: Callable[[], None] = lambda: None) -> None:
         """Take an accepted connection: TLS and authentication happen here.
 
         :param fd: a connected TCP socket; closed here.
+        :param ended: called once, when its handshake has succeeded or come to nothing.
         """
-        if self.mirror is None or self._handshakes >= UNAUTHENTICATED_MAX:
-            os.close(fd)
-            return
         with socket.socket(fileno=fd) as accepted:
+            handshake = self.handshake(ended)
+            if handshake is None:
+                ended()
+                return
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            family = accepted.family
-            factory = Factory.forProtocol(partial(self._handshake))
+            factory = Factory.forProtocol(lambda: handshake)
             factory.noisy = False
             tls = TLSMemoryBIOFactory(
-                server_context_factory(self.host, self.config.primary_host), False, factory
+                self.runtime.server_tls(self.host, self.config.primary_host), False, factory
             )
             tls.noisy = False
-            self._handshakes += 1
-            self._reactor.adoptStreamConnection(accepted.fileno(), family, tls)
+            self._reactor.adoptStreamConnection(accepted.fileno(), accepted.family, tls)
 
-    def _handshake(self) -> RemoteHandshake:
-        return RemoteHandshake(Authority(self), self._reactor)
+    def handshake(self, ended: Callable[[], None] = lambda: None) -> RemoteHandshake | None:
+        """Make the protocol of an accepted connection, to go inside TLS.
 
-    def handshake_ended(self) -> None:
-        """Count a handshake as over."""
+        :param ended: as for :meth:`adopt`; not called where nothing is made.
+        :returns: ``None`` while no more are taken.
+        """
+        if self.mirror is None or self._handshakes >= UNAUTHENTICATED_MAX:
+            return None
+        self._handshakes += 1
+        authority = Authority(self, partial(self._handshake_ended, ended))
+        return RemoteHandshake(authority, self._reactor)
+
+    def _handshake_ended(self, ended: Callable[[], None]) -> None:
         self._handshakes -= 1
+        ended()
 
     def refused(self, error: QdsError) -> None:
         """Learn why a connection did not become a stream."""

@@ -7,8 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.interfaces import IStreamClientEndpoint
+
+from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.core.clienthello import server_name_for
 from qdsmirror.core.nbd_requests import Budget
 from qdsmirror.interfaces import IBlockDevice, IWorker
+from qdsmirror.limits import HANDSHAKE_SECONDS
+from qdsmirror.net.control import attach_to_driver
+from qdsmirror.net.nbd import listen_nbd
+from qdsmirror.net.tls import client_options, server_context_factory
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.worker import AdaptiveWorker, ReadWorkers, ThreadWorker
 
@@ -16,9 +25,22 @@ from qdsmirror.storage.worker import AdaptiveWorker, ReadWorkers, ThreadWorker
 READ_THREADS = 4
 
 
+def tls_endpoint(reactor: Any, host: HostConfig, config: GroupConfig) -> IStreamClientEndpoint:
+    """Give the way to a group's secondary: TCP, and TLS with our certificate.
+
+    :raises ConfigError: certificate or key cannot be used.
+    """
+    options = client_options(host, config.secondary_host, server_name_for(config.number))
+    tcp = HostnameEndpoint(
+        reactor, config.secondary_address, config.port, timeout=HANDSHAKE_SECONDS
+    )
+    endpoint: IStreamClientEndpoint = wrapClientTLS(options, tcp)
+    return endpoint
+
+
 @dataclass
 class Runtime:
-    """Reactor, clocks, devices and workers.
+    """Reactor, clocks, devices, workers, and the ways to others.
 
     :ivar reactor: timers and sockets.
     :ivar open_device: as :func:`qdsmirror.storage.device.open_device`.
@@ -27,6 +49,11 @@ class Runtime:
     :ivar read_worker: for application reads, several at once.
     :ivar wall: seconds since 1970, for people only.
     :ivar budget: bytes of unanswered requests, shared by all groups of a child.
+    :ivar listen: serves LDSUs to clients; as :func:`qdsmirror.net.nbd.listen_nbd`.
+    :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.control.attach_to_driver`.
+    :ivar endpoint: from reactor, host and group, the way of a pmd to its secondary.
+    :ivar server_tls: from the host and the peer's name, what makes TLS around an accepted
+        connection; as :func:`qdsmirror.net.tls.server_context_factory`.
     """
 
     reactor: Any
@@ -36,6 +63,10 @@ class Runtime:
     read_worker: Callable[[str], IWorker]
     wall: Callable[[], float] = time.time
     budget: Budget = field(default_factory=Budget)
+    listen: Callable[..., Any] = listen_nbd
+    attach: Callable[..., Any] = attach_to_driver
+    endpoint: Callable[[Any, HostConfig, GroupConfig], IStreamClientEndpoint] = tls_endpoint
+    server_tls: Callable[[HostConfig, str], Any] = server_context_factory
 
     @classmethod
     def real(cls, reactor: Any) -> Runtime:

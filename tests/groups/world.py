@@ -19,7 +19,6 @@ from qdsmirror.core import nbd, watermark
 from qdsmirror.core.nbd import Request
 from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.core.watermark import Committed
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
@@ -237,7 +236,6 @@ class DriverWorld:
             )
         self.host = HostConfig("alpha", Path("c"), Path("k"), Path("a"))
         self.paths = Paths.of("/tmp/qds-no-such-root")
-        test.patch(driver_module, "listen_nbd", lambda *_: FakeListener())
         self._descriptors: list[int] = []
         test.addCleanup(self._close)
 
@@ -264,6 +262,7 @@ class DriverWorld:
             slow_worker=self._worker,
             read_worker=self._worker,
             wall=lambda: 1_790_000_000.0 + self.reactor.seconds(),
+            listen=lambda *_: FakeListener(),
         )
         self.group = DriverGroup(self.config, self.host, self.paths, self.reactor, -1, runtime)
         framed = self.group.framed
