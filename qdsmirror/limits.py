@@ -48,8 +48,13 @@ GENERATIONS_MAX = 16
 CONTROL_RESERVE_BYTES = 32 * KIB
 #: It holds so many of them, however large the physical block.
 CONTROL_RECORDS_MIN = 4
-#: A refresh leaves at least this part of the ring to the application.
+#: A refresh leaves at least this part of the ring to the application ...
 REFRESH_RING_SHARE = 0.5
+#: ... save that of a fuller one, too, it gets one byte of so many that become free.
+REFRESH_TURN = 8
+#: A failed read of a refresh is tried again this late, doubling, for as long as it goes on.
+REFRESH_RETRY_SECONDS_MIN = 1.0
+REFRESH_RETRY_SECONDS_MAX = 60.0
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
 METADATA_ENTRIES_DEFAULT = 4096
 METADATA_SECONDS_DEFAULT = 1.0

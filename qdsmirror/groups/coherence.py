@@ -75,7 +75,7 @@ class Coherence:
             coherent=False, reason=self.reason, refresh=job.state
         )
         group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
-        job.poke()
+        job.begin()
         yield job.begun
         if self.job is job:
             group.tell_refresh(job.announcement())

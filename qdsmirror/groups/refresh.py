@@ -4,6 +4,9 @@ It keeps COHERENT (the mirror is durably marked incoherent before its first chun
 coherent only once the end mark is committed) and rules.md 14 (space first, then the range's lock,
 read, append, unlock).  A crash leaves the mark and the progress in the superblocks; the next start
 goes on from there with the same id.
+
+Beside an application that keeps the log full it has a share of its own: room for a chunk that the
+application does not get, and its turn for each chunk after a multiple of its bytes was freed.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 
 from qdsmirror.core import frames
 from qdsmirror.core.records import Point
+from qdsmirror.core.ring import align_up
 from qdsmirror.limits import (
     RECORD_ALIGN_BYTES,
     REFRESH_READ_BYTES,
+    REFRESH_RETRY_SECONDS_MAX,
+    REFRESH_RETRY_SECONDS_MIN,
     REFRESH_RING_SHARE,
+    REFRESH_TURN,
     ZERO_ENTRY_BYTES_MAX,
 )
 
@@ -28,10 +36,9 @@ if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
     from qdsmirror.groups.unit import DriverUnit, UnitFrame
 
-_RETRY_SECONDS = 0.01
 _NOTHING = bytes(REFRESH_READ_BYTES)
 
-BEGIN, CHUNKS, END, COMMIT, DONE = "begin", "chunks", "end", "commit", "done"
+MARK, BEGIN, CHUNKS, END, COMMIT, DONE = "mark", "begin", "chunks", "end", "commit", "done"
 
 
 class Refresh:
@@ -57,13 +64,18 @@ class Refresh:
         self._cut_durable = self.cut is not None
         self._done = [0] * len(group.units)
         self.kind = "full"
-        self._phase = BEGIN
+        self._phase = MARK
         self._mark: UnitFrame | None = None
         self._unit = 0
         self._offset = 0
-        self._reading = False
+        # Where room is kept for us, and its log's tail when we last used it.
+        self._claimed: DriverUnit | None = None
+        self._tail = 0
+        self._working = False
         self._poking = False
-        self._retry: Any = None
+        self._poke_again = False
+        self._pause: Any = None
+        self._failures = 0
         self._in_flight: deque[tuple[int, int, int]] = deque()
         self._began_at = group.runtime.reactor.seconds()
         self._began_bytes = 0
@@ -82,6 +94,7 @@ class Refresh:
             if state is not None and state["id"] == refresh.id.hex():
                 refresh._done[index] = min(state["done"], group.units[index].size)
         refresh._began_bytes = sum(refresh._done)
+        refresh._phase = BEGIN
         refresh._skip_done()
         return refresh
 
@@ -104,47 +117,78 @@ class Refresh:
 
     # -- the work -----------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Go to work: the mirror is durably marked incoherent by now (COHERENT)."""
+        if self._phase == MARK:
+            self._phase = BEGIN
+            self.poke()
+
     def poke(self) -> None:
-        """Go on where something may have changed: room, a finished append, a commit."""
-        # What is done here may end at once and poke again from within.
-        if self._poking or self._reading:
+        """Go on where something may have changed: room, a finished append, frames applied."""
+        # What is done here may end at once and poke again from within: no recursion, and no
+        # change is missed.
+        self._poke_again = True
+        if self._poking:
             return
-        self._cancel_retry()
         self._poking = True
+        try:
+            while self._poke_again and not self._working and self._pause is None:
+                self._poke_again = False
+                self._go_on()
+        finally:
+            self._poking = False
+
+    def _go_on(self) -> None:
         if self._phase == BEGIN:
             self._control(frames.REFRESH_BEGIN, CHUNKS)
-        if self._phase == CHUNKS:
+        elif self._phase == CHUNKS:
             self._next_chunk()
-        if self._phase == END:
+        elif self._phase == END:
             self._control(frames.REFRESH_END, COMMIT)
-        self._poking = False
 
     def _control(self, kind: int, then: str) -> None:
-        cut = self.group.cut()
-        frame = self.group.units[0].append_control(kind, self.id)
-        if frame is None:
-            self._later()
-            return
-        if kind == frames.REFRESH_BEGIN and self.cut is None:
-            self.cut = cut
-        self._mark = frame
-        self._phase = then
-        # It may have become durable before we knew it.
-        self.became_durable(self.group.durable_gsn)
+        self._working = True
+        self.group.units[0].when_free(partial(self._append_control, kind, then, self._phase))
 
-    def _later(self, seconds: float = _RETRY_SECONDS) -> None:
-        """Try again soon; whoever makes room or ends an append pokes earlier."""
-        if self._retry is None and self._phase != DONE:
-            self._retry = self.group.runtime.reactor.callLater(seconds, self._again)
+    def _append_control(self, kind: int, then: str, phase: str) -> None:
+        if self._phase == phase:
+            cut = self.group.cut()
+            frame = self.group.units[0].append_control(kind, self.id)
+            if frame is not None:
+                if kind == frames.REFRESH_BEGIN and self.cut is None:
+                    self.cut = cut
+                self._mark = frame
+                self._phase = then
+                # It may have become durable before we knew it.
+                self.became_durable(self.group.durable_gsn)
+                self._poke_again = True
+        self._ended_work()
 
-    def _again(self) -> None:
-        self._retry = None
+    def _ended_work(self) -> None:
+        """Go on if there is reason to: whoever makes room pokes, and may have done so already."""
+        self._working = False
+        if self._poke_again:
+            self.poke()
+
+    def _pause_for(self, seconds: float) -> None:
+        if self._phase != DONE:
+            self._pause = self.group.runtime.reactor.callLater(seconds, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
         self.poke()
 
-    def _cancel_retry(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+    def _claim(self, unit: DriverUnit | None) -> None:
+        """Keep room for a chunk in this log, and in no other."""
+        if unit is self._claimed:
+            return
+        before, self._claimed = self._claimed, unit
+        if unit is not None:
+            unit.kept_bytes = _kept(unit)
+            self._tail = unit.writelog.durable_tail
+        if before is not None:
+            before.kept_bytes = 0
+            before.pump()
 
     def _skip_done(self) -> None:
         units = self.group.units
@@ -158,59 +202,78 @@ class Refresh:
     def _next_chunk(self) -> None:
         if self._unit >= len(self.group.units):
             self._phase = END
+            self._poke_again = True
+            self._claim(None)
             return
         unit = self.group.units[self._unit]
-        cap = _chunk_cap(unit)
-        ring = unit.writelog.ring.size
+        # A failed LDSU waits for the next start; an earlier refresh that still reads, for its end.
         if unit.errors or unit.is_locked:
-            self._later()
             return
-        if unit.writelog.used_bytes + 2 * cap > ring * REFRESH_RING_SHARE:
+        self._claim(unit)
+        if not self._has_room(unit):
             self.group.checkpoints.want_space()
-            self._later()
             return
         if not self.group.may_frame:
-            self._later()
             return
         span = min(ZERO_ENTRY_BYTES_MAX, unit.size - self._offset)
         unit.lock(self._offset, span)
-        self._reading = True
-        unit.reading.find_hole(self._offset, span, lambda hole: self._found(unit, span, hole))
+        self._working = True
+        unit.reading.find_hole(self._offset, span, partial(self._found, unit, span))
+
+    def _has_room(self, unit: DriverUnit) -> bool:
+        """Whether a chunk may go into the log: it is half empty, or it is our turn."""
+        log = unit.writelog
+        if log.used_bytes + 2 * _chunk_cap(unit) <= log.ring.size * REFRESH_RING_SHARE:
+            return True
+        # Counted in what was freed: while nothing is, what is left is the application's.
+        freed = log.durable_tail - self._tail
+        return freed >= REFRESH_TURN * _chunk_cap(unit) and _kept(unit) <= log.free_bytes
 
     def _found(self, unit: DriverUnit, span: int, hole: int) -> None:
         """Send a long hole as one entry; read anything else."""
         chunk = min(_chunk_cap(unit), span)
         if hole >= chunk:
-            self._append(unit, None, hole, None)
+            self._take_turn(unit, hole, None, None)
             return
-        unit.reading.read_chunk(
-            self._offset, chunk, lambda data, error: self._append(unit, data, chunk, error)
-        )
+        unit.reading.read_chunk(self._offset, chunk, partial(self._take_turn, unit, chunk))
 
-    def _append(
-        self, unit: DriverUnit, data: bytes | None, length: int, error: BaseException | None
+    def _take_turn(
+        self, unit: DriverUnit, length: int, data: bytes | None, error: BaseException | None
     ) -> None:
+        if error is not None and self._phase == CHUNKS:
+            self.group.note_error(f"{unit.name}: refresh read at {self._offset}: {error}")
+            self._pause_for(
+                min(REFRESH_RETRY_SECONDS_MIN * 2**self._failures, REFRESH_RETRY_SECONDS_MAX)
+            )
+            self._failures += 1
         if error is not None or self._phase != CHUNKS:
-            unit.unlock()
-            self._reading = False
-            if error is not None:
-                self.group.note_error(f"{unit.name}: refresh read at {self._offset}: {error}")
-                self._later()
+            self._release(unit)
             return
+        self._failures = 0
         if data is not None and data == _NOTHING[:length]:
             data = None
-        frame = unit.append_chunk(self._offset, data, length)
+        unit.when_free(partial(self._append, unit, data, length))
+
+    def _append(self, unit: DriverUnit, data: bytes | None, length: int) -> None:
+        if self._phase == CHUNKS:
+            frame = unit.append_chunk(self._offset, data, length)
+            if frame is not None:
+                self._offset += length
+                self._in_flight.append((frame.gsn_last, unit.index, self._offset))
+                self._tail = unit.writelog.durable_tail
+                self._skip_done()
+                # Through the reactor: the application's requests come between two chunks.
+                self._pause_for(0)
+        self._release(unit)
+
+    def _release(self, unit: DriverUnit) -> None:
         unit.unlock()
         # Only now: appending and unlocking let others poke.
-        self._reading = False
-        if frame is None:
-            self._later()
-            return
-        self._offset += length
-        self._in_flight.append((frame.gsn_last, unit.index, self._offset))
-        self._skip_done()
-        # Through the reactor: the application's requests come between two chunks.
-        self._later(0)
+        self._ended_work()
+        job = self.group.refresh_job
+        if job is not None and job is not self:
+            # It has waited for our lock.
+            job.poke()
 
     # -- what the group tells -------------------------------------------------------------------
 
@@ -233,7 +296,10 @@ class Refresh:
     def stop(self) -> None:
         """Give up (killed, or the driver stops)."""
         self._phase = DONE
-        self._cancel_retry()
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        self._claim(None)
 
     def status(self) -> dict[str, Any]:
         """Give the ``refresh`` object of ``qdsinfo --json``."""
@@ -256,6 +322,15 @@ def _chunk_cap(unit: DriverUnit) -> int:
     """Give the bytes of a chunk: small beside the ring, else live writes leave no room for one."""
     part = unit.writelog.ring.size // 16 // RECORD_ALIGN_BYTES * RECORD_ALIGN_BYTES
     return min(REFRESH_READ_BYTES, unit.payload_cap, max(RECORD_ALIGN_BYTES, part))
+
+
+def _kept(unit: DriverUnit) -> int:
+    """Give the bytes of a chunk's record, and of the pad that may go before it.
+
+    Less where the log is so small that the application's largest frame would not fit beside it.
+    """
+    record = align_up(_chunk_cap(unit) + RECORD_ALIGN_BYTES, unit.writelog.ring.align)
+    return min(2 * record, unit.spare_bytes)
 
 
 def cut_points(cut: Mapping[str, Any]) -> dict[int, tuple[int, Point]]:

@@ -108,6 +108,8 @@ class DriverUnit:
         self.pending = PendingIndex()
         self.payload_cap = writelog.ring.payload_cap
         self._entries_cap = writelog.ring.entries_cap
+        #: Space of the log that the application does not get (rules.md 14).
+        self.kept_bytes = 0
         self._append_worker = runtime.quick_worker(f"{self.name} writelog")
         self._sync_worker = runtime.quick_worker(f"{self.name} commit")
         self._apply_worker = runtime.quick_worker(f"{self.name} data")
@@ -117,6 +119,7 @@ class DriverUnit:
         self._held: list[Request] = []
         self._locked: tuple[int, int] | None = None
         self._appending = False
+        self._turns: deque[Callable[[], None]] = deque()
         self._pumping = False
         self._pump_again = False
         self._committing = False
@@ -214,7 +217,9 @@ class DriverUnit:
         if not entries:
             return False
         payload = sum(e.length for e in entries if e.payload is not None)
-        placement = self.writelog.place(HEADER_BYTES + len(entries) * ENTRY_BYTES + payload)
+        placement = self.writelog.place(
+            HEADER_BYTES + len(entries) * ENTRY_BYTES + payload, kept_bytes=self.kept_bytes
+        )
         if placement is None:
             for request, state in reversed(undo):
                 request.state = state
@@ -357,6 +362,7 @@ class DriverUnit:
             frame.waiting.extend(finished)
             self._appended.append(frame)
             self.fail("writelog", self.config.writelog_device, error)
+            self._give_turns()
             return
         self._appended.append(frame)
         now: dict[INbdConnection, list[Request]] = {}
@@ -369,15 +375,27 @@ class DriverUnit:
         for connection, requests in now.items():
             connection.answer(requests)
         self._commit()
+        self._give_turns()
         self.pump()
         self.group.appended()
+
+    def when_free(self, turn: Callable[[], None]) -> None:
+        """Call ``turn`` when no append is under way, before the application's next frame."""
+        self._turns.append(turn)
+        self._give_turns()
+
+    def _give_turns(self) -> None:
+        while self._turns and not self._appending:
+            self._turns.popleft()()
 
     def append_control(self, kind: int, payload: bytes = b"") -> UnitFrame | None:
         """Append a control frame, from the reserve if need be (rules.md 9).
 
-        :returns: ``None`` while there is no room or an append is under way.
+        To be called when no append is under way (see :meth:`when_free`).
+
+        :returns: ``None`` while there is no room, or when the LDSU has failed.
         """
-        if self._appending or self.errors:
+        if self.errors:
             return None
         placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
         if placement is None:
@@ -406,6 +424,12 @@ class DriverUnit:
         """Whether a refresh that was ended still reads its last chunk."""
         return self._locked is not None
 
+    @property
+    def spare_bytes(self) -> int:
+        """What an empty log has beside the application's largest frame."""
+        largest = HEADER_BYTES + self._entries_cap * ENTRY_BYTES + self.payload_cap
+        return self.writelog.spare_bytes(largest)
+
     def lock(self, offset: int, length: int) -> None:
         """Hold back writes to a range until :meth:`unlock` (rules.md 14)."""
         assert self._locked is None, "one refresh chunk at a time"
@@ -421,9 +445,11 @@ class DriverUnit:
     def append_chunk(self, offset: int, data: bytes | None, length: int) -> UnitFrame | None:
         """Append one refresh entry: ``data``, or zeroes where it is ``None``.
 
-        :returns: ``None`` while there is no room or an append is under way.
+        To be called when no append is under way (see :meth:`when_free`).
+
+        :returns: ``None`` while there is no room, or when the LDSU has failed.
         """
-        if self._appending or self.errors:
+        if self.errors:
             return None
         size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
         placement = self.writelog.place(size)

@@ -193,17 +193,30 @@ class Writelog:
         """Tell whether a frame fits an empty log, wherever its head stands."""
         return ring_bytes_for(frame_bytes, self.ring.align) <= self.ring.size
 
-    def place(self, frame_bytes: int, *, control: bool = False) -> Placement | None:
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the ring that are free, without the reserve."""
+        return self.ring.size - self._reserve - self.used_bytes
+
+    def spare_bytes(self, frame_bytes: int) -> int:
+        """Give what an empty log has beside a frame of this length, wherever its head stands."""
+        record = align_up(RECORD_HEADER_BYTES + frame_bytes, self.ring.align)
+        return max(0, self.ring.size - self._reserve - 2 * record)
+
+    def place(
+        self, frame_bytes: int, *, control: bool = False, kept_bytes: int = 0
+    ) -> Placement | None:
         """Take the place of the next record.
 
         :param control: the frame may use the reserve (rules.md 9).
+        :param kept_bytes: beside the reserve, so much must stay free behind it.
         :returns: ``None`` when the log is full.
         """
         placement = self.ring.place(
             self.head,
             self.durable_tail,
             RECORD_HEADER_BYTES + frame_bytes,
-            0 if control else self._reserve,
+            0 if control else self._reserve + kept_bytes,
         )
         if placement is not None:
             self.head = placement.end

@@ -312,6 +312,8 @@ class Sites:
     def until(self, happened: Callable[[], Any], what: str) -> Steps:
         """Wait until something is true; it is looked at after each turn of the reactor."""
         deadline = reactor.seconds() + WAIT_SECONDS
+        # One turn at least: a test that asks in a loop would otherwise never let anything happen.
+        yield deferLater(reactor, 0)
         while not happened():
             if reactor.seconds() > deadline:
                 states = [g.status() for g in (self.driver, self.pmd, self.rmd) if g is not None]
