@@ -25,7 +25,7 @@ from qdsmirror.core.frames import (
     entries,
 )
 from qdsmirror.core.records import Cursor
-from qdsmirror.errors import BrokenError, CorruptError, DeviceError
+from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.recovery import check_binding, closing_on_error
@@ -74,7 +74,7 @@ class Mirror:
         """Open and lock the journal, then the mirror devices, and check that they belong together.
 
         :raises DeviceError: one is missing, in use, or too small.
-        :raises BrokenError: the journal is another group's.
+        :raises MismatchError: the journal is another group's, or for other LDSUs or sizes.
         """
         with closing_on_error() as opened:
             journal_device = open_device(
@@ -85,10 +85,11 @@ class Mirror:
             check_binding(journal.superblock, config, "journal", config.journal_device)
             bound = [(unit.index, unit.name) for unit in journal.superblock.units]
             if bound != [(ldsu.index, ldsu.name) for ldsu in config.ldsus]:
-                raise BrokenError(
-                    f"{config.journal_device} was initialised for other LDSUs "
-                    f"({', '.join(name for _, name in bound)})",
-                    hint=f"run qdswlinit -g {config.number} --yes here, then refresh",
+                raise MismatchError(
+                    f"journal {config.journal_device} was initialised for other LDSUs "
+                    f"({', '.join(name for _, name in bound)}) than {config.path} names",
+                    hint=f"restore the LDSUs' names and order there; or, if the change is meant, "
+                    f"run qdswlinit -g {config.number} --yes here, then qdsrefresh --full",
                 )
             devices = []
             for ldsu, unit in zip(config.ldsus, journal.superblock.units, strict=True):
@@ -97,9 +98,9 @@ class Mirror:
                 )
                 opened.callback(device.close)
                 if device.size != unit.size:
-                    raise DeviceError(
-                        f"{ldsu.mirror_device} has {device.size} bytes; it was initialised with "
-                        f"{unit.size}",
+                    raise MismatchError(
+                        f"mirror device {ldsu.mirror_device} has {device.size} bytes; it was "
+                        f"initialised with {unit.size}",
                         hint=f"restore it, or run qdswlinit -g {config.number} --yes and refresh",
                     )
                 devices.append(device)

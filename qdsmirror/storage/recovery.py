@@ -13,7 +13,7 @@ from qdsmirror.config import GroupConfig, LdsuConfig
 from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entries
 from qdsmirror.core.records import Cursor, Superblock
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
-from qdsmirror.errors import BrokenError, CorruptError, DeviceError
+from qdsmirror.errors import BrokenError, CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.writelog import Writelog
@@ -51,10 +51,10 @@ def closing_on_error() -> Iterator[ExitStack]:
 def check_binding(superblock: Superblock, config: GroupConfig, role: str, path: str) -> None:
     """Check that a log belongs to this group and this use.
 
-    :raises BrokenError: it is another group's, or the other kind.
+    :raises MismatchError: it is another group's, or the other kind.
     """
     if superblock.role != role or superblock.group != config.number:
-        raise BrokenError(
+        raise MismatchError(
             f"{path} is the {superblock.role} of dsgrp{superblock.group:03d}, not the {role} of "
             f"{config.name}",
             hint=f"name the right device in {config.path}, or run qdswlinit(1)",
@@ -64,7 +64,8 @@ def check_binding(superblock: Superblock, config: GroupConfig, role: str, path: 
 def open_units(config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> list[OpenUnit]:
     """Open, lock, check and scan all devices of a group at the primary.
 
-    :raises DeviceError: a device is missing, in use, or of another size than before.
+    :raises DeviceError: a device is missing or in use.
+    :raises MismatchError: a log is another's, or a data device of another size than before.
     :raises CorruptError: a log is not usable.
     """
     units: list[OpenUnit] = []
@@ -104,15 +105,16 @@ def _check_unit(
     check_binding(superblock, config, "writelog", ldsu.writelog_device)
     bound = superblock.units[0]
     if (bound.index, bound.name) != (ldsu.index, ldsu.name):
-        raise BrokenError(
+        raise MismatchError(
             f"{ldsu.writelog_device} is the writelog of {bound.name} (LDSU {bound.index} of its "
             f"group), not of {ldsu.name}",
-            hint=f"restore the order of LDSUs in {config.path}, or run qdswlinit(1)",
+            hint=f"restore the LDSUs' names and order in {config.path}; or, if that is meant, run "
+            f"qdswlinit -g {config.number} --yes, then qdsrefresh --full",
         )
     if device.size != bound.size:
-        raise DeviceError(
-            f"{ldsu.data_device} has {device.size} bytes; {ldsu.name} was initialised with "
-            f"{bound.size}",
+        raise MismatchError(
+            f"data device {ldsu.data_device} has {device.size} bytes; {ldsu.name} was initialised "
+            f"with {bound.size}",
             hint=f"restore the device, or run qdswlinit -g {config.number} --yes and refresh",
         )
 

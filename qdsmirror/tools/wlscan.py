@@ -122,16 +122,31 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         superblock = mirror.journal.superblock
-        scan = mirror.scan()
+        reader = mirror.journal.reader(superblock.applied, contiguous=True)
+        frames = entries = 0
+        for found in reader:
+            frames += 1
+            entries += found.header.gsn_count
+        refused = ""
+        if reader.position < superblock.head.position:
+            refused = (
+                f"{group.journal_device}: durable up to position {superblock.head.position}, "
+                f"intact only up to {reader.position} ({reader.stopped})"
+            )
+        stopped = reader.stopped
+        try:
+            reader.look_ahead()
+        except CorruptError as error:
+            refused = refused or f"{group.journal_device}: {error.message}"
         log = {
             "name": "journal",
             "device": group.journal_device,
             "tail": superblock.tail.position,
             "applied": superblock.applied.position,
-            "head": scan.reached.position,
-            "frames_to_replay": scan.frames,
-            "entries_to_replay": scan.entries,
-            "stopped": scan.stopped,
+            "head": reader.position,
+            "frames_to_replay": frames,
+            "entries_to_replay": entries,
+            "stopped": stopped,
         }
     finally:
         mirror.close()
@@ -142,7 +157,7 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
         "logs": [log],
         "voids": [],
         "replayed": False,
-        "refused": scan.damage,
+        "refused": refused,
     }
 
 

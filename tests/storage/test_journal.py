@@ -18,7 +18,7 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.records import Cursor, Superblock
-from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
+from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
 from qdsmirror.storage.writelog import read_superblock
 from tests.fakes import MemoryDevice, at_random, everything, nothing
@@ -143,21 +143,21 @@ class OpenTests(SynchronousTestCase):
     def test_another_group_or_use(self) -> None:
         site = Site()
         site.config = config(2, number=4)
-        self.refuse(site, BrokenError, "is the journal of dsgrp000, not the journal of dsgrp004")
+        self.refuse(site, MismatchError, "is the journal of dsgrp000, not the journal of dsgrp004")
         site = Site()
         initialise(site.devices["/journal"], role="writelog", sizes=[MIRROR] * 2)
-        self.refuse(site, BrokenError, "is the writelog of dsgrp000, not the journal")
+        self.refuse(site, MismatchError, "is the writelog of dsgrp000, not the journal")
 
     def test_other_ldsus(self) -> None:
         for other in (config(1), config(3), config(2, names={1: "x"})):
             site = Site()
             site.config = other
-            self.refuse(site, BrokenError, "was initialised for other LDSUs")
+            self.refuse(site, MismatchError, "was initialised for other LDSUs")
 
     def test_a_mirror_of_another_size(self) -> None:
         site = Site()
         site.devices["/mirror1"] = MemoryDevice(MIRROR + 512)
-        self.refuse(site, DeviceError, "/mirror1 has 16896 bytes; it was initialised with 16384")
+        self.refuse(site, MismatchError, "/mirror1 has 16896 bytes; it was initialised with 16384")
         self.assertTrue(site.devices["/mirror0"].closed)
 
 

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import frames
 from qdsmirror.core.frames import REFRESH, REFRESH_BEGIN, VOID, Entry
 from qdsmirror.core.records import Cursor, Generation
-from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
+from qdsmirror.errors import BrokenError, CorruptError, MismatchError, QdsError
 from qdsmirror.storage.recovery import close_units, judge, open_units, replay
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice, at_random, everything
@@ -76,26 +76,26 @@ class OpenTests(SynchronousTestCase):
 
     def test_another_group_or_use(self) -> None:
         self.group.config = config(2, number=7)
-        self.refuse(BrokenError, "is the writelog of dsgrp000, not the writelog of dsgrp007")
+        self.refuse(MismatchError, "is the writelog of dsgrp000, not the writelog of dsgrp007")
         self.assertTrue(self.group.devices["/log0"].closed)
         self.assertTrue(self.group.devices["/data0"].closed)
         self.group = Group(2)
         initialise(self.group.devices["/log1"], role="journal", sizes=(DATA,))
-        self.refuse(BrokenError, "is the journal of dsgrp000, not the writelog")
+        self.refuse(MismatchError, "is the journal of dsgrp000, not the writelog")
 
     def test_logs_swapped_or_renamed(self) -> None:
         devices = self.group.devices
         devices["/log0"], devices["/log1"] = devices["/log1"], devices["/log0"]
-        self.refuse(BrokenError, "is the writelog of qds1")
+        self.refuse(MismatchError, "is the writelog of qds1")
         self.group = Group(2)
         self.group.config = config(2, names={1: "other"})
-        self.refuse(BrokenError, "is the writelog of qds1 .LDSU 1 of its group., not of other")
+        self.refuse(MismatchError, "is the writelog of qds1 .LDSU 1 of its group., not of other")
 
     def test_a_data_device_of_another_size(self) -> None:
         for size in (DATA - 512, DATA + 512):
             self.group = Group(2)
             self.group.devices["/data1"] = MemoryDevice(size)
-            self.refuse(DeviceError, f"/data1 has {size} bytes; qds1 was initialised with")
+            self.refuse(MismatchError, f"/data1 has {size} bytes; qds1 was initialised with")
 
     def test_different_generations(self) -> None:
         initialise(
