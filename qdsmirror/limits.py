@@ -126,6 +126,11 @@ CERTIFICATE_FILE_BYTES_MAX = MIB
 PEER_TEXT_CHARACTERS_MAX = 1024
 UNAUTHENTICATED_MAX = 16
 UNAUTHENTICATED_PER_ADDRESS_MAX = 4
+#: A connection that has not sent its ClientHello by then makes room for another: well before the
+#: deadline of one that waits in the backlog meanwhile, which counts from its own connecting.
+HELLO_SECONDS = 4.0
+#: Connections that are accepted and wait, untouched, for others of their address to end.
+PARKED_CONNECTIONS_MAX = 64
 PING_SECONDS = 5.0
 SILENT_PEER_SECONDS = 20.0
 RECONNECT_SECONDS_MIN = 0.1
@@ -154,7 +159,7 @@ LAUNCH_SECONDS_MAX = 60.0
 #: ... and so long for a group whose start failed and is tried again.
 LAUNCH_RETRY_SECONDS_MAX = 5.0
 #: Messages between a master and a child: length, how many may wait, descriptors in one.
-CHANNEL_MESSAGE_BYTES_MAX = 16 * KIB
+CHANNEL_MESSAGE_BYTES_MAX = 64 * KIB
 CHANNEL_MESSAGES_MAX = 1024
 CHANNEL_DESCRIPTORS_MAX = 4
 #: What is kept of the reason for a failure that travels from a child to its master.
@@ -168,10 +173,11 @@ assert RECONNECT_SECONDS_MIN <= RECONNECT_MAX_SECONDS_MIN <= RECONNECT_SECONDS_M
 assert CHILDREN_DEFAULT <= GROUPS_MAX
 assert CHILD_RESTART_SECONDS_MAX < CHILD_HEALTHY_SECONDS
 #: JSON writes a character as up to 12 bytes.
-assert 12 * REASON_CHARACTERS_MAX < CHANNEL_MESSAGE_BYTES_MAX
+assert 12 * (REASON_CHARACTERS_MAX + DEVICE_PATH_BYTES_MAX) < CHANNEL_MESSAGE_BYTES_MAX
 assert PING_SECONDS * 2 < SILENT_PEER_SECONDS
 assert NBD_PAYLOAD_BYTES_MAX <= REQUEST_BUDGET_BYTES
 assert NBD_PAYLOAD_BYTES_MAX <= NBD_SKIP_BYTES_MAX
 assert 2 * NBD_NAME_BYTES_MAX < NBD_OPTION_BYTES_MAX < NBD_RECEIVE_BYTES
 assert INLINE_AVERAGE_SECONDS_MAX < INLINE_JOB_SECONDS_MAX < INLINE_BURST_SECONDS_MAX
 assert UNAUTHENTICATED_PER_ADDRESS_MAX <= UNAUTHENTICATED_MAX
+assert 2 * HELLO_SECONDS < HANDSHAKE_SECONDS

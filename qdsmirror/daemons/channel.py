@@ -1,9 +1,9 @@
 """The line between a master and one child: messages with descriptors, and the sign of life.
 
 A pair of Unix sockets that keep message boundaries (``SOCK_SEQPACKET``).  The master sends
-orders (``start``, ``stop``, ``restart``, ``hint``, ``adopt``), the child reports the states of its
-groups.  It is also the *control pipe*: its end tells a child that the master is gone, however it
-died.
+orders (``start``, ``stop``, ``restart``, ``hint``, ``adopt``, ``remember``, ``forget``), the child
+reports the states of its groups, devices whose sync has failed, and handshakes that are over.  It
+is also the *control pipe*: its end tells a child that the master is gone, however it died.
 """
 
 from __future__ import annotations
@@ -79,8 +79,6 @@ class Channel:
 
     def drain(self) -> None:
         """Receive what the other end, whose process is reaped, still sent; then close."""
-        if not self._open:
-            return
         if not self._open:
             return
         readable = select.poll()

@@ -29,6 +29,7 @@ from qdsmirror.daemons.hosting import Factory, Hosting
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
+from qdsmirror.storage.latch import FailureLatch
 
 _log = Logger()
 
@@ -51,17 +52,28 @@ def _runtime(reactor: Any) -> Runtime:
 
 
 def _driver(
-    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None
+    config: GroupConfig,
+    host: HostConfig,
+    paths: Paths,
+    reactor: Any,
+    nbd: int | None,
+    latch: FailureLatch,
 ) -> IGroup:
     from qdsmirror.groups.driver import DriverGroup
 
     assert nbd is not None
-    group: IGroup = DriverGroup(config, host, paths, reactor, nbd, runtime=_runtime(reactor))
+    runtime = _runtime(reactor)
+    group: IGroup = DriverGroup(config, host, paths, reactor, nbd, runtime=runtime, latch=latch)
     return group
 
 
 def _primary(
-    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, _nbd: int | None
+    config: GroupConfig,
+    host: HostConfig,
+    paths: Paths,
+    reactor: Any,
+    _nbd: int | None,
+    _latch: FailureLatch,
 ) -> IGroup:
     from qdsmirror.groups.primary import PrimaryGroup
 
@@ -70,11 +82,17 @@ def _primary(
 
 
 def _remote(
-    config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, _nbd: int | None
+    config: GroupConfig,
+    host: HostConfig,
+    paths: Paths,
+    reactor: Any,
+    _nbd: int | None,
+    latch: FailureLatch,
 ) -> IGroup:
     from qdsmirror.groups.remote import RemoteGroup
 
-    group: IGroup = RemoteGroup(config, host, paths, reactor, runtime=_runtime(reactor))
+    runtime = _runtime(reactor)
+    group: IGroup = RemoteGroup(config, host, paths, reactor, runtime=runtime, latch=latch)
     return group
 
 
@@ -86,13 +104,29 @@ class _Child:
     """The process: its channel to the master, its groups, its end."""
 
     def __init__(
-        self, role: str, paths: Paths, groups: dict[int, int | None], factory: Factory
+        self,
+        role: str,
+        paths: Paths,
+        groups: dict[int, int | None],
+        factory: Factory,
+        failures: int | None,
     ) -> None:
         from twisted.internet import reactor
 
         self._reactor: Any = reactor
         self._groups = groups
-        self._hosting = Hosting(role, paths, reactor, factory, self._report, self._end)
+        self._hosting = Hosting(
+            role,
+            paths,
+            reactor,
+            factory,
+            self._report,
+            self._end,
+            self._report_failure,
+            self._handshake_over,
+        )
+        if failures is not None:
+            self._hosting.memory.take(failures)
         self._channel: Channel | None = None
         self.exit_code = errors.EXIT_OK
 
@@ -111,6 +145,16 @@ class _Child:
         assert self._channel is not None
         text = reason[: limits.REASON_CHARACTERS_MAX]
         self._channel.send({"group": number, "state": state, "reason": text, "code": code})
+
+    def _report_failure(self, number: int, device: str, reason: str) -> None:
+        assert self._channel is not None
+        text = reason[: limits.REASON_CHARACTERS_MAX]
+        if not self._channel.send({"group": number, "failed": device, "reason": text}):
+            _log.error("the master could not be told that {device} has failed", device=device)
+
+    def _handshake_over(self, connection: int) -> None:
+        assert self._channel is not None
+        self._channel.send({"handshake": connection})
 
     def _finish(self) -> Deferred[None]:
         """Stop the groups; then close the channel, whose end from here on means nothing."""
@@ -171,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("role", choices=sorted(FACTORIES))
     parser.add_argument("--root")
     parser.add_argument("--groups", type=lambda text: [int(one) for one in text.split(",")])
-    parser.add_argument("--fds", type=_descriptors, help="channel=FD,NUMBER=FD,...")
+    parser.add_argument("--fds", type=_descriptors, help="channel=FD,NUMBER=FD,failures=FD")
     return parser
 
 
@@ -196,7 +240,9 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
         _protect_from_memory_pressure()
     groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}
     paths = Paths.of(arguments.root)
-    child = _Child(arguments.role, paths, groups, factories[arguments.role])
+    child = _Child(
+        arguments.role, paths, groups, factories[arguments.role], arguments.fds.get("failures")
+    )
     return child.run(socket.socket(fileno=arguments.fds["channel"]))
 
 

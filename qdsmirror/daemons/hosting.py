@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults, inlineCallbacks
@@ -12,11 +13,12 @@ from twisted.logger import Logger
 
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig, load_group, load_host
-from qdsmirror.errors import QdsError
+from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.interfaces import IGroup
 from qdsmirror.net.control import ControlServer
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import PidFile
+from qdsmirror.storage.latch import FailureLatch, FailureMemory
 
 _log = Logger()
 
@@ -27,16 +29,26 @@ FATAL_CODES = frozenset({errors.EXIT_CONFIG, errors.EXIT_IDENTITY, errors.EXIT_B
 class Factory(Protocol):
     """Makes a group.
 
-    The last argument is the driver's listening NBD socket, else ``None``; it stays the caller's.
+    ``nbd`` is the driver's listening NBD socket, else ``None``; it stays the caller's.  ``latch``
+    knows the group's failed devices, and is to learn of more.
     """
 
     def __call__(
-        self, config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None, /
+        self,
+        config: GroupConfig,
+        host: HostConfig,
+        paths: Paths,
+        reactor: Any,
+        nbd: int | None,
+        latch: FailureLatch,
+        /,
     ) -> IGroup:
         """Construct the group without starting it."""
 
 
 Report = Callable[[int, str, str, int], None]
+#: Told (group number, device path, reason) of a failed sync.
+ReportFailure = Callable[[int, str, str], None]
 
 
 class HostedGroup:
@@ -47,6 +59,7 @@ class HostedGroup:
     :param give_up: called with the exit code after a failed start; ends the child and gives
         ``True`` if it has no other group, so that the master's back-off applies.  Otherwise the
         group is retried here.
+    :param latch: knows the group's failed devices.
     """
 
     def __init__(
@@ -58,6 +71,7 @@ class HostedGroup:
         factory: Factory,
         report: Report,
         give_up: Callable[[int], bool],
+        latch: FailureLatch,
         nbd: int | None = None,
     ) -> None:
         self.number = number
@@ -68,6 +82,7 @@ class HostedGroup:
         self._factory = factory
         self._report = report
         self._give_up = give_up
+        self._latch = latch
         self._nbd = nbd
         self._lock = DeferredLock()
         self._pid_file = PidFile(paths.pid_file(self._name))
@@ -101,13 +116,17 @@ class HostedGroup:
         if retry is not None:
             retry()
 
-    def adopt(self, descriptor: int) -> None:
-        """Give an accepted connection to the group, or close it."""
+    def adopt(self, descriptor: int, ended: Callable[[], None]) -> None:
+        """Give an accepted connection to the group, or close it.
+
+        :param ended: called once, when the connection's handshake is over.
+        """
         adopt = getattr(self.group, "adopt", None)
         if adopt is None:
             os.close(descriptor)
+            ended()
         else:
-            adopt(descriptor)
+            adopt(descriptor, ended)
 
     def close(self) -> None:
         """Close the listening socket after the group was removed."""
@@ -137,11 +156,13 @@ class HostedGroup:
     def _make(self) -> IGroup:
         host = load_host(self._paths)
         config = load_group(self._paths, self.number)
-        return self._factory(config, host, self._paths, self._reactor, self._nbd)
+        return self._factory(config, host, self._paths, self._reactor, self._nbd, self._latch)
 
     def _failed(self, error: Exception) -> None:
         """Report a failed start, and try again later if that can help."""
         self._pid_file.release()
+        if isinstance(error, DeviceFailedError) and error.path:
+            self._latch_failure(error)
         if isinstance(error, QdsError):
             code = error.exit_code
             reason = f"{error.message}; {error.hint}" if error.hint else error.message
@@ -155,6 +176,13 @@ class HostedGroup:
         if self._wanted and not self._give_up(code) and retrying:
             self._retry = self._reactor.callLater(self._delay_seconds, self._try_again)
             self._delay_seconds = min(2 * self._delay_seconds, limits.CHILD_RESTART_SECONDS_MAX)
+
+    def _latch_failure(self, error: DeviceFailedError) -> None:
+        """Remember a sync that failed while the group was being started."""
+        try:
+            self._latch.record(error.path, error)
+        except QdsError as cause:
+            _log.error("{name}: {cause}", name=self._name, cause=cause.message)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -187,6 +215,9 @@ class Hosting:
     :param role: ``driver``, ``pmd`` or ``rmd``.
     :param report: as for :class:`HostedGroup`.
     :param end: called with an exit code when the only group did not start.
+    :param report_failure: told of each failed sync.
+    :param handshake_over: told the number that an adopted connection came with.
+    :ivar memory: the failed syncs that the master has told us of, and our own.
     """
 
     def __init__(
@@ -197,7 +228,12 @@ class Hosting:
         factory: Factory,
         report: Report,
         end: Callable[[int], None],
+        report_failure: ReportFailure,
+        handshake_over: Callable[[int], None],
     ) -> None:
+        self.memory = FailureMemory()
+        self._report_failure = report_failure
+        self._handshake_over = handshake_over
         self._role = role
         self._paths = paths
         self._reactor = reactor
@@ -220,9 +256,18 @@ class Hosting:
             self._factory,
             self._report,
             self._give_up,
+            FailureLatch(
+                self._paths.state_file(number),
+                partial(self.memory.of, number),
+                partial(self._failed, number),
+            ),
             nbd,
         )
         return self._groups[number]
+
+    def _failed(self, number: int, device: str, reason: str) -> None:
+        self.memory.remember(number, device, reason)
+        self._report_failure(number, device, reason)
 
     def _give_up(self, code: int) -> bool:
         if len(self._groups) > 1:
@@ -237,14 +282,21 @@ class Hosting:
     def ordered(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """Do what the master says with a group.
 
-        ``start``, ``stop``, ``restart``, ``adopt`` a connection, or take a ``hint``.
+        ``start``, ``stop``, ``restart``, ``adopt`` a connection, take a ``hint``, ``remember``
+        failed devices (of any group) or ``forget`` a group's.
         """
         order, number = message.get("order"), message.get("group")
         group = self._groups.get(number) if isinstance(number, int) else None
         if order == "start" and isinstance(number, int) and group is None:
             self._add(number, descriptors.pop() if descriptors else None).start()
         elif order == "adopt" and group is not None and descriptors:
-            group.adopt(descriptors.pop())
+            group.adopt(
+                descriptors.pop(), partial(self._handshake_over, int(message["connection"]))
+            )
+        elif order == "remember" and descriptors:
+            self.memory.take(descriptors.pop())
+        elif order == "forget" and isinstance(number, int):
+            self.memory.forget(number)
         elif order == "restart" and group is not None:
             group.restart()
         elif order == "hint" and group is not None:

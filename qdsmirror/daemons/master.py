@@ -227,6 +227,7 @@ class Master(Service):
         super().stopService()
         self.close()
         yield self._supervisor.stop()
+        self._supervisor.keep_failures()
         for number in list(self.groups):
             self.close_group(number)
         yield self._control.stop()
@@ -292,6 +293,22 @@ class Master(Service):
         ]
         _log.info("configuration applied: {done}", done="; ".join(changes) or "nothing to change")
         return result
+
+    def forget_failures(self, group: str) -> dict[str, list[str]]:
+        """Forget the failed devices of a group whose logs the operator has initialised anew.
+
+        :param group: its number.
+        :returns: ``devices``, those forgotten.
+        """
+        number = int(group)
+        devices = self._supervisor.forget(number)
+        if devices:
+            _log.info(
+                "{name}: initialised anew; {devices} may be used again",
+                name=group_name(number),
+                devices=", ".join(devices),
+            )
+        return {"devices": devices}
 
     def _apply_one(self, number: int, group: GroupConfig | None, broken: set[Path]) -> str:
         """Bring one group to its wanted state; give what that took, nothing if nothing."""

@@ -21,6 +21,7 @@ from qdsmirror.daemons import master
 from qdsmirror.daemons.routing import (
     ALERT_HANDSHAKE_FAILURE,
     ALERT_UNRECOGNIZED_NAME,
+    Ended,
     Router,
     turn_away,
 )
@@ -96,7 +97,7 @@ class RmdMaster(master.Master):
     def _is_starting(self, number: int) -> bool:
         return number in self.groups and self._supervisor.is_starting(number)
 
-    def _route(self, number: int, descriptor: int) -> bool:
+    def _route(self, number: int, descriptor: int, ended: Ended) -> bool:
         """Pass a connection to its group's child, or tell the peer why that is not possible."""
         if number not in self.groups:
             turn_away(descriptor, ALERT_UNRECOGNIZED_NAME)
@@ -104,7 +105,7 @@ class RmdMaster(master.Master):
         if self._supervisor.has_failed(number):
             turn_away(descriptor, ALERT_HANDSHAKE_FAILURE)
             return False
-        return self._supervisor.adopt(number, descriptor)
+        return self._supervisor.adopt(number, descriptor, ended)
 
 
 def _listen(port: int) -> socket.socket:

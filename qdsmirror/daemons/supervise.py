@@ -1,297 +1,20 @@
-"""Children of a master: assigned groups, spawned, reaped, relaunched with back-off.
-
-States of a child: ``starting`` (spawned, a group has not reported yet), ``running``, ``waiting``
-(ended, relaunched when the back-off is over), ``failed`` (ended for a reason that a relaunch
-would meet again), ``stopping``, ``stopped``.  It is relaunched only after it was reaped
-(rules.md 17).
-"""
+"""The children of a master, and which groups each of them hosts (rules.md 18)."""
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from twisted.internet.defer import Deferred, gatherResults, succeed
-from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.interfaces import IDelayedCall, IProcessTransport
-from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
-from qdsmirror import limits
-from qdsmirror.daemons.channel import Channel, Message, channel_pair
-from qdsmirror.daemons.hosting import FATAL_CODES
-from qdsmirror.errors import EXIT_FAILED
-from qdsmirror.paths import Paths, group_name
-from qdsmirror.pidfile import clear_stale
+from qdsmirror.daemons.process import CHILD_COMMAND, Child, GroupState, Setting
+from qdsmirror.errors import QdsError
+from qdsmirror.paths import group_name
+from qdsmirror.storage.latch import FailureLatch
 
 _log = Logger()
-
-#: ``-P``: nothing is imported from the directory that the daemon happens to stand in.
-CHILD_COMMAND = (sys.executable, "-P", "-m", "qdsmirror.daemons.child")
-#: A child's first descriptors: null, log, log, channel; the listening sockets follow.
-_CHANNEL_FD = 3
-
-
-@dataclass
-class GroupState:
-    """What the master knows of a group.
-
-    :ivar state: ``starting``, ``running``, ``retrying``, ``failed`` or ``stopped``.
-    :ivar reason: why it is not running, else empty.
-    :ivar code: the exit code that goes with the reason, errors.py.
-    """
-
-    state: str = "starting"
-    reason: str = ""
-    code: int = 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all children of one master have in common.
-
-    :ivar role: ``driver``, ``pmd`` or ``rmd``.
-    :ivar listening: gives the listening descriptor that a group's child inherits, or ``None``.
-    :ivar log: gives the descriptor that becomes a child's standard output and error.
-    """
-
-    reactor: Any
-    role: str
-    paths: Paths
-    listening: Callable[[int], int | None]
-    log: Callable[[], int]
-    command: Sequence[str] = CHILD_COMMAND
-
-
-class Child(ProcessProtocol):
-    """One child process, through all its lives."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.groups: dict[int, GroupState] = {}
-        self.state = "stopped"
-        self.restarts = 0
-        self._setting = setting
-        self._reactor = setting.reactor
-        self._process: IProcessTransport | None = None
-        self._channel: Channel | None = None
-        self._timer: IDelayedCall | None = None
-        self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
-        self._spawned_at = 0.0
-        self._stopped: list[Deferred[None]] = []
-        self._last_names = ""
-
-    @property
-    def pid(self) -> int | None:
-        """The process, ``None`` while there is none."""
-        return None if self._process is None else self._process.pid
-
-    # -- what the master wants ------------------------------------------------------------------
-
-    def spawn(self) -> None:
-        """Start the process with the groups assigned."""
-        self._cancel_timer()
-        setting = self._setting
-        ours, theirs = channel_pair()
-        inherited = {"channel": theirs.fileno()}
-        for number in sorted(self.groups):
-            descriptor = setting.listening(number)
-            if descriptor is not None:
-                inherited[str(number)] = descriptor
-            self.groups[number] = GroupState()
-        named = {name: _CHANNEL_FD + place for place, name in enumerate(inherited)}
-        arguments = [
-            *setting.command,
-            setting.role,
-            *setting.paths.arguments(),
-            "--groups",
-            ",".join(map(str, sorted(self.groups))),
-            "--fds",
-            ",".join(f"{name}={number}" for name, number in named.items()),
-        ]
-        descriptors = {named[name]: here for name, here in inherited.items()}
-        self.state = "starting"
-        self._spawned_at = self._reactor.seconds()
-        self._channel = Channel(self._reactor, ours, self._received, _ignore_end)
-        try:
-            self._fork(arguments, descriptors)
-        except OSError as error:
-            self._channel.close()
-            self._channel = None
-            self._relaunch_later(f"no process could be made: {error.strerror}", EXIT_FAILED)
-        finally:
-            theirs.close()
-
-    def _fork(self, arguments: list[str], descriptors: dict[int, int]) -> None:
-        log = self._setting.log()
-        with open(os.devnull, "rb") as null:
-            self._process = self._reactor.spawnProcess(
-                self,
-                arguments[0],
-                arguments,
-                env=_environment(),
-                childFDs={0: null.fileno(), 1: log, 2: log, **descriptors},
-            )
-        _log.info(
-            "{names}: {role} started, pid {pid}",
-            names=self.names,
-            role=self._setting.role,
-            pid=self.pid,
-        )
-
-    @property
-    def names(self) -> str:
-        """The groups, for the log; the last ones when they are removed."""
-        if self.groups:
-            self._last_names = " ".join(group_name(number) for number in sorted(self.groups))
-        return self._last_names
-
-    def add(self, number: int) -> None:
-        """Host one more group."""
-        self.groups[number] = GroupState()
-        if self._process is None:
-            self.kick()
-        else:
-            descriptor = self._setting.listening(number)
-            passed = [] if descriptor is None else [descriptor]
-            self._order("start", number, passed)
-
-    def remove(self, number: int) -> None:
-        """Stop a group; the process ends with its last one."""
-        del self.groups[number]
-        if self.groups:
-            self._order("stop", number)
-        else:
-            self.stop()
-
-    def restart(self, number: int) -> None:
-        """Let a group take up its changed files, or try again what failed."""
-        self.groups[number] = GroupState()
-        if self._process is None:
-            self.kick()
-        else:
-            self._order("restart", number)
-
-    def hint(self, number: int) -> None:
-        """Tell a running group that something may have been mended."""
-        if self._process is not None:
-            self._order("hint", number)
-
-    def kick(self) -> None:
-        """Start a child that waits or has failed now, with a fresh back-off."""
-        if self._process is None:
-            self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
-            self.spawn()
-
-    def adopt(self, number: int, descriptor: int) -> bool:
-        """Pass an accepted connection on; ``False`` while the group cannot take it."""
-        if self._channel is None or self.groups[number].state != "running":
-            return False
-        return self._channel.send({"order": "adopt", "group": number}, [descriptor])
-
-    def stop(self) -> Deferred[None]:
-        """End the process in order, by force after STOP_SECONDS_MAX; done when it is reaped."""
-        if self._process is None:
-            self._cancel_timer()
-            self.state = "stopped"
-            return succeed(None)
-        if self.state != "stopping":
-            self.state = "stopping"
-            self._signal("TERM")
-            self._timer = self._reactor.callLater(limits.STOP_SECONDS_MAX, self._kill)
-        done: Deferred[None] = Deferred()
-        self._stopped.append(done)
-        return done
-
-    # -- what happens ---------------------------------------------------------------------------
-
-    def processExited(self, reason: Failure) -> None:  # noqa: N802
-        """Take note that the process is reaped; relaunch it if that can help."""
-        self._process = None
-        self._cancel_timer()
-        if self._channel is not None:
-            self._channel.drain()
-            self._channel = None
-        for number in self.groups:
-            clear_stale(self._setting.paths.pid_file(self._file_name(number)))
-        text, code = _why(reason)
-        if self.state == "stopping":
-            _log.info("{names}: {role} has ended", names=self.names, role=self._setting.role)
-            self._finish_stop()
-            return
-        _log.warn("{names}: {role}: {why}", names=self.names, role=self._setting.role, why=text)
-        if code in FATAL_CODES:
-            self.state = "failed"
-            self._mark("failed", text, code)
-        else:
-            self._relaunch_later(text, code)
-
-    def _relaunch_later(self, text: str, code: int) -> None:
-        uptime = self._reactor.seconds() - self._spawned_at
-        if uptime >= limits.CHILD_HEALTHY_SECONDS:
-            self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
-        self.state = "waiting"
-        self.restarts += 1
-        self._mark("retrying", text, code)
-        self._timer = self._reactor.callLater(self._delay_seconds, self.spawn)
-        self._delay_seconds = min(2 * self._delay_seconds, limits.CHILD_RESTART_SECONDS_MAX)
-
-    def _finish_stop(self) -> None:
-        self.state = "stopped"
-        done, self._stopped = self._stopped, []
-        if self.groups:
-            self._mark("stopped", "", 0)
-        for one in done:
-            one.callback(None)
-
-    def _mark(self, state: str, text: str, code: int) -> None:
-        """Set the groups' state after the process's end; a reason they reported stands."""
-        for group in self.groups.values():
-            if group.state not in ("retrying", "failed"):
-                group.reason, group.code = text, code
-            group.state = state
-
-    def _received(self, message: Message, descriptors: list[int]) -> None:
-        for one in descriptors:
-            os.close(one)
-        group = self.groups.get(message.get("group", -1))
-        if group is None:
-            return
-        group.state = str(message.get("state"))
-        group.reason = str(message.get("reason", ""))
-        group.code = int(message.get("code", 0))
-        if self.state == "starting" and all(
-            one.state != "starting" for one in self.groups.values()
-        ):
-            self.state = "running"
-
-    def _order(self, order: str, number: int, descriptors: Sequence[int] = ()) -> None:
-        if self._channel is not None:
-            self._channel.send({"order": order, "group": number}, descriptors)
-
-    def _signal(self, name: str) -> None:
-        try:
-            if self._process is not None:
-                self._process.signalProcess(name)
-        except ProcessExitedAlready:
-            pass
-
-    def _kill(self) -> None:
-        self._timer = None
-        _log.error("{names}: the process did not end in time and is killed", names=self.names)
-        self._signal("KILL")
-
-    def _cancel_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
-
-    def _file_name(self, number: int) -> str:
-        return f"{group_name(number)}.{self._setting.role}"
 
 
 class Supervisor:
@@ -377,10 +100,33 @@ class Supervisor:
         child = self.child_of(number)
         return child is not None and child.groups[number].state == "starting"
 
-    def adopt(self, number: int, descriptor: int) -> bool:
-        """Pass an accepted connection to the child that hosts a group."""
+    def adopt(self, number: int, descriptor: int, ended: Callable[[], None]) -> bool:
+        """Pass an accepted connection to the child that hosts a group; as :meth:`Child.adopt`."""
         child = self.child_of(number)
-        return child is not None and child.adopt(number, descriptor)
+        return child is not None and child.adopt(number, descriptor, ended)
+
+    def forget(self, number: int) -> list[str]:
+        """Forget a group's failed devices, on the operator's word; give them."""
+        child = self.child_of(number)
+        if child is not None:
+            child.forget(number)
+        return self._setting.memory.forget(number)
+
+    def keep_failures(self) -> None:
+        """Put what no state file could take so far into them: our memory is about to end."""
+        memory = self._setting.memory
+        for number in memory.groups():
+            path = self._setting.paths.state_file(number)
+            try:
+                FailureLatch(path, partial(memory.of, number)).keep()
+            except QdsError as error:
+                _log.error(
+                    "{error}: that {devices} of {name} failed is forgotten; clear it with "
+                    "qdswlinit, or do not use it",
+                    error=error.message,
+                    devices=", ".join(memory.of(number)),
+                    name=group_name(number),
+                )
 
     def stop(self) -> Deferred[Any]:
         """End all children in order; done when they are reaped."""
@@ -396,6 +142,7 @@ class Supervisor:
                 "reason": group.reason,
                 "code": group.code,
                 "pid": child.pid,
+                "failed_devices": self._setting.memory.of(number),
             }
             for child in self.children
             for number, group in child.groups.items()
@@ -412,20 +159,4 @@ class Supervisor:
         return {"children": children, "groups": [groups[number] for number in sorted(groups)]}
 
 
-def _ignore_end() -> None:
-    """Wait for the process to be reaped: that the channel ended says less."""
-
-
-def _environment() -> dict[str, str]:
-    """Give a child's environment: ours, without what is meant for the master alone."""
-    private = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET")
-    return {name: value for name, value in os.environ.items() if name not in private}
-
-
-def _why(reason: Failure) -> tuple[str, int]:
-    """Tell how a process ended, and the exit code that this amounts to."""
-    number = getattr(reason.value, "signal", None)
-    if number is not None:
-        return f"its process was ended by {signal.Signals(number).name}", EXIT_FAILED
-    code = getattr(reason.value, "exitCode", None) or 0
-    return f"its process ended with exit code {code}", code
+__all__ = ["CHILD_COMMAND", "Setting", "Supervisor"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 @implementer(IRemoteAuthority)
 class Authority:
-    """The group, as the handshake of one connection sees it."""
+    """The group, as the handshake of one connection sees it.
 
-    def __init__(self, group: RemoteGroup) -> None:
+    :param ended: called once, when the handshake has succeeded or come to nothing.
+    """
+
+    def __init__(self, group: RemoteGroup, ended: Callable[[], None]) -> None:
         self._group = group
+        self._ended = ended
         self._epoch: int | None = None
         self.group = group.number
         self.digest = group.config.identity_digest()
@@ -64,7 +69,7 @@ class Authority:
     def start(self, session: bytes) -> Factory:
         """Begin the stream."""
         self._check_epoch()
-        self._group.handshake_ended()
+        self._ended()
         return LinkFactory(self._group, self._group.runtime.reactor)
 
     def _check_epoch(self) -> None:
@@ -73,5 +78,5 @@ class Authority:
 
     def refused(self, error: QdsError) -> None:
         """Pass on why nothing came of this connection."""
-        self._group.handshake_ended()
+        self._ended()
         self._group.refused(error)

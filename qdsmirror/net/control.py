@@ -103,6 +103,14 @@ class Apply(amp.Command):
     errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
+class ForgetFailures(amp.Command):
+    """Forget a group's failed devices: its logs were initialised anew (masters only)."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"group", amp.Unicode())]
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
 class AttachPmd(amp.Command):
     """Hand the pmd the writelogs, read-only, and the watermark socket (driver only)."""
 
@@ -201,6 +209,10 @@ class _ControlProtocol(_BoundedAmp):
     def _apply(self) -> Deferred[dict[str, Any]]:
         return self._run("apply")
 
+    @ForgetFailures.responder
+    def _forget_failures(self, group: str) -> Deferred[dict[str, Any]]:
+        return self._run("forget_failures", group)
+
     @AttachPmd.responder
     def _attach_pmd(self) -> Deferred[dict[str, Any]]:
         return self._run("attach_pmd", answer=self._hand_over)
@@ -222,7 +234,10 @@ class _ControlProtocol(_BoundedAmp):
         self._descriptors.clear()
 
 
-_ALLOWED = {command.commandName for command in (Status, Refresh, KillRefresh, Apply, AttachPmd)}
+_ALLOWED = {
+    command.commandName
+    for command in (Status, Refresh, KillRefresh, Apply, ForgetFailures, AttachPmd)
+}
 
 
 class _ControlFactory(Factory):
@@ -244,9 +259,10 @@ class ControlServer:
     :param reactor: provides IReactorUNIX.
     :param path: of the socket; a stale one is replaced.
     :param handler: an object with any of the methods ``status()``, ``refresh(kind)``,
-        ``kill_refresh()``, ``apply()`` (each gives a dict, or a Deferred of one, or ``None``)
-        and ``attach_pmd()`` (gives ``(dict, [log descriptors], watermark descriptor)``, or a
-        Deferred of it; the descriptors belong to the server then and are closed when sent).
+        ``kill_refresh()``, ``apply()``, ``forget_failures(group)`` (each gives a dict, or a
+        Deferred of one, or ``None``) and ``attach_pmd()`` (gives ``(dict, [log descriptors],
+        watermark descriptor)``, or a Deferred of it; the descriptors belong to the server then and
+        are closed when sent).
     """
 
     def __init__(

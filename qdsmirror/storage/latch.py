@@ -1,34 +1,106 @@
 """Remembers failed syncs across processes (rules.md 4).
 
 After a failed fsync the kernel reports the next one as good, though what it dropped stays lost.  So
-a failure is written to the group's host state file, and no later process uses the device until the
-operator clears it by initialising the group's logs again (qdswlinit(1)).
+a failure is told to the master, which remembers it for its life and hands it to every child that it
+starts, and written to the group's host state file.  No later process uses the device, even if that
+file could not be written, until the operator clears both by initialising the group's logs again
+(qdswlinit(1)).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qdsmirror.errors import BrokenError, DeviceFailedError, QdsError
 
 
+class FailureMemory:
+    """Failed syncs as a process remembers them, by group and device path; first reasons stand."""
+
+    def __init__(self) -> None:
+        self._failed: dict[int, dict[str, str]] = {}
+
+    def of(self, number: int) -> dict[str, str]:
+        """Give a group's failed devices and why they failed."""
+        return dict(self._failed.get(number, {}))
+
+    def groups(self) -> list[int]:
+        """Give the numbers of the groups with failed devices."""
+        return sorted(self._failed)
+
+    def remember(self, number: int, device: str, reason: str) -> None:
+        """Take note of a failure."""
+        self._failed.setdefault(number, {}).setdefault(device, reason)
+
+    def forget(self, number: int) -> list[str]:
+        """Forget a group's failures, on the operator's word; give the devices."""
+        return sorted(self._failed.pop(number, {}))
+
+    def hand_over(self, numbers: Iterable[int]) -> int | None:
+        """Put these groups' failures into a memory file, for another process to :meth:`take`.
+
+        :returns: its descriptor, the caller's to close; ``None`` if nothing has failed.
+        :raises OSError: no file could be made.
+        """
+        failed = {number: self._failed[number] for number in numbers if number in self._failed}
+        if not failed:
+            return None
+        descriptor = os.memfd_create("qdsmirror failures")
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(json.dumps(failed).encode())
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def take(self, descriptor: int) -> None:
+        """Remember what another process has handed over.
+
+        :param descriptor: a :meth:`hand_over`'s; closed here.
+        """
+        with open(descriptor, "rb") as file:
+            file.seek(0)
+            found: dict[str, dict[str, str]] = json.load(file)
+        for number, failed in found.items():
+            for device, reason in failed.items():
+                self.remember(int(number), device, reason)
+
+
+def _tell_nobody(_device: str, _reason: str) -> None:
+    """Stand in where there is no master: in the offline tools."""
+
+
 class FailureLatch:
-    """The state file of a group on this host.
+    """What is known of a group's failed devices: the state file, and what processes remember.
 
     :param path: ``Paths.state_file(number)``.
+    :param known: gives what this process remembers of the group's failures.
+    :param tell: told (device, reason) of each failure before the file is written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        known: Callable[[], Mapping[str, str]] = dict,
+        tell: Callable[[str, str], None] = _tell_nobody,
+    ) -> None:
         self.path = path
+        self._known = known
+        self._tell = tell
 
     def failures(self) -> dict[str, str]:
         """Give the reasons by device path; empty while nothing has failed.
 
         :raises BrokenError: the file cannot be read: then nobody knows what failed.
         """
+        return {**self._known(), **self._recorded()}
+
+    def _recorded(self) -> dict[str, str]:
         try:
             found = json.loads(self.path.read_bytes())
             return {str(device): str(reason) for device, reason in found["failed"].items()}
@@ -46,6 +118,10 @@ class FailureLatch:
         :raises BrokenError: naming the device and the reason.
         """
         failed = self.failures()
+        try:
+            self.keep()
+        except QdsError:
+            pass  # the memory that told us of them holds; its owner says so at its end
         for device in devices:
             if device in failed:
                 raise BrokenError(
@@ -60,8 +136,20 @@ class FailureLatch:
         """
         if not isinstance(error, DeviceFailedError):
             return
-        failed = self.failures()
-        failed[device] = str(error)
+        self._tell(device, str(error))
+        self._write({device: str(error), **self.failures()})
+
+    def keep(self) -> None:
+        """Write what is remembered into the state file, where that lacks it.
+
+        :raises QdsError: it cannot be written, or not be read.
+        """
+        recorded = self._recorded()
+        known = self._known()
+        if known.keys() - recorded.keys():
+            self._write({**known, **recorded})
+
+    def _write(self, failed: dict[str, Any]) -> None:
         temporary = self.path.with_suffix(".state.new")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
@@ -78,5 +166,5 @@ class FailureLatch:
             raise QdsError(f"{self.path} cannot be written: {cause}") from cause
 
     def clear(self) -> None:
-        """Forget all failures, on the operator's word."""
+        """Forget all failures in the file, on the operator's word."""
         self.path.unlink(missing_ok=True)

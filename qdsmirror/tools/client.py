@@ -44,7 +44,8 @@ class ControlClient:
     def call(self, command: str, **arguments: str) -> dict[str, Any]:
         """Run a command of the daemon and give its answer.
 
-        :param command: ``Status``, ``Refresh`` (``kind="full"``), ``KillRefresh``, ``Apply``.
+        :param command: ``Status``, ``Refresh`` (``kind="full"``), ``KillRefresh``, ``Apply``,
+            ``ForgetFailures`` (``group="0"``).
         :raises UnreachableError: nobody listens, or no answer came in time.
         :raises QdsError: the daemon's own error, of the class it had there.
         """

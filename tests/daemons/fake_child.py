@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -15,6 +16,7 @@ from qdsmirror.daemons import child
 from qdsmirror.errors import BrokenError, DeviceError
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
+from qdsmirror.storage.latch import FailureLatch
 
 
 class Greeter:
@@ -40,7 +42,13 @@ class Greeter:
 @implementer(IGroup)
 class FakeGroup:
     def __init__(
-        self, config: GroupConfig, host: HostConfig, paths: Paths, reactor: Any, nbd: int | None
+        self,
+        config: GroupConfig,
+        host: HostConfig,
+        paths: Paths,
+        reactor: Any,
+        nbd: int | None,
+        _latch: FailureLatch,
     ) -> None:
         self.number = config.number
         self._config = config
@@ -48,6 +56,7 @@ class FakeGroup:
         self._reactor = reactor
         self._nbd = nbd
         self._greeter: Greeter | None = None
+        self._kept: list[int] = []
 
     def _event(self, what: str) -> None:
         with open(self._paths.var / f"events{self.number}", "a") as file:
@@ -80,7 +89,13 @@ class FakeGroup:
     def status(self) -> dict[str, Any]:
         return {"group": self.number, "window": self._config.tunables.send_window}
 
-    def adopt(self, descriptor: int) -> None:
+    def adopt(self, descriptor: int, ended: Callable[[], None]) -> None:
+        path = self._paths.var / f"behaviour{self.number}"
+        if path.exists() and path.read_text() == "dawdle":
+            # The handshake does not end, as long as this process lives.
+            self._kept.append(descriptor)
+            return
+        ended()
         with socket.socket(fileno=descriptor) as connection:
             hello = connection.recv(1 << 16)
             connection.sendall(b"adopted %d %d" % (self.number, hello[0]))

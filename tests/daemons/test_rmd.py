@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
 from qdsmirror import limits
+from qdsmirror.daemons import routing
 from qdsmirror.daemons.rmd import RmdMaster, inherited_sockets
 from qdsmirror.daemons.routing import Router
 from qdsmirror.errors import QdsError
@@ -81,6 +83,29 @@ class RmdTests(MasterCase):
         self.assertEqual(answer, b"")
         os.kill(master.status()["groups"][0]["pid"], signal.SIGKILL)
 
+    async def test_handshakes_of_a_child_count_until_it_is_gone(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_MAX", 1)
+        port = free_port()
+        self.world.host()
+        self.world.group(0, side="secondary", port=port)
+        self.world.group(1, side="secondary", port=port)
+        master = self.begin(RmdMaster)
+        await self.running(master, 0, 1)
+        # One that has ended makes room.
+        for _ in range(2):
+            answer = await deferToThread(exchange, port, hello("dsgrp001.qdsmirror"))
+            self.assertEqual(answer, b"adopted 1 22")
+        self.world.behave(0, "dawdle")
+        idle = socket.create_connection(("127.0.0.1", port))
+        self.addCleanup(idle.close)
+        idle.sendall(hello("dsgrp000.qdsmirror"))
+        await until(lambda: master._router._adopted)
+        waiting = deferToThread(exchange, port, hello("dsgrp001.qdsmirror"))
+        await pause(0.2)
+        self.assertFalse(waiting.called)
+        os.kill(self.world.pid(0, "rmd"), signal.SIGKILL)
+        self.assertEqual(await waiting, b"adopted 1 22")
+
     async def test_apply_opens_and_closes_ports(self) -> None:
         first, second = free_port(), free_port()
         self.world.host()
@@ -138,18 +163,29 @@ class RouterTests(WorldCase):
     def setUp(self) -> None:
         super().setUp()
         self.routed: list[int] = []
+        #: Whether connections are taken, for handshakes that end when ``ends`` are called.
+        self.keeping = False
+        self.ends: list[Callable[[], None]] = []
+        self.kept: list[int] = []
+        self.addCleanup(lambda: [os.close(one) for one in self.kept])
         self.router = Router(reactor, self.route)
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = listening.getsockname()
         self.router.listen(listening)
         self.addCleanup(self.router.close)
 
-    def route(self, number: int, descriptor: int) -> bool:
+    def route(self, number: int, descriptor: int, ended: Callable[[], None]) -> bool:
         self.routed.append(number)
-        return False
+        if self.keeping:
+            self.ends.append(ended)
+            self.kept.append(os.dup(descriptor))
+        return self.keeping
 
-    def connect(self) -> socket.socket:
-        client = socket.create_connection(self.address, timeout=20)
+    def connect(self, last: int = 1) -> socket.socket:
+        """Connect from 127.0.0.``last``."""
+        client = socket.create_connection(
+            self.address, timeout=20, source_address=(f"127.0.0.{last}", 0)
+        )
         self.addCleanup(client.close)
         return client
 
@@ -200,18 +236,75 @@ class RouterTests(WorldCase):
             self.assertEqual(await deferToThread(receive, client), b"")
 
     async def test_silent_client_is_closed_in_time(self) -> None:
-        self.patch(limits, "HANDSHAKE_SECONDS", 0.05)
+        self.patch(limits, "HELLO_SECONDS", 0.05)
         with self.connect() as client:
             self.assertEqual(await deferToThread(receive, client), b"")
 
-    async def test_too_many_of_one_address_are_closed(self) -> None:
+    async def test_more_of_one_address_wait_and_keep_nobody_else_waiting(self) -> None:
         self.patch(limits, "UNAUTHENTICATED_PER_ADDRESS_MAX", 1)
         first = self.connect()
         await until(lambda: self.router._peeking)
-        with self.connect() as second:
-            self.assertEqual(await deferToThread(receive, second), b"")
-        first.sendall(hello("dsgrp001.qdsmirror"))
+        second = self.connect()
+        second.sendall(hello("dsgrp002.qdsmirror"))
+        await until(lambda: self.router._parked)
+        other = self.connect(last=2)
+        other.sendall(hello("dsgrp003.qdsmirror"))
         await until(lambda: self.routed)
+        first.sendall(hello("dsgrp001.qdsmirror"))
+        await until(lambda: len(self.routed) == 3)
+        self.assertEqual(self.routed, [3, 1, 2])
+        self.assertEqual(len(self.router._parked), 0)
+
+    async def test_those_set_aside_are_bounded_and_closed_in_time(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_PER_ADDRESS_MAX", 1)
+        self.patch(limits, "PARKED_CONNECTIONS_MAX", 1)
+        self.patch(limits, "HANDSHAKE_SECONDS", 0.3)
+        self.connect()
+        await until(lambda: self.router._peeking)
+        second = self.connect()
+        await until(lambda: self.router._parked)
+        with self.connect() as third:
+            self.assertEqual(await deferToThread(receive, third), b"")
+        self.assertEqual(len(self.router._parked), 1)
+        self.assertEqual(await deferToThread(receive, second), b"")
+        self.assertEqual(len(self.router._parked), 0)
+
+    async def test_handshakes_in_the_children_count_until_they_end(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_MAX", 2)
+        self.keeping = True
+        for last, number in ((1, 1), (2, 2), (3, 3)):
+            self.connect(last).sendall(hello(f"dsgrp{number:03d}.qdsmirror"))
+            await until(lambda number=number: len(self.routed) >= min(number, 2))
+        await pause(0.1)
+        self.assertEqual(self.routed, [1, 2])
+        self.ends[0]()
+        self.ends[0]()  # whoever says it twice makes room once
+        await until(lambda: len(self.routed) == 3)
+        self.connect(4).sendall(hello("dsgrp004.qdsmirror"))
+        await pause(0.1)
+        self.assertEqual(self.routed, [1, 2, 3])
+
+    async def test_a_child_that_hangs_does_not_keep_others_out_for_ever(self) -> None:
+        self.patch(limits, "UNAUTHENTICATED_MAX", 1)
+        self.patch(routing, "_ADOPTED_SECONDS", 0.2)
+        self.keeping = True
+        self.connect().sendall(hello("dsgrp001.qdsmirror"))
+        await until(lambda: self.routed)
+        self.connect().sendall(hello("dsgrp002.qdsmirror"))
+        await until(lambda: len(self.routed) == 2)
+
+    async def test_a_good_connection_gets_in_past_many_idle_ones(self) -> None:
+        self.patch(limits, "HELLO_SECONDS", 0.2)
+        for place in range(3 * limits.UNAUTHENTICATED_MAX):
+            self.connect(last=2 + place)
+        await until(lambda: len(self.router._peeking) == limits.UNAUTHENTICATED_MAX)
+        self.connect().sendall(hello("dsgrp001.qdsmirror"))
+        most = 0
+        while not self.routed:
+            most = max(most, len(self.router._peeking))
+            await pause(0.01)
+        self.assertEqual(most, limits.UNAUTHENTICATED_MAX)
+        self.assertEqual(self.routed, [1])
 
     async def test_beyond_the_limit_they_wait_in_the_backlog(self) -> None:
         self.patch(limits, "UNAUTHENTICATED_MAX", 1)

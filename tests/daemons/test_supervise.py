@@ -19,6 +19,7 @@ from qdsmirror import limits
 from qdsmirror.core.ampbox import dump_json, load_json
 from qdsmirror.daemons.supervise import Setting, Supervisor
 from qdsmirror.paths import Paths
+from qdsmirror.storage.latch import FailureLatch, FailureMemory
 
 
 class FakeProcess:
@@ -31,6 +32,7 @@ class FakeProcess:
         self.pid = pid
         self.signals: list[str] = []
         self.alive = True
+        self.memory = FailureMemory()
 
     def signalProcess(self, name: str) -> None:
         if not self.alive:
@@ -41,10 +43,19 @@ class FakeProcess:
         told = {"group": number, "state": state, "reason": reason, "code": code}
         self.channel.send(dump_json(told))
 
+    def report_failure(self, number: int, device: str, reason: str) -> None:
+        self.channel.send(dump_json({"group": number, "failed": device, "reason": reason}))
+
+    def end_handshake(self, connection: int) -> None:
+        self.channel.send(dump_json({"handshake": connection}))
+
     def orders(self) -> list[tuple[Any, Any]]:
         found = []
         while select.select([self.channel], [], [], 0)[0]:
-            message = load_json(self.channel.recv(9999))
+            data, descriptors, _, _ = socket.recv_fds(self.channel, 9999, 4)
+            message = load_json(data)
+            if message["order"] == "remember":
+                self.memory.take(descriptors.pop())
             found.append((message["order"], message["group"]))
         return found
 
@@ -80,6 +91,9 @@ class FakeReactor(Clock):
     ) -> FakeProcess:
         channel = socket.socket(fileno=os.dup(childFDs[3]))
         process = FakeProcess(protocol, args, channel, 1000 + len(self.processes))
+        named = dict(pair.split("=") for pair in args[-1].split(","))
+        if "failures" in named:
+            process.memory.take(os.dup(childFDs[int(named["failures"])]))
         self.processes.append(process)
         return process
 
@@ -228,3 +242,68 @@ class SuperviseTests(SynchronousTestCase):
         self.last.end()
         self.successResultOf(stopping)
         self.assertEqual(supervisor.status(), {"children": [], "groups": []})
+
+    def test_failed_devices_are_handed_to_every_later_process(self) -> None:
+        supervisor = self.make(0, 1, children=1)
+        self.assertEqual(self.last.memory.groups(), [])
+        self.last.report_failure(0, "/dev/a", "fdatasync: EIO")
+        self.last.report_failure(0, "/dev/a", "a later reason")
+        # It is heard even if the process is gone by then.
+        self.last.end(signal=9)
+        failed = {"/dev/a": "fdatasync: EIO"}
+        self.assertEqual(supervisor.status()["groups"][0]["failed_devices"], failed)
+        self.assertEqual(supervisor.status()["groups"][1]["failed_devices"], {})
+        for _ in range(2):
+            self.reactor.advance(limits.CHILD_RESTART_SECONDS_MAX)
+            self.assertEqual(self.last.memory.of(0), failed)
+            self.last.end(signal=9)
+
+    def test_failed_devices_outlive_the_groups_removal(self) -> None:
+        supervisor = self.make(0, 1, children=1)
+        self.last.report_failure(0, "/dev/a", "fdatasync: EIO")
+        self.reactor.read()
+        supervisor.remove(0)
+        supervisor.add(0)
+        self.assertEqual(self.last.orders(), [("stop", 0), ("remember", 0), ("start", 0)])
+        self.assertEqual(self.last.memory.of(0), {"/dev/a": "fdatasync: EIO"})
+
+    def test_only_the_operators_word_makes_it_forget(self) -> None:
+        supervisor = self.make(0)
+        self.last.report_failure(0, "/dev/a", "fdatasync: EIO")
+        self.reactor.read()
+        supervisor.retry()
+        supervisor.restart(0)
+        self.assertEqual(list(supervisor.status()["groups"][0]["failed_devices"]), ["/dev/a"])
+        self.last.orders()
+        self.assertEqual(supervisor.forget(0), ["/dev/a"])
+        self.assertEqual(self.last.orders(), [("forget", 0)])
+        self.last.end(signal=9)
+        self.reactor.advance(limits.CHILD_RESTART_SECONDS_MAX)
+        self.assertEqual(self.last.memory.groups(), [])
+
+    def test_failed_devices_are_kept_in_the_state_file_at_the_end(self) -> None:
+        supervisor = self.make(0)
+        self.last.report_failure(0, "/dev/a", "fdatasync: EIO")
+        self.reactor.read()
+        paths = Paths.of(self.root)
+        supervisor.keep_failures()
+        self.assertEqual(len(self.flushLoggedErrors()), 0)
+        self.assertFalse(paths.state_file(0).exists())
+        paths.var.mkdir()
+        supervisor.keep_failures()
+        self.assertEqual(FailureLatch(paths.state_file(0)).failures(), {"/dev/a": "fdatasync: EIO"})
+
+    def test_a_handshake_ends_by_the_childs_word_or_with_the_child(self) -> None:
+        supervisor = self.make(0)
+        ended: list[int] = []
+        self.assertFalse(supervisor.adopt(0, 0, lambda: ended.append(0)))
+        self.last.report(0, "running")
+        self.reactor.read()
+        for number in (1, 2):
+            self.assertTrue(supervisor.adopt(0, 0, lambda number=number: ended.append(number)))
+        for _ in range(2):
+            self.last.end_handshake(1)
+        self.reactor.read()
+        self.assertEqual(ended, [1])
+        self.last.end(signal=9)
+        self.assertEqual(ended, [1, 2])

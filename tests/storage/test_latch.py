@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.errors import BrokenError, DeviceFailedError, QdsError
-from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.latch import FailureLatch, FailureMemory
 
 
 class LatchTests(TestCase):
@@ -46,3 +47,65 @@ class LatchTests(TestCase):
     def test_cannot_be_written(self) -> None:
         latch = FailureLatch(self.path / "missing" / "x.state")
         self.assertRaises(QdsError, latch.record, "/dev/a", DeviceFailedError("EIO"))
+
+
+class MemoryTests(TestCase):
+    def setUp(self) -> None:
+        self.path = Path(self.mktemp())
+        self.memory = FailureMemory()
+        self.told: list[tuple[str, str]] = []
+
+    def latch(self, path: Path | None = None) -> FailureLatch:
+        return FailureLatch(path or self.path, lambda: self.memory.of(3), self.tell)
+
+    def tell(self, device: str, reason: str) -> None:
+        self.told.append((device, reason))
+        self.memory.remember(3, device, reason)
+
+    def test_refused_where_no_file_can_be_written(self) -> None:
+        latch = self.latch(self.path / "missing" / "x.state")
+        self.assertRaises(QdsError, latch.record, "/dev/a", DeviceFailedError("fdatasync: EIO"))
+        self.assertEqual(self.told, [("/dev/a", "fdatasync: EIO")])
+        error = self.assertRaises(BrokenError, latch.check, ["/dev/a"])
+        self.assertIn("/dev/a has failed: fdatasync: EIO", error.message)
+        latch.check(["/dev/b"])
+
+    def test_told_before_it_is_written(self) -> None:
+        self.path.mkdir()
+        self.assertRaises(QdsError, self.latch().record, "/dev/a", DeviceFailedError("EIO"))
+        self.assertEqual(self.told, [("/dev/a", "EIO")])
+
+    def test_written_as_soon_as_that_is_possible(self) -> None:
+        self.memory.remember(3, "/dev/a", "fdatasync: EIO")
+        self.latch().check(["/dev/b"])
+        self.assertEqual(FailureLatch(self.path).failures(), {"/dev/a": "fdatasync: EIO"})
+
+    def test_what_need_not_be_written_is_not(self) -> None:
+        self.latch().check(["/dev/b"])
+        self.assertFalse(self.path.exists())
+        self.memory.remember(3, "/dev/a", "EIO")
+        self.latch().keep()
+        before = self.path.stat().st_ino
+        self.latch().keep()
+        self.assertEqual(self.path.stat().st_ino, before)
+
+    def test_the_files_other_devices_stay(self) -> None:
+        FailureLatch(self.path).record("/dev/a", DeviceFailedError("first"))
+        self.latch().record("/dev/b", DeviceFailedError("second"))
+        self.assertEqual(
+            FailureLatch(self.path).failures(), {"/dev/a": "first", "/dev/b": "second"}
+        )
+
+    def test_handed_over(self) -> None:
+        self.assertIsNone(self.memory.hand_over([3]))
+        self.memory.remember(3, "/dev/a", "EIO")
+        self.memory.remember(4, "/dev/b", "EIO")
+        descriptor = self.memory.hand_over([2, 3])
+        assert descriptor is not None
+        other = FailureMemory()
+        other.take(descriptor)
+        self.assertEqual((other.groups(), other.of(3)), ([3], {"/dev/a": "EIO"}))
+        self.assertRaises(OSError, os.fstat, descriptor)
+        self.assertEqual(self.memory.forget(3), ["/dev/a"])
+        self.assertEqual(self.memory.forget(3), [])
+        self.assertEqual(self.memory.groups(), [4])
