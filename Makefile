@@ -1,6 +1,7 @@
 # make demo          mirror real data between two sites on this machine, and show it (no root)
 # make test          the whole suite; a test that lacks something is skipped and names it
 # make lint          ruff and mypy
+# make fuzz         the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
 # make bench         qdsmirror beside its peers (see bench/README.md)
 # make clean         remove what the others made
 # make install-deps  Debian packages for the integration tests and bench (as root)
@@ -21,7 +22,7 @@ DEBIAN := make python3 python3-venv git \
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
 
-.PHONY: demo test lint bench clean install-deps venv
+.PHONY: demo test lint fuzz bench clean install-deps venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m qdsmirror.tools.demo
@@ -33,6 +34,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/peers.py $(BENCH)

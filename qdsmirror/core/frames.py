@@ -39,10 +39,14 @@ ENTRIES = 1
 VOID = 2
 REFRESH_BEGIN = 3
 REFRESH_END = 4
-_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END))
+#: The group enters bypass: what lies before is complete, and nothing after it was journaled.
+BREAK = 5
+#: The first frame of a generation: it names the one before (rules.md 7).
+SWITCH = 6
+_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH))
 
-#: Payload bytes that a control frame has: a refresh's id, or nothing.
-_CONTROL_PAYLOAD_BYTES = {VOID: 0, REFRESH_BEGIN: 16, REFRESH_END: 16}
+#: Payload bytes that a control frame has: the id of a refresh, a bypass or a generation, or nothing.
+_CONTROL_PAYLOAD_BYTES = {VOID: 0, REFRESH_BEGIN: 16, REFRESH_END: 16, BREAK: 16, SWITCH: 16}
 
 # Entry kinds.
 WRITE = 1
@@ -231,12 +235,15 @@ def check_body(header: FrameHeader, frame: Buffer) -> None:
 def entries(header: FrameHeader, frame: Buffer) -> list[Entry]:
     """Read the entries of an intact frame; payloads are views into it.
 
-    :raises CorruptError: table and payloads do not fit each other.
+    :raises CorruptError: table and payloads do not fit each other, or an entry is of no range that
+        a device can have.
     """
     view = memoryview(frame)
     position = HEADER_BYTES + header.entry_count * ENTRY_BYTES
     found: list[Entry] = []
     for offset, length, kind, _flags, _reserved in ENTRY.iter_unpack(view[HEADER_BYTES:position]):
+        if not length or offset + length >= NUMBERS_END:
+            raise CorruptError(f"frame {header.sequence}: entry of {length} bytes at {offset}")
         if kind in WITH_PAYLOAD:
             end = position + length
             found.append(Entry(offset, length, kind, view[position:end]))
@@ -251,5 +258,5 @@ def entries(header: FrameHeader, frame: Buffer) -> list[Entry]:
 
 
 def control_payload(header: FrameHeader, frame: Buffer) -> bytes:
-    """Give the payload of a control frame (the refresh id of a begin or end)."""
+    """Give the payload of a control frame: the id that it names, or nothing."""
     return bytes(memoryview(frame)[HEADER_BYTES + header.entry_count * ENTRY_BYTES :])

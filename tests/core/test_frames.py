@@ -38,19 +38,19 @@ from qdsmirror.limits import (
 
 GENERATION = bytes(range(16))
 
-OFFSETS = st.integers(0, (1 << 64) - 1)
+OFFSETS = st.integers(0, (1 << 62))
 ENTRY = st.one_of(
     st.builds(
         lambda offset, kind, payload: Entry(offset, len(payload), kind, payload),
         OFFSETS,
         st.sampled_from(sorted(WITH_PAYLOAD)),
-        st.binary(max_size=40),
+        st.binary(min_size=1, max_size=40),
     ),
     st.builds(
         lambda offset, kind, length: Entry(offset, length, kind, None),
         OFFSETS,
         st.sampled_from([frames.ZEROES, frames.TRIM, frames.REFRESH_ZEROES]),
-        st.integers(0, ZERO_ENTRY_BYTES_MAX),
+        st.integers(1, ZERO_ENTRY_BYTES_MAX),
     ),
 )
 
@@ -140,6 +140,14 @@ class CodecTests(SynchronousTestCase):
         payload = sum(len(e.payload) for e in found if e.payload is not None)
         self.assertEqual(payload, header.payload_bytes)
         self.assertTrue(all(e.length == len(e.payload) for e in found if e.payload is not None))
+
+    def test_an_entry_of_no_range(self) -> None:
+        for offset, length in ((0, 0), (NUMBERS_END - 512, 512), ((1 << 64) - 512, 512)):
+            raw = make(
+                [], entry_count=1, gsn_count=1, body=[pack_entry(offset, length, frames.TRIM)]
+            )
+            with self.assertRaisesRegex(CorruptError, f"{length} bytes at {offset}"):
+                entries(parse_header(raw), raw)
 
     def test_every_flipped_bit_is_noticed(self) -> None:
         raw = make(ONE)

@@ -110,9 +110,9 @@ class IntakeTests(SynchronousTestCase):
         for ldsu, entry in (
             (1, write(4095, b"xy")),
             (1, write(8000, b"x")),
-            (0, write(1 << 63, b"x")),
+            (0, write(1 << 62, b"x")),
             (0, Entry(8192, 1, frames.TRIM, None)),
-            (0, Entry((1 << 64) - 1, 1, frames.ZEROES, None)),
+            (0, Entry((1 << 62) - 1, 1, frames.ZEROES, None)),
         ):
             self.refuse(
                 FrameMaker().make(ldsu, [write(0, b"ok"), entry]), ProtocolError, "is beyond LDSU"
