@@ -183,7 +183,7 @@ class PrimaryGroup:
             ended = await self._connect()
         except _REFUSALS as error:
             diverged = isinstance(error, DivergedError)
-            self._say("refused", error.message, error.exit_code, diverged=diverged)
+            self._say("refused", error.message, error.exit_code, error.hint, diverged=diverged)
             await self._pause(self._refused_backoff())
             return
         except QdsError as error:
@@ -305,12 +305,16 @@ class PrimaryGroup:
                 self._link.close("the primary's driver is gone")
             self._wake()
 
-    def _say(self, state: str, reason: str, code: int = 0, **more: Any) -> None:
-        """Set the link's state and tell log and driver, with what else that must know now."""
+    def _say(self, state: str, reason: str, code: int = 0, hint: str = "", **more: Any) -> None:
+        """Set the link's state and tell log and driver, with what else that must know now.
+
+        :param hint: the next step, for the log.
+        """
         was = self.link_state
         if (state, reason) != (was["state"], was["reason"]) and (reason or state == "connected"):
             tell = self.log.error if state == "refused" else self.log.info
             text = f"{state}: {reason}" if reason else state
+            text = f"{text}; {hint}" if hint else text
             tell("{group}: {text}", group=self.name, text=text)
         self.link_state = {"state": state, "code": code, "reason": reason, "pid": os.getpid()}
         if self._driver is not None:

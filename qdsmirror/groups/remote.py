@@ -263,10 +263,11 @@ class RemoteGroup:
 
     def refused(self, error: QdsError) -> None:
         """Learn why a connection did not become a stream."""
-        self.notes.append(f"refused: {error.message}")
+        refused = isinstance(error, (IdentityError, ConfigError, BrokenError))
+        self.notes.append(f"refused: {error.message}" if refused else error.message)
         if self._link is not None:
             return
-        if isinstance(error, (IdentityError, ConfigError, BrokenError)):
+        if refused:
             self._say("refused", error.message, error.exit_code)
         else:
             # A connection that broke says nothing about the next one.

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from twisted.internet.defer import Deferred, fail, maybeDeferred
 from twisted.internet.interfaces import IDelayedCall, IHandshakeListener, IReactorTime
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -23,6 +23,7 @@ from qdsmirror.limits import (
     HANDSHAKE_BOX_KEYS_MAX,
     HANDSHAKE_SECONDS,
 )
+from qdsmirror.net.addresses import plain_address
 from qdsmirror.net.handshake_commands import internal_error, wire_error
 from qdsmirror.net.tls import JudgedConnection, why_lost
 
@@ -52,6 +53,8 @@ class HandshakeChannel(amp.AMP):
     """
 
     log = Logger()
+    #: Where verdicts are logged; a side whose group logs them has them once only in the log.
+    verdict_level = LogLevel.warn
     #: A TLSMemoryBIOProtocol; AMP sets it to None when the connection is lost.
     transport: Any
 
@@ -94,17 +97,24 @@ class HandshakeChannel(amp.AMP):
         if self._judge(error, by_peer=False):
             self.transport.abortConnection()
 
-    def _judge(self, error: QdsError, by_peer: bool) -> bool:
+    def _judge(self, error: QdsError, by_peer: bool, *, refused: bool = True) -> bool:
+        """Keep the first reason, and tell it.
+
+        :param refused: one end said no; otherwise nothing came of it, for the network's sake.
+        """
         if self.verdict is not None or self.innerProtocol is not None:
             return False
         self.verdict = error
-        self.log.warn(
-            "{side}: handshake with {peer} refused{by}: {reason} ({code}){hint}",
+        how = f"refused{' by the peer' if by_peer else ''}" if refused else "did not end"
+        code = f" ({error.code})" if refused else ""
+        self.log.emit(
+            self.verdict_level,
+            "{side}: handshake with {peer} {how}: {reason}{code}{hint}",
             side=self._side,
             peer=self._peer_text(),
-            by=" by the peer" if by_peer else "",
+            how=how,
             reason=error.message,
-            code=error.code,
+            code=code,
             hint=f"; {error.hint}" if error.hint else "",
         )
         self.ended(error)
@@ -112,7 +122,7 @@ class HandshakeChannel(amp.AMP):
 
     def _peer_text(self) -> str:
         address = self.transport.getPeer() if self.transport is not None else None
-        return f"{getattr(address, 'host', address)}"
+        return plain_address(f"{getattr(address, 'host', address)}")
 
     # -- the connection's life -------------------------------------------------------------------
 
@@ -135,7 +145,9 @@ class HandshakeChannel(amp.AMP):
         """End with the reason that TLS, the peer or this end had."""
         self._clear_deadline()
         if self.verdict is None and self.innerProtocol is None:
-            self._judge(why_lost(self.transport, reason), by_peer=False)
+            error = why_lost(self.transport, reason)
+            refused = not isinstance(error, ProtocolError)
+            self._judge(error, by_peer=False, refused=refused)
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
 
     def _set_deadline(self) -> None:
@@ -149,7 +161,8 @@ class HandshakeChannel(amp.AMP):
 
     def _expired(self) -> None:
         phase = "start" if self.authenticated else "authentication"
-        self._judge(ProtocolError(f"no {phase} within {HANDSHAKE_SECONDS:g} s"), by_peer=False)
+        error = ProtocolError(f"no {phase} within {HANDSHAKE_SECONDS:g} s")
+        self._judge(error, by_peer=False, refused=False)
         self.transport.abortConnection()
 
     def _switchTo(self, newProto: Any, clientFactory: Any = None) -> None:

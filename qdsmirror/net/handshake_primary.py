@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IProtocol, IReactorTime
 from twisted.internet.protocol import ClientFactory
+from twisted.logger import LogLevel
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
@@ -88,6 +89,9 @@ class PrimaryHandshake(HandshakeChannel):
     :ivar done: fires with the connected protocol of the stream, or fails with a QdsError; when
         cancelled it aborts the connection.
     """
+
+    #: The group logs them, not again at each try.
+    verdict_level = LogLevel.debug
 
     def __init__(self, offer: PrimaryOffer, reactor: IReactorTime) -> None:
         super().__init__(reactor, f"{group_name(offer.group)} primary")
