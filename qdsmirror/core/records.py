@@ -33,8 +33,8 @@ RECORD_VERSION = 1
 FRAME = 1
 PAD = 2
 
-# magic version kind zero record_bytes frame_bytes log_uuid position, then the CRC of these
-_RECORD = Struct(">8sHBBII16sQ")
+# magic version kind zero record_bytes frame_bytes log_uuid position durable, then the CRC of these
+_RECORD = Struct(">8sHBBII16sQQ")
 RECORD_HEADER_BYTES = _RECORD.size + 4
 
 
@@ -44,18 +44,29 @@ class Record(NamedTuple):
     :ivar record_bytes: from this header to the next one.
     :ivar frame_bytes: of the frame behind it; 0 for a pad.
     :ivar position: where in the log it belongs.
+    :ivar durable: every record of the log before this position was durable when this one was
+        written (rules.md 6).
     """
 
     kind: int
     record_bytes: int
     frame_bytes: int
     position: int
+    durable: int
 
 
-def pack_record(kind: int, record_bytes: int, frame_bytes: int, log: bytes, position: int) -> bytes:
-    """Make a placement header for a position of the log with this UUID."""
+def pack_record(record: Record, log: bytes) -> bytes:
+    """Make a placement header for the log with this UUID."""
     head = _RECORD.pack(
-        RECORD_MAGIC, RECORD_VERSION, kind, 0, record_bytes, frame_bytes, log, position
+        RECORD_MAGIC,
+        RECORD_VERSION,
+        record.kind,
+        0,
+        record.record_bytes,
+        record.frame_bytes,
+        log,
+        record.position,
+        record.durable,
     )
     return head + crc32c(head).to_bytes(4, "big")
 
@@ -81,14 +92,16 @@ def parse_placement(raw: Buffer, log: bytes) -> Record:
         raise CorruptError("no record here")
     if crc32c(view[:-4]) != int.from_bytes(view[-4:], "big"):
         raise CorruptError("placement header: checksum mismatch")
-    _, version, kind, _, record_bytes, frame_bytes, uuid, where = _RECORD.unpack(view[:-4])
+    _, version, kind, _, record_bytes, frame_bytes, uuid, where, durable = _RECORD.unpack(view[:-4])
     if version != RECORD_VERSION or kind not in (FRAME, PAD):
         raise CorruptError(f"placement header: version {version}, kind {kind}")
     if uuid != log:
         raise CorruptError("placement header: the record belongs to another log")
     if record_bytes < RECORD_HEADER_BYTES + frame_bytes or frame_bytes > FRAME_BYTES_MAX:
         raise CorruptError("placement header: lengths do not fit")
-    return Record(kind, record_bytes, frame_bytes, where)
+    if durable > where:
+        raise CorruptError(f"placement header: position {durable} cannot be durable before {where}")
+    return Record(kind, record_bytes, frame_bytes, where, durable)
 
 
 class Point(NamedTuple):

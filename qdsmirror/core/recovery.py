@@ -32,7 +32,8 @@ class Finding:
     """The scan of one log.
 
     :ivar applied: where the scan began, from the superblock.
-    :ivar expected: position of the superblock's head: durable when it was written.
+    :ivar expected: the largest position up to which its superblock, or a record of it, says that
+        it was durable.
     :ivar reached: behind the last intact frame.
     :ivar durable_gsn: the largest durable GSN named by a superblock or frame of this log.
     :ivar ranges: of the frames found, in log order.
@@ -71,7 +72,8 @@ def decide(findings: Sequence[Finding]) -> Recovery:
 
     The rows, in order:
 
-    - a log ends before the head that its superblock recorded as durable: corruption;
+    - a log ends before a position that its superblock or a record behind its end names as durable:
+      corruption;
     - a number known to be durable has no frame: corruption;
     - a number that has two frames: corruption;
     - a number above that has no frame, but a later one has: a void range, recorded in a log that

@@ -420,7 +420,9 @@ class RemoteGroup:
                 break
             self._received.popleft()
             received.end = placement.end
-            writes += journal.record(placement, len(received.frame), [received.frame])
+            writes += journal.record(
+                placement, len(received.frame), [received.frame], self._durable.position
+            )
             batch.append(received)
         if not batch:
             self._checkpoint()

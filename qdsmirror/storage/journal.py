@@ -57,6 +57,22 @@ def change_of(header: FrameHeader, frame: Buffer) -> Change:
     return Change(header, (), b"")
 
 
+class JournalScan(NamedTuple):
+    """What a journal holds behind its ``applied`` cursor.
+
+    :ivar entries: GSNs of these frames together.
+    :ivar reached: behind the last intact frame.
+    :ivar stopped: why the scan ended there.
+    :ivar damage: why the journal is refused; empty while it is usable.
+    """
+
+    frames: int
+    entries: int
+    reached: Cursor
+    stopped: str
+    damage: str
+
+
 class Mirror:
     """A group's journal and mirror devices, open and locked.
 
@@ -112,35 +128,50 @@ class Mirror:
             for device in (self.journal.device, *self.devices):
                 stack.callback(device.close)
 
+    def scan(self) -> JournalScan:
+        """Read what the journal holds, and judge whether it is all that was durable."""
+        superblock = self.journal.superblock
+        path = self.journal.device.path
+        reader = self.journal.reader(superblock.applied, contiguous=True)
+        frames = entries = 0
+        for found in reader:
+            frames += 1
+            entries += found.header.gsn_count
+        reached, stopped, damage = reader.cursor, reader.stopped, ""
+        try:
+            # The durable GSN in frames is the primary's and says nothing of the journal.
+            durable = max(superblock.head.position, reader.look_ahead().durable_end)
+        except CorruptError as error:
+            damage = f"{path}: {error.message}"
+        else:
+            if reached.position < durable:
+                damage = (
+                    f"{path}: durable up to position {durable}, but intact only up to "
+                    f"{reached.position} ({stopped})"
+                )
+        return JournalScan(frames, entries, reached, stopped, damage)
+
     def replay(self) -> int:
         """Apply what the journal holds, after any end (patent: qdsrmdreco), and sync everything.
 
         :returns: frames applied.
         :raises CorruptError: the journal ends before what was durable in it, or its superblock is
-            not the newest there was.
+            not the newest there was; nothing was written then.
         """
-        superblock = self.journal.superblock
-        reader = self.journal.reader(superblock.applied, contiguous=True)
-        count = 0
+        scan = self.scan()
+        if scan.damage:
+            raise CorruptError(scan.damage, _REMEDY)
+        reader = self.journal.reader(self.journal.superblock.applied, contiguous=True)
         for found in reader:
             self.apply([change_of(found.header, found.frame)])
-            count += 1
-        # What frames say of durability is the primary's; only a later turn of the ring tells here.
-        try:
-            reader.look_ahead()
-        except CorruptError as error:
-            raise CorruptError(f"{self.journal.device.path}: {error.message}", _REMEDY) from error
-        reached = reader.cursor
-        if reached.position < superblock.head.position:
+        if reader.position != scan.reached.position:
             raise CorruptError(
-                f"{self.journal.device.path}: durable up to position {superblock.head.position}, "
-                f"but intact only up to {reached.position} ({reader.stopped})",
-                _REMEDY,
+                f"{self.journal.device.path}: reads differently than a moment ago", _REMEDY
             )
-        self.journal.head = reached.position
-        self.applied = reached
-        self.checkpoint(reached, reached)
-        return count
+        self.journal.head = scan.reached.position
+        self.applied = scan.reached
+        self.checkpoint(scan.reached, scan.reached)
+        return scan.frames
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Apply frames, in order, to the mirror devices.

@@ -45,6 +45,18 @@ class LogFrame(NamedTuple):
     frame: memoryview
 
 
+class Ahead(NamedTuple):
+    """What stands behind the place where a log's history stops.
+
+    :ivar durable_gsn: the largest durable GSN of the group that an intact frame there names.
+    :ivar durable_end: the largest position up to which the log was durable, as an intact
+        placement header there says; the history must reach it.
+    """
+
+    durable_gsn: int = 0
+    durable_end: int = 0
+
+
 class LogReader:
     """Walks a log from a cursor.
 
@@ -165,19 +177,18 @@ class LogReader:
         self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
         return LogFrame(header, self.position, frame)
 
-    def look_ahead(self) -> int:
+    def look_ahead(self) -> Ahead:
         """Look behind the place where the history stops for what was written after it.
 
-        A tear leaves nothing there that counts the torn frame as durable; a frame that does tells
+        A tear leaves nothing there that counts the torn record as durable; a record that does tells
         that durable data was damaged (rules.md 6).  Bounded by ``SCAN_AHEAD_BYTES``: more is never
         written while a frame is not yet durable.
 
-        :returns: the largest durable GSN that an intact frame there names; 0 if there is none.
         :raises CorruptError: this place was written over in a later turn of the ring, so that the
             cursor comes from a superblock that was replaced since.
         """
         ring = self._ring
-        durable = 0
+        gsn = reach = 0
         position = self.position
         end = position + min(ring.size, SCAN_AHEAD_BYTES)
         while position < end:
@@ -187,31 +198,31 @@ class LogReader:
             )
             for offset in range(0, len(view), ring.align):
                 if view[offset : offset + len(RECORD_MAGIC)] == RECORD_MAGIC:
-                    durable = max(durable, self._durable_in(view[offset:], position + offset))
+                    found = self._ahead_in(view[offset:], position + offset)
+                    gsn, reach = max(gsn, found.durable_gsn), max(reach, found.durable_end)
             position += len(view)
-        return durable
+        return Ahead(gsn, reach)
 
-    def _durable_in(self, raw: memoryview, position: int) -> int:
-        """Give the durable GSN in a record found behind the end; 0 where it says nothing."""
+    def _ahead_in(self, raw: memoryview, position: int) -> Ahead:
+        """Give what a record found behind the end says; nothing where it says nothing."""
         try:
             record = parse_placement(raw, self._log)
         except CorruptError:
-            return 0
+            return Ahead()
         turns, misplaced = divmod(record.position - position, self._ring.size)
         if misplaced or turns < 0:
-            return 0
+            return Ahead()
         if turns > 0:
             raise CorruptError(
                 f"the log was written up to position {record.position} at least, but its "
                 f"superblock is of a time before position {self.position} was reused"
             )
-        if record.kind != FRAME:
-            return 0
         try:
-            header = parse_header(raw[RECORD_HEADER_BYTES:])
+            header = parse_header(raw[RECORD_HEADER_BYTES:]) if record.kind == FRAME else None
         except (CorruptError, LimitError):
-            return 0
-        return header.durable_gsn if header.generation in self._generations else 0
+            header = None
+        known = header is not None and header.generation in self._generations
+        return Ahead(header.durable_gsn if header is not None and known else 0, record.durable)
 
     def __iter__(self) -> Iterator[LogFrame]:
         """Give every frame up to where the history stops."""

@@ -131,18 +131,19 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
             # A crash may have come before the other ranges of its recovery were recorded.
             durable = max(durable, header.durable_gsn)
     try:
-        durable = max(durable, reader.look_ahead())
+        ahead = reader.look_ahead()
     except CorruptError as error:
         raise CorruptError(
             f"writelog of {ldsu.name}: {error.message}",
             hint="the log's device lost or changed data; see qdswlscan(1)",
         ) from error
+    durable = max(durable, ahead.durable_gsn)
     used = reader.position - superblock.tail.position
     finding = Finding(
         ldsu=ldsu.index,
         name=ldsu.name,
         applied=superblock.applied,
-        expected=superblock.head.position,
+        expected=max(superblock.head.position, ahead.durable_end),
         reached=reader.cursor,
         durable_gsn=durable,
         ranges=ranges,

@@ -20,6 +20,7 @@ from qdsmirror.core.records import (
     BoundUnit,
     Cursor,
     Generation,
+    Record,
     Superblock,
     layout,
     pack_record,
@@ -222,14 +223,23 @@ class Writelog:
             self.head = placement.end
         return placement
 
-    def record(self, placement: Placement, frame_bytes: int, frame: Sequence[Buffer]) -> Writes:
-        """Give the writes, as (device offset, buffers), that put a frame at its place."""
+    def record(
+        self, placement: Placement, frame_bytes: int, frame: Sequence[Buffer], durable: int
+    ) -> Writes:
+        """Give the writes, as (device offset, buffers), that put a frame at its place.
+
+        :param durable: the position up to which the log is durable by now: should a scan stop
+            before it, it has met damage, not the end (rules.md 6).
+        """
         writes: Writes = []
         if placement.pad_bytes:
             at = placement.position - placement.pad_bytes
-            pad = pack_record(PAD, placement.pad_bytes, 0, self.log, at)
+            pad = pack_record(Record(PAD, placement.pad_bytes, 0, at, durable), self.log)
             writes.append((self.ring.physical(at), [pad.ljust(self.ring.align, b"\0")]))
-        head = pack_record(FRAME, placement.record_bytes, frame_bytes, self.log, placement.position)
+        head = pack_record(
+            Record(FRAME, placement.record_bytes, frame_bytes, placement.position, durable),
+            self.log,
+        )
         fill = placement.record_bytes - len(head) - frame_bytes
         writes.append((self.ring.physical(placement.position), [head, *frame, _ZEROES[:fill]]))
         return writes

@@ -122,31 +122,16 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         superblock = mirror.journal.superblock
-        reader = mirror.journal.reader(superblock.applied, contiguous=True)
-        frames = entries = 0
-        for found in reader:
-            frames += 1
-            entries += found.header.gsn_count
-        refused = ""
-        if reader.position < superblock.head.position:
-            refused = (
-                f"{group.journal_device}: durable up to position {superblock.head.position}, "
-                f"intact only up to {reader.position} ({reader.stopped})"
-            )
-        stopped = reader.stopped
-        try:
-            reader.look_ahead()
-        except CorruptError as error:
-            refused = refused or f"{group.journal_device}: {error.message}"
+        scan = mirror.scan()
         log = {
             "name": "journal",
             "device": group.journal_device,
             "tail": superblock.tail.position,
             "applied": superblock.applied.position,
-            "head": reader.position,
-            "frames_to_replay": frames,
-            "entries_to_replay": entries,
-            "stopped": stopped,
+            "head": scan.reached.position,
+            "frames_to_replay": scan.frames,
+            "entries_to_replay": scan.entries,
+            "stopped": scan.stopped,
         }
     finally:
         mirror.close()
@@ -157,7 +142,7 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
         "logs": [log],
         "voids": [],
         "replayed": False,
-        "refused": refused,
+        "refused": scan.damage,
     }
 
 

@@ -68,24 +68,36 @@ def forge(body: bytes, *, slot: int = 0, slot_bytes: int = 8 * KIB, version: int
 
 class RecordTests(SynchronousTestCase):
     @given(
-        st.sampled_from([FRAME, PAD]), st.integers(0, FRAME_BYTES_MAX), st.integers(0, 9), POSITION
+        st.sampled_from([FRAME, PAD]),
+        st.integers(0, FRAME_BYTES_MAX),
+        st.integers(0, 9),
+        POSITION,
+        st.floats(0, 1),
     )
-    def test_round_trip(self, kind: int, frame: int, more: int, position: int) -> None:
+    def test_round_trip(
+        self, kind: int, frame: int, more: int, position: int, durable: float
+    ) -> None:
         size = RECORD_HEADER_BYTES + frame + more
-        raw = pack_record(kind, size, frame, LOG, position)
+        record = Record(kind, size, frame, position, min(position, int(position * durable)))
+        raw = pack_record(record, LOG)
         self.assertEqual(len(raw), RECORD_HEADER_BYTES)
-        self.assertEqual(parse_record(raw, LOG, position), Record(kind, size, frame, position))
-        self.assertEqual(parse_placement(raw, LOG).position, position)
+        self.assertEqual(parse_record(raw, LOG, position), record)
+        self.assertEqual(parse_placement(raw, LOG), record)
+
+    def test_durable_behind_itself(self) -> None:
+        raw = pack_record(Record(FRAME, 4096, 200, 8192, 8193), LOG)
+        with self.assertRaisesRegex(CorruptError, "8193 cannot be durable before 8192"):
+            parse_record(raw, LOG, 8192)
 
     def test_elsewhere(self) -> None:
-        raw = pack_record(FRAME, 4096, 200, LOG, 8192)
+        raw = pack_record(Record(FRAME, 4096, 200, 8192, 0), LOG)
         with self.assertRaisesRegex(CorruptError, "position 8192"):
             parse_record(raw, LOG, 4096)
         with self.assertRaisesRegex(CorruptError, "another log"):
             parse_record(raw, OTHER, 8192)
 
     def test_every_flipped_bit_is_noticed(self) -> None:
-        raw = pack_record(FRAME, 4096, 200, LOG, 8192)
+        raw = pack_record(Record(FRAME, 4096, 200, 8192, 4096), LOG)
         for bit in range(8 * len(raw)):
             flipped = bytearray(raw)
             flipped[bit // 8] ^= 1 << bit % 8
@@ -97,7 +109,7 @@ class RecordTests(SynchronousTestCase):
         with self.assertRaises(CorruptError):
             parse_record(raw, LOG, 0)
 
-    @given(st.binary(min_size=34, max_size=34))
+    @given(st.binary(min_size=42, max_size=42))
     def test_arbitrary_fields_with_a_right_checksum(self, raw: bytes) -> None:
         head = b"QDSRECRD\0\1" + raw
         try:
@@ -105,11 +117,12 @@ class RecordTests(SynchronousTestCase):
         except CorruptError:
             return
         self.assertLessEqual(record.frame_bytes, FRAME_BYTES_MAX)
+        self.assertLessEqual(record.durable, record.position)
 
     def test_lengths_that_cannot_be(self) -> None:
         for size, frame in ((4096, 4096), (0, 0), (1 << 31, FRAME_BYTES_MAX + 1)):
             with self.assertRaises(CorruptError):
-                parse_record(pack_record(FRAME, size, frame, LOG, 0), LOG, 0)
+                parse_record(pack_record(Record(FRAME, size, frame, 0, 0), LOG), LOG, 0)
 
 
 class SlotTests(SynchronousTestCase):

@@ -44,21 +44,25 @@ def writelog() -> bytes:
             write(4096 * number, bytes([0x40 + number]) * 20_000),
             Entry(1024, 512, ZEROES, None),
         ]
-        append(log, maker.make(0, entries, durable=3))
-    append(log, maker.make(0, kind=VOID, gsns=5, durable=9), control=True)
+        append(log, maker.make(0, entries, durable=3), durable=done.position)
+    append(log, maker.make(0, kind=VOID, gsns=5, durable=9), control=True, durable=log.head)
+    durable = log.head
     log.update(
         both=True, coherent=False, reason="a refresh is in progress",
         refresh={"id": REFRESH_ID.hex()},
     )  # fmt: skip
-    append(log, maker.make(0, kind=REFRESH_BEGIN, control=REFRESH_ID, durable=14), control=True)
+    begin = maker.make(0, kind=REFRESH_BEGIN, control=REFRESH_ID, durable=14)
+    append(log, begin, control=True, durable=durable)
+    durable = log.head
     entries = [
         Entry(8192, 512, REFRESH, b"R" * 512),
         Entry(8704, 4096, REFRESH_ZEROES, None),
         write(512, b"W" * 512),
         Entry(60_000, 1000, TRIM, None),
     ]
-    append(log, maker.make(0, entries, durable=15))
-    append(log, maker.make(0, kind=REFRESH_END, control=REFRESH_ID, durable=19), control=True)
+    append(log, maker.make(0, entries, durable=15), durable=durable)
+    end = maker.make(0, kind=REFRESH_END, control=REFRESH_ID, durable=19)
+    append(log, end, control=True, durable=log.head)
     return device.content()
 
 
@@ -71,10 +75,12 @@ def journal() -> bytes:
         append(log, maker.make(ldsu, [write(512 * ldsu, bytes([ldsu + 1]) * 3000)]))
     done = Cursor(log.head, maker.gsn, dict(maker.points))
     log.update(tail=done, applied=done, head=done, durable_gsn=3)
-    append(log, maker.make(1, kind=VOID, gsns=2, durable=3))
-    append(log, maker.make(0, kind=REFRESH_BEGIN, control=REFRESH_ID, durable=5))
-    append(log, maker.make(1, [Entry(0, 512, REFRESH, b"r" * 512)], durable=6))
-    append(log, maker.make(0, [write(9000, b"w" * 700)], durable=6))
+    append(log, maker.make(1, kind=VOID, gsns=2, durable=3), durable=done.position)
+    begin = maker.make(0, kind=REFRESH_BEGIN, control=REFRESH_ID, durable=5)
+    append(log, begin, durable=log.head)
+    durable = log.head
+    append(log, maker.make(1, [Entry(0, 512, REFRESH, b"r" * 512)], durable=6), durable=durable)
+    append(log, maker.make(0, [write(9000, b"w" * 700)], durable=6), durable=durable)
     return device.content()
 
 

@@ -94,11 +94,14 @@ def initialise(
         return Writelog.initialise(device, role=role, group=0, units=units, generations=generations)
 
 
-def append(log: Writelog, frame: bytes, *, control: bool = False) -> int:
-    """Append a frame, unsynced; give the position of its record."""
+def append(log: Writelog, frame: bytes, *, control: bool = False, durable: int = 0) -> int:
+    """Append a frame, unsynced; give the position of its record.
+
+    :param durable: the position up to which the log is durable, as the record says.
+    """
     placement = log.place(len(frame), control=control)
     assert placement is not None, "the log is full"
-    for offset, buffers in log.record(placement, len(frame), [frame]):
+    for offset, buffers in log.record(placement, len(frame), [frame], durable):
         log.device.pwritev(buffers, offset)
     return placement.position
 

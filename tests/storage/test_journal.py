@@ -17,7 +17,7 @@ from qdsmirror.core.frames import (
     Entry,
     parse_header,
 )
-from qdsmirror.core.records import Cursor, Superblock
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Superblock
 from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
 from qdsmirror.storage.writelog import read_superblock
@@ -298,7 +298,7 @@ class ReplayTests(SynchronousTestCase):
         original, prefixes = filled(refresh=False)
         for record in range(len(prefixes) - 1):
             start = original.journal.ring.start + record * 4096
-            for bit in range(8 * start, 8 * (start + 48 + 104), 5):
+            for bit in range(8 * start, 8 * (start + RECORD_HEADER_BYTES + 104), 5):
                 site = original.copy()
                 raw = bytearray(site.devices["/journal"].durable())
                 raw[bit // 8] ^= 1 << bit % 8

@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.frames import HEADER_BYTES, VOID
-from qdsmirror.core.records import FRAME, PAD, Cursor, pack_record
+from qdsmirror.core.records import (
+    FRAME,
+    PAD,
+    RECORD_HEADER_BYTES,
+    Cursor,
+    Record,
+    pack_record,
+)
 from qdsmirror.core.ring import Ring
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import FRAME_BYTES_MAX, SCAN_AHEAD_BYTES
 from qdsmirror.storage import logreader
-from qdsmirror.storage.logreader import LogReader
+from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice
 from tests.storage.logworld import (
@@ -104,16 +111,18 @@ class ReaderTests(SynchronousTestCase):
         blocks = self.log.ring.size // BLOCK
         for _ in range(blocks):
             frame = self.maker.make(0, [write(0, b"a" * 100)])
-            placement = self.log.ring.place(self.log.head, self.log.head, len(frame) + 48)
+            placement = self.log.ring.place(
+                self.log.head, self.log.head, RECORD_HEADER_BYTES + len(frame)
+            )
             assert placement is not None
             self.log.head = placement.end
-            for offset, buffers in self.log.record(placement, len(frame), [frame]):
+            for offset, buffers in self.log.record(placement, len(frame), [frame], 0):
                 self.device.pwritev(buffers, offset)
         cursor = Cursor(self.log.head, self.maker.gsn, dict(self.maker.points))
         found, reader = self.read(cursor)
         self.assertEqual(found, [])
         self.assertIn("belongs to position 0", reader.stopped)
-        self.assertEqual(reader.look_ahead(), 0, "older turns tell nothing")
+        self.assertEqual(reader.look_ahead(), Ahead(), "older turns tell nothing")
 
     def test_of_another_log(self) -> None:
         self.fill([100, 100])
@@ -123,7 +132,7 @@ class ReaderTests(SynchronousTestCase):
         found, reader = self.read()
         self.assertEqual(found, [])
         self.assertIn("another log", reader.stopped)
-        self.assertEqual(reader.look_ahead(), 0)
+        self.assertEqual(reader.look_ahead(), Ahead())
 
     def test_of_another_generation(self) -> None:
         frame = self.maker.make(0, [write(0, b"x")], generation=OTHER_GENERATION, durable=9)
@@ -131,7 +140,7 @@ class ReaderTests(SynchronousTestCase):
         found, reader = self.read()
         self.assertEqual(found, [])
         self.assertIn("another generation", reader.stopped)
-        self.assertEqual(reader.look_ahead(), 0)
+        self.assertEqual(reader.look_ahead(), Ahead())
 
     def test_misdirected(self) -> None:
         self.fill([100, 100])
@@ -166,7 +175,7 @@ class ReaderTests(SynchronousTestCase):
         self.log = Writelog(device, self.log.superblock)
         found, reader = self.read()
         self.assertEqual((len(found), reader.position), (1, head))
-        self.assertEqual(reader.look_ahead(), 0, "the survivor was not durable")
+        self.assertEqual(reader.look_ahead().durable_gsn, 0, "the survivor was not durable")
         self.log.head, self.maker.points, self.maker.gsn = head, points, gsn
         append(self.log, self.maker.make(0, [write(0, b"n" * 200)]))
         found, reader = self.read()
@@ -193,7 +202,7 @@ class ReaderTests(SynchronousTestCase):
     # -- lengths ---------------------------------------------------------------------------------
 
     def place(self, kind: int, record: int, frame: int, position: int = 0) -> None:
-        raw = pack_record(kind, record, frame, LOG, position)
+        raw = pack_record(Record(kind, record, frame, position, 0), LOG)
         self.device.corrupt(self.log.ring.physical(position), raw)
 
     def test_lengths_that_cannot_be(self) -> None:
@@ -213,7 +222,7 @@ class ReaderTests(SynchronousTestCase):
 
     def test_lengths_that_contradict_each_other(self) -> None:
         frame = self.maker.make(0, [write(0, b"abc")])
-        self.device.corrupt(self.log.ring.start + 48, frame)
+        self.device.corrupt(self.log.ring.start + RECORD_HEADER_BYTES, frame)
         self.place(FRAME, BLOCK, len(frame) + 1)
         self.assertIn("differ in length", self.read()[1].stopped)
 
@@ -254,7 +263,7 @@ class ReaderTests(SynchronousTestCase):
             self.device.corrupt(at, bytes([whole[at] ^ 1]))
             found, reader = self.read()
             self.assertEqual(len(found), block)
-            self.assertEqual(reader.look_ahead(), expected)
+            self.assertEqual(reader.look_ahead(), Ahead(expected))
             self.device.corrupt(0, whole)
 
     def test_looks_behind_a_damaged_placement_header_and_across_the_end(self) -> None:
@@ -265,16 +274,30 @@ class ReaderTests(SynchronousTestCase):
         self.log.device.pwritev([bytes(8)], self.log.ring.physical(start))
         reader = self.log.reader(Cursor(start, 1))
         self.assertEqual(list(reader), [])
-        self.assertEqual(reader.look_ahead(), 2)
+        self.assertEqual(reader.look_ahead(), Ahead(2))
 
     def test_a_damaged_frame_behind_tells_nothing(self) -> None:
         self.fill([100] * 2, durable=[0, 1])
         ring = self.log.ring.start
         self.device.corrupt(ring, bytes(8))
-        self.device.corrupt(ring + BLOCK + 48 + HEADER_BYTES - 1, b"\xff")
+        self.device.corrupt(ring + BLOCK + RECORD_HEADER_BYTES + HEADER_BYTES - 1, b"\xff")
         reader = self.log.reader(Cursor())
         list(reader)
-        self.assertEqual(reader.look_ahead(), 0)
+        self.assertEqual(reader.look_ahead(), Ahead())
+
+    def test_a_durable_position_is_told_by_records_and_pads(self) -> None:
+        # A frame, then what was written when it was durable: its placement header is enough.
+        append(self.log, self.maker.make(0, [write(0, b"x")]))
+        ring = self.log.ring
+        for kind in (FRAME, PAD):
+            raw = pack_record(Record(kind, BLOCK, 0, BLOCK, BLOCK), LOG)
+            self.device.corrupt(ring.start + BLOCK, raw)
+            whole = self.device.content()
+            reader = self.log.reader(Cursor())
+            self.device.corrupt(ring.start + 100, b"\xff")
+            self.assertEqual(list(reader), [])
+            self.assertEqual(reader.look_ahead(), Ahead(0, BLOCK))
+            self.device.corrupt(0, whole)
 
     def test_a_later_turn_tells_that_the_superblock_is_old(self) -> None:
         size = self.log.ring.size

@@ -8,6 +8,7 @@ from random import Random
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.records import (
+    RECORD_HEADER_BYTES,
     SLOT_BYTES,
     Cursor,
     Generation,
@@ -346,7 +347,7 @@ class FlippedBitTests(SynchronousTestCase):
         self.assertEqual(self.recover(self.image), self.contents[-1])
         refused = sum(not self.check(bit) for bit in self.bits())
         # The records of GSN 1 to 4: placement header, frame header, table, payload.
-        self.assertEqual(refused, 4 * 8 * (48 + 104 + 16 + 32))
+        self.assertEqual(refused, 4 * 8 * (RECORD_HEADER_BYTES + 104 + 16 + 32))
 
     def test_a_lost_superblock_whose_space_was_reused(self) -> None:
         # The older slot is of a time before a whole turn of the ring; it must not be believed.
