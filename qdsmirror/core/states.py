@@ -13,6 +13,7 @@ class Mode(StrEnum):
     """A mode of a group, in the order in which ``state`` is chosen."""
 
     REFRESH = "refresh"
+    BYPASS = "bypass"
     ACCUMULATING = "accumulating"
     CONNECTED = "connected"
     SETUP = "setup"
@@ -28,17 +29,27 @@ class Event(Enum):
     REFRESH_BEGUN = "a refresh has durably begun"
     REFRESH_ENDED = "the end mark of the refresh is committed"
     REFRESH_KILLED = "the operator ended the refresh"
+    BYPASS_BEGUN = "bypass is durable, and writes go past the writelog"
+    BYPASS_ENDED = "a new generation is durable, and a refresh in it"
 
 
 @dataclass(frozen=True)
 class Transition:
-    """One way between modes: where ``event`` finds ``when``, ``leaves`` give way to ``enters``."""
+    """One way between modes: where ``event`` finds ``when``, ``leaves`` give way to ``enters``.
+
+    :ivar unless: the way is closed while one of these holds.
+    """
 
     event: Event
     when: frozenset[Mode]
     leaves: frozenset[Mode]
     enters: frozenset[Mode]
     why: str
+    unless: frozenset[Mode] = frozenset()
+
+    def applies(self, event: Event, modes: frozenset[Mode]) -> bool:
+        """Tell whether this is the way that an event takes from these modes."""
+        return self.event is event and self.when <= modes and not self.unless & modes
 
 
 def _ways(*modes: Mode) -> frozenset[Mode]:
@@ -46,6 +57,7 @@ def _ways(*modes: Mode) -> frozenset[Mode]:
 
 
 _S, _A, _C, _R = Mode.SETUP, Mode.ACCUMULATING, Mode.CONNECTED, Mode.REFRESH
+_B = Mode.BYPASS
 
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(
@@ -53,11 +65,11 @@ TRANSITIONS: tuple[Transition, ...] = (
         "writes are journaled from the first moment; nothing removes them yet",
     ),
     Transition(
-        Event.DRIVER_STOPPED, _ways(_A), _ways(_A, _R), _ways(_S),
-        "no LDSU exists; a refresh goes on when the driver starts again",
+        Event.DRIVER_STOPPED, _ways(_A), _ways(_A, _R, _B), _ways(_S),
+        "no LDSU exists; a refresh or bypass goes on when the driver starts again",
     ),
     Transition(
-        Event.DRIVER_STOPPED, _ways(_C), _ways(_C, _R), _ways(_S),
+        Event.DRIVER_STOPPED, _ways(_C), _ways(_C, _R, _B), _ways(_S),
         "the pmd loses the driver with the LDSUs",
     ),
     Transition(
@@ -70,11 +82,11 @@ TRANSITIONS: tuple[Transition, ...] = (
     ),
     Transition(
         Event.REFRESH_BEGUN, _ways(_A), _ways(), _ways(_R),
-        "chunks wait in the writelog for the link, within the refresh's share of it",
+        "chunks wait in the writelog for the link, within the refresh's share of it", _ways(_B),
     ),
     Transition(
         Event.REFRESH_BEGUN, _ways(_C), _ways(), _ways(_R),
-        "chunks travel between the application's writes",
+        "chunks travel between the application's writes", _ways(_B),
     ),
     Transition(
         Event.REFRESH_ENDED, _ways(_R), _ways(_R), _ways(),
@@ -83,6 +95,19 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(
         Event.REFRESH_KILLED, _ways(_R), _ways(_R), _ways(),
         "the mirror stays incoherent until another refresh",
+    ),
+    Transition(
+        Event.BYPASS_BEGUN, _ways(_A), _ways(_R), _ways(_B),
+        "the writelog is full, or the operator wants it so; a refresh cannot go on without it",
+        _ways(_B),
+    ),
+    Transition(
+        Event.BYPASS_BEGUN, _ways(_C), _ways(_R), _ways(_B),
+        "what lies before the break still travels; nothing after it will", _ways(_B),
+    ),
+    Transition(
+        Event.BYPASS_ENDED, _ways(_B), _ways(_B), _ways(_R),
+        "the writelog knows nothing of what was written meanwhile: only a refresh leads out",
     ),
 )  # fmt: skip
 
@@ -107,7 +132,7 @@ class GroupModes:
 
     def allows(self, event: Event) -> bool:
         """Tell whether an event means anything in the present modes."""
-        return any(t.event is event and t.when <= self.modes for t in TRANSITIONS)
+        return any(way.applies(event, self.modes) for way in TRANSITIONS)
 
     def happen(self, event: Event, now: float, reason: str = "") -> bool:
         """Follow an event.
@@ -115,7 +140,7 @@ class GroupModes:
         :returns: whether the modes changed; an event with no way from here changes nothing.
         """
         for way in TRANSITIONS:
-            if way.event is event and way.when <= self.modes:
+            if way.applies(event, self.modes):
                 before = self.state
                 self.modes = self.modes - way.leaves | way.enters
                 if self.state is not before:
