@@ -12,6 +12,7 @@ from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
 from qdsmirror.groups.outbound import OutUnit
+from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage.writelog import read_superblock
 from tests.fakes import at_random, nothing
 from tests.groups.world import BLOCK, GENERATION, KIB, DriverWorld, FakeConnection, unique
@@ -68,6 +69,59 @@ class TailTests(SynchronousTestCase):
         self.assertEqual(world.group.checkpoints.applied_gsn, 1)
         self.assertEqual(read_superblock(world.log()).tail.position, unit.durable_end)
         self.assertEqual(world.data().durable()[:BLOCK], unique(1))
+
+    def test_frame_applied_after_its_devices_sync_is_not_synced(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.attach()
+
+        def durable(unit: DriverUnit, number: int) -> None:
+            world.client.write(unit, number * BLOCK, unique(number), fua=True)
+            world.step(f"{unit.name} writelog")
+            world.step(f"{unit.name} commit")
+
+        for number, unit in enumerate((first, second)):
+            durable(unit, number)
+            world.step(f"{unit.name} data")
+        world.group.checkpoints.take()
+        durable(first, 2)
+        world.commit()
+        # The sync of qds0, then the write of GSN 3; the sync of qds1 ends after both.
+        world.step("qds0 data", 2)
+        self.assertNotIn(unique(2), world.data().durable())
+        world.step("qds1 data")
+        world.steps["qds0 commit"].step_all()
+        superblock = read_superblock(world.log())
+        place = world.frames[0].end
+        self.assertEqual((superblock.applied.position, superblock.tail.position), (place, place))
+        world.crash(nothing)
+        unit = world.start()
+        self.assertEqual(world.client.read(unit, 2 * BLOCK, BLOCK), unique(2))
+
+    def test_tail_at_the_applied_end_names_no_later_gsn(self) -> None:
+        """A pmd that begins there must find the committed frame that was not yet applied."""
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        world.attach()
+        for number in range(2):
+            world.client.write(unit, number * BLOCK, unique(number), fua=True)
+            world.step("qds0 writelog")
+            world.step("qds0 commit")
+            if not number:
+                world.step("qds0 data")
+        world.commit()
+        world.group.checkpoints.take()
+        # The write of GSN 2 waits before the sync; what it would write stays unwritten.
+        jobs = world.steps["qds0 data"].waiting
+        jobs.popleft()
+        world.step("qds0 data")
+        world.steps["qds0 commit"].step_all()
+        superblock = read_superblock(world.log())
+        self.assertEqual((superblock.tail.position, superblock.tail.gsn), (world.frames[0].end, 2))
+        world.kill()
+        unit = world.start()
+        reader = unit.writelog.reader(superblock.tail)
+        self.assertEqual([found.header.gsn_first for found in reader], [2])
 
     def test_applied_is_contiguous_over_the_group(self) -> None:
         world = DriverWorld(self, ldsus=2, stepped=True)
@@ -414,6 +468,27 @@ class AttachmentTests(SynchronousTestCase):
             point = unit.framed_point
             found = out.find(Point(point.sequence, point.chain))
             self.assertEqual(found.position, unit.durable_end)
+
+    def test_resume_after_two_kills_in_a_row(self) -> None:
+        """The first leaves tails of different age; the start after it must not mix them."""
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        world.start()
+        world.attach()
+        for number in range(4):
+            world.client.write(world.group.units[number % 2], 0, unique(number))
+            world.settle(0.01)
+        world.commit()
+        world.reactor.advance(1.5)
+        for name in ("qds0 data", "qds1 data", "qds0 commit"):
+            world.steps[name].step_all()
+        for _ in range(2):
+            world.kill()
+            world.start()
+        tails = [read_superblock(world.log(index)).tail for index in (0, 1)]
+        self.assertGreater(tails[0].position, tails[1].position)
+        for unit, tail in zip(world.group.units, tails, strict=True):
+            found = [frame.end for frame in unit.writelog.reader(tail)]
+            self.assertEqual([tail.position, *found][-1], unit.durable_end)
 
     def test_places_outside_the_log_are_ignored(self) -> None:
         world = DriverWorld(self)
