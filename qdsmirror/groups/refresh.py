@@ -235,6 +235,9 @@ class Refresh:
         if hole >= chunk:
             self._take_turn(unit, hole, None, None)
             return
+        # Reading takes longer than looking for a hole: hold back no more than is read.
+        unit.unlock()
+        unit.lock(self._offset, chunk)
         unit.reading.read_chunk(self._offset, chunk, partial(self._take_turn, unit, chunk))
 
     def _take_turn(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
 from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups import refresh as refresh_module
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
+from tests.fakes import MemoryDevice
+from tests.groups import world as world_module
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, unique
 
 
@@ -97,9 +101,20 @@ class ShareTests(SynchronousTestCase):
         self.assertEqual(len(world.client.done), answered + 1)
 
     def test_largest_write_fits_beside_a_refresh_in_any_log(self) -> None:
-        for log in (limits.WRITELOG_BYTES_MIN, 256 * KIB, 300 * KIB, 8 * MIB):
+        for log, physical in (
+            (limits.WRITELOG_BYTES_MIN, 4096),
+            (256 * KIB, 4096),
+            (300 * KIB, 4096),
+            (8 * MIB, 4096),
+            (1280 * KIB, 64 * KIB),
+        ):
+            device = partial(MemoryDevice, physical_block=physical)
+            self.patch(world_module, "MemoryDevice", device)
             world = RefreshWorld(self, size=2 * MIB, log=log)
             unit = world.begin_work()
+            # It keeps its room and makes no use of it.
+            for _ in range(100):
+                world.data().fail("pread")
             world.refresh()
             data = b"".join(unique(n) for n in range(MIB // BLOCK))
             asked = world.client.write(unit, MIB, data)
@@ -107,7 +122,7 @@ class ShareTests(SynchronousTestCase):
                 world.settle(0.01)
                 world.commit()
             self.assertIn(asked, world.client.done, f"a log of {log} bytes")
-            self.assertIsNone(world.group.refresh_job, f"a log of {log} bytes")
+            self.assertIsNotNone(world.group.refresh_job)
 
 
 class TurnTests(SynchronousTestCase):
@@ -119,7 +134,8 @@ class TurnTests(SynchronousTestCase):
             pass
 
     def test_chunk_goes_before_what_came_while_it_waited_for_an_append(self) -> None:
-        world = RefreshWorld(self, stepped=True, log=4 * MIB)
+        self.patch(refresh_module, "ZERO_ENTRY_BYTES_MAX", 256 * KIB)
+        world = RefreshWorld(self, stepped=True, log=MIB)
         unit = world.begin_work()
         world.settle()
         world.refresh()
@@ -134,6 +150,21 @@ class TurnTests(SynchronousTestCase):
             world.client.write(unit, 768 * KIB + number * BLOCK, unique(100 + number))
             world.step("qds0 writelog")
         self.assertGreaterEqual(sum(map(is_chunk, world.frames)), 2)
+
+    def test_writes_beside_the_chunk_are_not_held_back_while_it_is_read(self) -> None:
+        world = RefreshWorld(self, stepped=True, log=4 * MIB)
+        unit = world.begin_work()
+        world.settle()
+        world.refresh()
+        world.step("qds0 commit")
+        # A hole was looked for, the chunk (a 16th of the log) is still to be read.
+        world.step("qds0 read")
+        within = world.client.write(unit, 128 * KIB, unique(1))
+        beside = world.client.write(unit, 512 * KIB, unique(2))
+        world.step("qds0 writelog", 2)
+        self.assertEqual(world.client.done, [beside])
+        world.settle()
+        self.assertIn(within, world.client.done)
 
     def test_nothing_is_polled_while_a_refresh_waits(self) -> None:
         world = RefreshWorld(self, log=MIB)
