@@ -18,6 +18,7 @@ from twisted.logger import Logger
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.daemons import master
+from qdsmirror.daemons.refusal import refusal_of, refuse
 from qdsmirror.daemons.routing import (
     ALERT_HANDSHAKE_FAILURE,
     ALERT_UNRECOGNIZED_NAME,
@@ -26,6 +27,7 @@ from qdsmirror.daemons.routing import (
     turn_away,
 )
 from qdsmirror.errors import QdsError
+from qdsmirror.paths import group_name
 
 _log = Logger()
 
@@ -100,12 +102,30 @@ class RmdMaster(master.Master):
     def _route(self, number: int, descriptor: int, ended: Ended) -> bool:
         """Pass a connection to its group's child, or tell the peer why that is not possible."""
         if number not in self.groups:
+            _log.warn(
+                "{name}: refused: a primary asks for it, and {host} has no such group",
+                name=group_name(number),
+                host=self._host.name,
+            )
             turn_away(descriptor, ALERT_UNRECOGNIZED_NAME)
             return False
+        trouble = self._trouble(number)
+        if trouble is not None and refuse(
+            self.reactor, self.paths, self._host, self.groups[number], trouble, descriptor, ended
+        ):
+            return True
         if self._supervisor.has_failed(number):
             turn_away(descriptor, ALERT_HANDSHAKE_FAILURE)
             return False
         return self._supervisor.adopt(number, descriptor, ended)
+
+    def _trouble(self, number: int) -> QdsError | None:
+        """Say why a group is not served, if it has failed or waits for its next attempt."""
+        child = self._supervisor.child_of(number)
+        state = child.groups[number] if child is not None else None
+        if state is None or state.state not in ("failed", "retrying"):
+            return None
+        return refusal_of(self._host.name, group_name(number), state.reason, state.code)
 
 
 def _listen(port: int) -> socket.socket:

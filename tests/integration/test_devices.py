@@ -14,7 +14,7 @@ from tests.integration.world import World, need, need_root
 
 FAILED = 1
 CONFIGURATION = 10
-SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "2M")
+SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "3M")
 
 
 class RefusedDeviceTests(TestCase):
@@ -126,9 +126,11 @@ class RefusedDeviceTests(TestCase):
         mirror = world.device("secondary", "qds0.mirror")
         mirror.rename(world.base / "away")
         world.kill("dsgrp000.rmd")
-        world.until(
-            lambda: str(mirror) in world.info("secondary")["reason"], "the missing device's name"
-        )
+        for site in ("secondary", "primary"):
+            world.until(
+                lambda site=site: str(mirror) in world.info(site)["reason"],
+                f"the missing device's name at the {site}",
+            )
         (world.base / "away").rename(mirror)
         world.start()
         world.settle()
@@ -192,7 +194,7 @@ class UsedDeviceTests(TestCase):
     def on_blocks(self, sector_bytes: int) -> None:
         need_root()
         need("losetup", "cmp", "qemu-io")
-        world = World(self, "--size", "4M", "--writelog", "2M", "--journal", "2M")
+        world = World(self, "--size", "4M", "--writelog", "2M", "--journal", "3M")
         world.create()
         for site, name in (
             ("primary", "qds0.data"),
@@ -229,7 +231,7 @@ class UsedDeviceTests(TestCase):
     @in_thread
     def test_large_writes_into_a_tiny_log(self) -> None:
         need("qemu-io")
-        world = World(self, "--size", "16M", "--writelog", "1M", "--journal", "1M")
+        world = World(self, "--size", "16M", "--writelog", "1M", "--journal", "3M")
         world.create()
         world.start()
         world.qemu_io(
@@ -247,7 +249,7 @@ class UsedDeviceTests(TestCase):
     @in_thread
     def test_many_ldsus_in_several_groups(self) -> None:
         need("qemu-io")
-        world = World(self, "--size", "4M", "--writelog", "2M", "--journal", "2M",
+        world = World(self, "--size", "4M", "--writelog", "2M", "--journal", "3M",
                       "--groups", "2", "--ldsus", "3")  # fmt: skip
         world.create()
         world.start()

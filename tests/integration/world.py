@@ -6,6 +6,7 @@ Everything here blocks: tests run it in a thread.
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import os
 import re
@@ -53,6 +54,7 @@ class World(LabFixture):
         super().__init__(test, *options)
         self.base = self._base
         self.test = test
+        self.customised: Path | None = None
         self._loops: list[str] = []
         self._mounts: list[Path] = []
         test.addCleanup(self._untangle)
@@ -76,6 +78,19 @@ class World(LabFixture):
                 _try("umount", "--lazy", place_text)
 
     # -- commands -----------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, str]:
+        """Give the environment of commands, and of the daemons that they start."""
+        found = super().environment()
+        if self.customised is not None:
+            found["PYTHONPATH"] = f"{self.customised}:{found['PYTHONPATH']}"
+        return found
+
+    def customise(self, text: str) -> None:
+        """Have every Python process that is started from now on run this first (site(3))."""
+        self.customised = self.base / "customised"
+        self.customised.mkdir(exist_ok=True)
+        (self.customised / "sitecustomize.py").write_text(text)
 
     def ended(
         self, *arguments: str, seconds: float = PROGRAM_SECONDS, **options: Any
@@ -159,6 +174,13 @@ class World(LabFixture):
 
     def unmount(self, place: Path) -> None:
         self.run(["umount", str(place)])
+
+    def contents(self) -> dict[Path, bytes]:
+        """Give a digest of the bytes of every device of both sites."""
+        return {
+            path: hashlib.sha256(path.read_bytes()).digest()
+            for path in sorted(self.directory.glob("*/devices/*"))
+        }
 
     # -- mirrors --------------------------------------------------------------------------------
 

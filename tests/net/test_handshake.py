@@ -488,6 +488,16 @@ class CertificateTests(HandshakeTestCase):
         primary = self.shake_as(two=self.bad(SECONDARY, expired=True))
         self.assert_refused(primary, IdentityError, "expired")
 
+    def test_not_yet_valid(self) -> None:
+        primary = self.shake_as(one=self.bad(PRIMARY, early=True))
+        self.assert_refused(primary, IdentityError, "certificate")
+        self.assertIn("is not valid before", self.authority.errors[0].message)
+
+    def test_not_yet_valid_secondary(self) -> None:
+        primary = self.shake_as(two=self.bad(SECONDARY, early=True))
+        error = self.assert_refused(primary, IdentityError, "certificate")
+        self.assertIn("is not valid before", error.message)
+
     def test_wrong_name(self) -> None:
         primary = self.shake_as(one=self.bad("other.example"))
         self.assert_refused(primary, IdentityError, "other.example")

@@ -26,9 +26,14 @@ def authority(which: str) -> trustme.CA:
 
 
 @functools.cache
-def issue(name: str, ca: str = "ours", *, expired: bool = False) -> trustme.LeafCert:
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    return authority(ca).issue_cert(name, not_after=yesterday if expired else None)
+def issue(
+    name: str, ca: str = "ours", *, expired: bool = False, early: bool = False
+) -> trustme.LeafCert:
+    """Make a certificate; ``expired`` yesterday, or ``early``: valid from tomorrow on."""
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    return authority(ca).issue_cert(
+        name, not_after=now - day if expired else None, not_before=now + day if early else None
+    )
 
 
 @dataclass(frozen=True)
