@@ -1,0 +1,42 @@
+"""When a pmd tries a refused link again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from qdsmirror.groups.primary import PrimaryGroup
+from qdsmirror.limits import REFUSED_RETRY_SECONDS, REFUSED_RETRY_SECONDS_MIN
+
+
+class RefusedRetryTests(SynchronousTestCase):
+    """The pauses, without a link."""
+
+    def pauses(self, group: Any, count: int) -> list[float]:
+        return [group._refused_backoff() for _ in range(count)]
+
+    def group(self) -> Any:
+        group = PrimaryGroup.__new__(PrimaryGroup)
+        group._refused_delay = REFUSED_RETRY_SECONDS_MIN
+        group._sleep = None
+        group.link_state = {"state": "connecting"}
+        return group
+
+    def test_doubling_up_to_the_most(self) -> None:
+        self.assertEqual(
+            self.pauses(self.group(), 9), [1, 2, 4, 8, 16, 32, *[REFUSED_RETRY_SECONDS] * 3]
+        )
+
+    def test_no_pause_is_longer_than_what_has_passed(self) -> None:
+        passed = REFUSED_RETRY_SECONDS_MIN
+        for pause in self.pauses(self.group(), 20):
+            self.assertLessEqual(pause, passed)
+            passed += pause
+
+    def test_apply_begins_anew(self) -> None:
+        group = self.group()
+        self.pauses(group, 6)
+        # Also in the midst of an attempt, whose refusal then is of no long consequence.
+        group.retry()
+        self.assertEqual(self.pauses(group, 2), [1, 2])
