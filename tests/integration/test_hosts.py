@@ -99,7 +99,7 @@ class Host:
 
 
 class HostsTests(TestCase):
-    timeout = 120
+    timeout = 170
 
     def loop(self, directory: Path, name: str, size: int, *options: str) -> str:
         """Make a block device."""
@@ -149,7 +149,7 @@ class HostsTests(TestCase):
         self.secondary.run("launchrmds")
         for command in ("launchdriver", "launchpmds", "launchrefresh"):
             self.primary.run(command)
-        self.primary.run("qdsinfo", "--wait", "coherent", "--timeout", "20")
+        self.primary.run("qdsinfo", "--wait", "coherent", "--timeout", "50")
         self.write(0, 2 * MIB)
         self.check_outage()
         self.check_logs()
@@ -184,7 +184,7 @@ class HostsTests(TestCase):
         self.assertIn("rmd not running", self.secondary.run("qdsinfo"))
         self.primary.ip("link", "set", self.primary.link, "up")
         self.secondary.run("launchrmds")
-        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "30")
+        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "50")
         self.assertIn("already running", self.secondary.run("launchrmds"))
 
     def check_logs(self) -> None:
@@ -200,7 +200,7 @@ class HostsTests(TestCase):
     def take_over(self) -> None:
         """Lose the primary; make the mirror an ordinary disk."""
         self.write(6 * MIB, MIB)
-        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "20")
+        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "50")
         self.primary.ip("link", "set", self.primary.link, "down")
         self.assertIn("dsgrp000: its rmd runs", self.secondary.ask("qdsrmdreco").stderr.decode())
         self.secondary.run("killrmds")
