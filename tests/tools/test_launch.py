@@ -77,6 +77,13 @@ class LaunchTests(LaunchCase):
         code, output, _ = self.run_command(launch.killdriver)
         self.assertEqual((code, output), (0, "qdsdriver is not running\n"))
 
+    def test_a_broken_file_stops_its_own_group_only(self) -> None:
+        self.world.paths.group_config(5).write_text("operation = nonsense\n")
+        code, output, errors = self.run_command(launch.launchdriver)
+        self.assertEqual((code, output), (10, "qdsdriver runs with 1 group\n"), errors)
+        self.assertIn("dsgrp005.cfg", errors)
+        self.assertEqual(self.run_command(launch.killdriver)[0], 0)
+
     def test_group_that_fails_ends_with_its_code(self) -> None:
         self.world.behave(0, "fatal")
         code, _, errors = self.run_command(launch.launchdriver)
