@@ -33,6 +33,7 @@ OTHERS = (
     ("qdsmirror-architecture", 7),
     ("qdsmirror-protocol", 7),
     ("qdsmirror-security", 7),
+    ("qdsmirror-takeover", 7),
 )
 #: Other projects' pages that ours refer to.
 FOREIGN = frozenset(
