@@ -40,7 +40,7 @@ def write_durably(path: str, export: str) -> int:
 
 
 class FailureTests(MasterCase):
-    timeout = 90
+    timeout = 60
 
     async def site(self) -> Any:
         """Real devices, and a master whose state files cannot be written."""
