@@ -463,7 +463,8 @@ class RemoteGroup:
         self.unmirrored_bytes += size
         self._to_mirror.extend(batch)
         if self._ack_wanted:
-            self._ack_wanted = False
+            # What came meanwhile and asked for one is in the next batch.
+            self._ack_wanted = bool(self._received)
             self._ack()
         self._press()
         self._apply()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -10,9 +14,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import nbd, watermark
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.watermark import Committed
-from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
+from qdsmirror.errors import BrokenError, CorruptError, DeviceError, MismatchError, QdsError
 from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.groups.unit import DriverUnit
+from qdsmirror.paths import Paths
 from qdsmirror.storage.writelog import read_superblock
 from tests.fakes import at_random, nothing
 from tests.groups.world import BLOCK, GENERATION, KIB, DriverWorld, FakeConnection, unique
@@ -293,6 +298,48 @@ class RecoveryTests(SynchronousTestCase):
         self.assertEqual(world.group.next_gsn, 3)
         self.assertEqual(world.group.units[0].framed_point.sequence, 2)
 
+    def test_void_range_is_durable_before_a_superblock_counts_it(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        first, second = world.start(), world.group.units[1]
+        world.client.write(first, 0, unique(1))
+        world.client.write(second, 0, unique(2))
+        world.step("qds1 writelog")
+        world.kill()
+        log = world.log()
+        start = first.writelog.ring.start
+        pwritev = log.pwritev
+        voids: list[int] = []
+
+        def watched(buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+            if offset >= start:
+                voids.append(offset)
+            else:
+                self.assertTrue(voids)
+                self.assertFalse([w for w in log.unsynced if w.offset >= start], "rules.md 6")
+            pwritev(buffers, offset)
+
+        log.pwritev = watched  # type: ignore[method-assign]
+        world.start()
+        self.assertEqual(len(voids), 1)
+
+    def test_corrupt_group_is_refused_before_anything_is_replayed(self) -> None:
+        world = DriverWorld(self, ldsus=2, stepped=True)
+        for unit in (world.start(), world.group.units[1]):
+            world.client.write(unit, 0, unique(unit.index), fua=True)
+            world.step(f"{unit.name} writelog")
+            world.step(f"{unit.name} commit")
+        # Later frames say that the one of qds1 was durable.
+        unit = world.group.units[0]
+        world.client.write(unit, BLOCK, unique(2), fua=True)
+        world.step("qds0 writelog")
+        world.step("qds0 commit")
+        place = world.group.units[1].writelog.ring.start
+        world.kill()
+        world.log(1).corrupt(place + 300, b"\xee")
+        self.failureResultOf(world.begin(), CorruptError)
+        for index in (0, 1):
+            self.assertEqual(world.data(index).content(), bytes(world.data(index).size))
+
     def test_replay_happens_again_when_it_was_interrupted(self) -> None:
         world = DriverWorld(self, stepped=True)
         unit = world.start()
@@ -318,10 +365,27 @@ class RecoveryTests(SynchronousTestCase):
         failure = self.failureResultOf(world.begin(), CorruptError)
         self.assertIn("/near/log0", failure.getErrorMessage() + "/near/log0")
 
+    def test_failed_sync_is_remembered_by_the_next_driver(self) -> None:
+        """The kernel would report the next fsync as good (rules.md 4)."""
+        for name in ("log1", "data1"):
+            world = DriverWorld(self, ldsus=2)
+            base = Path(tempfile.mkdtemp(prefix="qdsd", dir="/tmp"))
+            self.addCleanup(shutil.rmtree, base)
+            world.paths = Paths.of(base)
+            world.paths.state_file(0).parent.mkdir(parents=True)
+            world.start()
+            world.devices[f"/near/{name}"].fail("fdatasync")
+            world.client.write(world.group.units[1], 0, unique(1))
+            world.settle(3)
+            self.assertTrue(world.group.units[1].errors)
+            world.crash(nothing)
+            failure = self.failureResultOf(world.begin(), BrokenError)
+            self.assertIn(f"/near/{name} has failed", failure.getErrorMessage())
+
     def test_foreign_log_is_refused_and_everything_is_closed(self) -> None:
         world = DriverWorld(self, ldsus=2)
         world.devices["/near/log0"], world.devices["/near/log1"] = world.log(1), world.log(0)
-        failure = self.failureResultOf(world.begin(), BrokenError)
+        failure = self.failureResultOf(world.begin(), MismatchError)
         self.assertIn("writelog of qds1", failure.getErrorMessage())
         self.assertTrue(world.data(0).closed and world.log(0).closed)
 
@@ -388,7 +452,7 @@ class AttachmentTests(SynchronousTestCase):
         said = list(watermark.WatermarkParser().feed(world.reactor.adopted[-1].transport.value()))
         self.assertEqual(said[-1][0], watermark.DURABLE)
         self.assertEqual(watermark.parse_durable(said[-1][1]), (1, [(0, unit.durable_end)]))
-        out = OutUnit.from_info(info["units"][0], GENERATION, descriptors[0])
+        out = OutUnit.from_info(info["units"][0], {GENERATION}, descriptors[0])
         frames = out.read_from(out.committed).read(1 << 20, unit.durable_end)
         self.assertEqual([f.header.gsn_first for f in frames], [1])
         self.assertRaises(OSError, os.write, descriptors[0], b"x")
@@ -464,7 +528,7 @@ class AttachmentTests(SynchronousTestCase):
         for descriptor in (*descriptors, end):
             self.addCleanup(os.close, descriptor)
         for index, unit in enumerate(world.group.units):
-            out = OutUnit.from_info(info["units"][index], GENERATION, descriptors[index])
+            out = OutUnit.from_info(info["units"][index], {GENERATION}, descriptors[index])
             point = unit.framed_point
             found = out.find(Point(point.sequence, point.chain))
             self.assertEqual(found.position, unit.durable_end)

@@ -153,6 +153,32 @@ class ApplyTests(SynchronousTestCase):
         expected = unique(1)[:512] + unique(2, 512) + unique(1)[1024:2048]
         self.assertEqual(client.data[request], expected)
 
+    def test_write_applied_between_a_slow_read_and_its_answer_is_not_missed(self) -> None:
+        client = self.world.client
+        self.world.data().cached = False
+        client.write(self.unit, 0, unique(1))
+        self.world.step("qds0 writelog")
+        request = client.ask(self.unit, nbd.CMD_READ, 0, 2 * BLOCK)
+        job, done = self.world.steps["qds0 read"].waiting.popleft()
+        data = job()
+        self.world.settle()
+        self.assertFalse(self.unit.pending)
+        done(data, None)
+        self.assertEqual(client.data[request], unique(1) + bytes(BLOCK))
+
+    def test_only_what_may_become_a_hole_is_unmapped(self) -> None:
+        client = self.world.client
+        asked: list[tuple[int, bool]] = []
+        self.world.data().zero = (  # type: ignore[method-assign]
+            lambda offset, length, unmap: asked.append((offset, unmap))
+        )
+        client.ask(self.unit, nbd.CMD_TRIM, 0, BLOCK)
+        client.ask(self.unit, nbd.CMD_WRITE_ZEROES, BLOCK, BLOCK)
+        flags = nbd.CMD_FLAG_NO_HOLE
+        client.ask(self.unit, nbd.CMD_WRITE_ZEROES, 2 * BLOCK, BLOCK, None, flags)
+        self.world.settle()
+        self.assertEqual(asked, [(0, True), (BLOCK, True), (2 * BLOCK, False)])
+
     def test_overlapping_writes_keep_their_order(self) -> None:
         client = self.world.client
         for number in range(8):
@@ -286,6 +312,27 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(dead.abandoned, [stale])
         self.assertEqual(world.data().content()[BLOCK : 2 * BLOCK], unique(2))
         self.assertNotIn(unique(1), world.log().content())
+
+    def test_dead_connections_held_requests_are_not_framed(self) -> None:
+        """What a refresh's lock has held back is forgotten with the rest, once."""
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        dead, alive = FakeConnection(), world.client
+        unit.lock(0, BLOCK)
+        held = dead.write(unit, 0, unique(1))
+        alive.write(unit, 4 * BLOCK, unique(2))
+        queued = dead.write(unit, BLOCK, unique(3))
+        dead.gone = True
+        world.settle()
+        self.assertEqual(dead.abandoned, [queued, held])
+        unit.unlock()
+        again = alive.write(unit, 0, unique(4))
+        world.settle()
+        self.assertEqual(dead.abandoned, [queued, held])
+        self.assertIn(again, alive.done)
+        self.assertEqual(world.data().content()[:BLOCK], unique(4))
+        for number in (1, 3):
+            self.assertNotIn(unique(number), world.log().content())
 
     def test_stale_copy_does_not_overtake_what_waits_for_space(self) -> None:
         world = DriverWorld(self, size=MIB, log=256 * KIB)

@@ -1,0 +1,336 @@
+"""The secondary's group in memory: what is durable when an ACK leaves, and whose frames count."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from qdsmirror.config import HostConfig
+from qdsmirror.core import stream
+from qdsmirror.core.records import Superblock
+from qdsmirror.core.stream import ACK_REQUESTED, FRAME, Ack, Message
+from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
+from qdsmirror.groups import remote as remote_module
+from qdsmirror.groups.authority import Authority
+from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.runtime import Runtime
+from qdsmirror.net.handshake import RebasePosition
+from qdsmirror.net.link import Link
+from qdsmirror.paths import Paths
+from qdsmirror.storage.writelog import read_superblock
+from tests.fakes import Choice, MemoryDevice, StepWorker, nothing
+from tests.groups.world import BLOCK, MIB, FakeReactor, group_config, unique
+from tests.storage.logworld import GENERATION, OTHER_GENERATION, FrameMaker, initialise, write
+
+JOURNAL, MIRROR = "dsgrp000 journal", "dsgrp000 mirror"
+
+
+class FakeLink:
+    """A connection of the primary: keeps the ACKs and why it was closed."""
+
+    def __init__(self) -> None:
+        self.acks: list[Ack] = []
+        self.closed = ""
+
+    def send(self, data: bytes) -> None:
+        for message in stream.MessageParser().feed(data):
+            self.acks.append(stream.parse_ack(message.payload))
+
+    def close(self, reason: str) -> None:
+        self.closed = reason
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class RemoteWorld:
+    """A secondary of two LDSUs, and the rmd's group over it, its workers stepped."""
+
+    def __init__(self, test: SynchronousTestCase, journal: int = MIB) -> None:
+        self.test = test
+        self.maker = FrameMaker()
+        self.config = group_config(2)
+        base = Path(tempfile.mkdtemp(prefix="qdsr", dir="/tmp"))
+        test.addCleanup(shutil.rmtree, base)
+        self.paths = Paths.of(base)
+        self.paths.state_file(0).parent.mkdir(parents=True)
+        test.patch(remote_module, "load_secret", lambda *_: bytes(32))
+        sizes = {"/far/journal": journal, "/far/mirror0": MIB, "/far/mirror1": MIB}
+        self.devices = {path: MemoryDevice(size, path=path) for path, size in sizes.items()}
+        initialise(self.devices["/far/journal"], role="journal", sizes=[MIB, MIB], generations=())
+
+    def begin(self) -> Deferred[Any]:
+        self.reactor = FakeReactor()
+        self.steps: dict[str, StepWorker] = {}
+
+        def worker(name: str) -> StepWorker:
+            return self.steps.setdefault(name, StepWorker())
+
+        runtime = Runtime(
+            reactor=self.reactor,
+            open_device=lambda path, **_: self.devices[path],
+            quick_worker=worker,
+            slow_worker=worker,
+            read_worker=worker,
+            wall=self.reactor.seconds,
+            server_tls=lambda *_: None,
+        )
+        host = HostConfig("beta", Path("c"), Path("k"), Path("a"))
+        self.group = RemoteGroup(self.config, host, self.paths, self.reactor, runtime)
+        return self.group.start()  # type: ignore[no-any-return]
+
+    def start(self) -> RemoteGroup:
+        self.test.successResultOf(self.begin())
+        return self.group
+
+    def crash(self, choose: Choice = nothing) -> None:
+        """Cut the secondary's power."""
+        self.devices = {path: device.crash(choose) for path, device in self.devices.items()}
+
+    def connect(self) -> FakeLink:
+        link = FakeLink()
+        self.group.link_made(cast(Link, link))
+        return link
+
+    def frame(self, index: int = 0, block: int | None = None) -> bytes:
+        """Make the group's next frame: the GSN's unique bytes, at the block of the same number."""
+        number = self.maker.gsn
+        at = (number if block is None else block) * BLOCK
+        return self.maker.make(index, [write(at, unique(number))])
+
+    def deliver(self, link: FakeLink, frame: bytes, ack: bool = True) -> None:
+        message = Message(FRAME, ACK_REQUESTED if ack else 0, frame)
+        self.group.link_message(cast(Link, link), message)
+
+    def step(self, name: str) -> None:
+        self.test.assertTrue(self.steps[name].step(), f"{name} has no job")
+
+    def settle(self) -> None:
+        while any(worker.step() for worker in list(self.steps.values())):
+            pass
+
+    def block(self, index: int, block: int) -> bytes:
+        return self.devices[f"/far/mirror{index}"].content()[block * BLOCK :][:BLOCK]
+
+    @property
+    def journal(self) -> MemoryDevice:
+        return self.devices["/far/journal"]
+
+    @property
+    def superblock(self) -> Superblock:
+        return read_superblock(self.journal)
+
+
+class JournalTests(SynchronousTestCase):
+    """A frame is in the durable journal before it is acknowledged, and before it is applied."""
+
+    def setUp(self) -> None:
+        self.world = RemoteWorld(self)
+        self.group = self.world.start()
+        self.link = self.world.connect()
+
+    def test_ack_leaves_after_the_sync(self) -> None:
+        world = self.world
+        self.assertEqual(self.link.acks, [Ack(0, 0)])
+        frame = world.frame()
+        world.deliver(self.link, frame)
+        self.assertEqual(self.link.acks, [Ack(0, 0)])
+        self.assertEqual(world.block(0, 1), bytes(BLOCK))
+        world.step(JOURNAL)
+        self.assertIn(frame, world.journal.durable())
+        self.assertEqual(self.link.acks, [Ack(0, 0), Ack(1, 0)])
+        self.assertEqual(world.block(0, 1), bytes(BLOCK))
+        world.step(MIRROR)
+        self.assertEqual(world.block(0, 1), unique(1))
+        self.assertEqual(self.link.acks[-1], Ack(1, 1))
+
+    def test_frames_that_come_during_a_sync_get_their_ack_after_the_next(self) -> None:
+        """The mirror devices may be slow: what is committed does not wait for them."""
+        world = self.world
+        for _ in range(2):
+            world.deliver(self.link, world.frame())
+        world.step(JOURNAL)
+        self.assertEqual(self.link.acks[-1], Ack(1, 0))
+        world.step(JOURNAL)
+        self.assertEqual(self.link.acks[-1], Ack(2, 0))
+
+    def test_what_was_acknowledged_survives_a_power_cut(self) -> None:
+        world = self.world
+        for number in range(6):
+            world.deliver(self.link, world.frame(number % 2))
+        world.step(JOURNAL)
+        world.step(JOURNAL)
+        committed = self.link.acks[-1].committed
+        self.assertEqual(committed, 6)
+        world.crash()
+        group = world.start()
+        self.assertEqual((group.committed_gsn, group.mirrored_gsn), (6, 6))
+        for gsn in range(1, 7):
+            self.assertEqual(world.block((gsn - 1) % 2, gsn), unique(gsn))
+
+    def test_checkpoint_frees_only_what_is_on_the_mirror(self) -> None:
+        world = self.world
+        for _ in range(2):
+            world.deliver(self.link, world.frame())
+            world.step(JOURNAL)
+        # GSN 1 is being applied; GSN 2 is durable in the journal and nowhere else.
+        world.reactor.advance(self.group.config.tunables.metadata_seconds)
+        world.step(MIRROR)
+        self.assertEqual(self.group.mirrored_gsn, 1)
+        while world.superblock.applied.position == 0 and world.steps[MIRROR].waiting:
+            world.reactor.advance(self.group.config.tunables.metadata_seconds)
+            world.step(MIRROR)
+            self.assertLessEqual(world.superblock.applied.gsn - 1, self.group.mirrored_gsn)
+        world.crash()
+        world.start()
+        self.assertEqual([world.block(0, gsn) for gsn in (1, 2)], [unique(1), unique(2)])
+
+    def test_failed_sync_is_never_acknowledged(self) -> None:
+        world = self.world
+        world.journal.fail("fdatasync")
+        world.deliver(self.link, world.frame())
+        world.step(JOURNAL)
+        self.assertEqual(self.link.acks, [Ack(0, 0)], "LOUD")
+        self.assertIn("journal /far/journal", self.link.closed)
+        self.assertIn("journal /far/journal", self.group.failed)
+        self.assertEqual(self.group.link_state["state"], "refused")
+        again = world.connect()
+        world.deliver(again, world.frame())
+        world.settle()
+        self.assertEqual(again.acks, [Ack(0, 0)])
+        self.assertEqual(world.block(0, 1), bytes(BLOCK))
+        self.assertRaises(DeviceFailedError, self.group.supersede)
+        # The next process must not believe the kernel's next fsync (rules.md 4).
+        world.crash()
+        error = self.failureResultOf(world.begin())
+        error.trap(BrokenError)
+        self.assertIn("/far/journal has failed", error.getErrorMessage())
+
+    def test_failed_mirror_device_is_not_reported_as_mirrored(self) -> None:
+        world = self.world
+        world.devices["/far/mirror0"].fail("pwritev", errno.EIO)
+        world.deliver(self.link, world.frame())
+        world.settle()
+        self.assertEqual(self.link.acks[-1].mirrored, 0)
+        self.assertIn("mirror device", self.group.failed)
+        self.assertEqual(world.superblock.applied.position, 0)
+
+
+class SessionTests(SynchronousTestCase):
+    """One writer: a newer session ends the older, and nothing of it is left (rules.md 17)."""
+
+    def setUp(self) -> None:
+        self.world = RemoteWorld(self)
+        self.group = self.world.start()
+        self.link = self.world.connect()
+
+    def test_frames_that_were_not_journaled_count_as_never_received(self) -> None:
+        world = self.world
+        frame = world.frame()
+        world.deliver(self.link, frame, ack=False)
+        self.group.supersede()
+        self.assertIn("superseded", self.link.closed)
+        self.assertEqual(self.group.position(0).next_sequence, 1)
+        link = world.connect()
+        world.deliver(link, frame)
+        world.settle()
+        self.assertEqual(link.acks[-1], Ack(1, 1))
+        self.assertEqual(world.journal.durable().count(frame), 1)
+        world.deliver(link, world.frame())
+        world.settle()
+        world.crash()
+        self.assertEqual(world.start().committed_gsn, 2)
+
+    def test_no_position_is_told_while_frames_are_being_committed(self) -> None:
+        world = self.world
+        world.deliver(self.link, world.frame())
+        self.assertRaises(ProtocolError, self.group.supersede)
+        world.settle()
+        self.group.supersede()
+        self.assertEqual(self.group.position(0).next_sequence, 2)
+        self.assertEqual(self.group.position(0).next_gsn, 2)
+
+    def test_older_connections_frames_are_not_taken(self) -> None:
+        world = self.world
+        newer = world.connect()
+        self.assertIn("superseded", self.link.closed)
+        world.deliver(self.link, world.frame())
+        world.settle()
+        self.assertEqual(self.group.committed_gsn, 0)
+        self.group.link_lost(cast(Link, self.link), "gone")
+        self.assertEqual(self.group.link_state["state"], "connected")
+        self.assertEqual(newer.closed, "")
+
+    def test_handshake_that_was_overtaken_does_not_begin(self) -> None:
+        def mapped() -> Authority:
+            authority = Authority(self.group, lambda: None)
+            for index in range(2):
+                authority.map_ldsu(index, f"qds{index}", MIB)
+            return authority
+
+        slow = mapped()
+        mapped().start(bytes(16))
+        quick = self.world.connect()
+        self.world.deliver(quick, self.world.frame())
+        self.world.settle()
+        self.group.link_lost(cast(Link, quick), "gone")
+        self.assertRaises(ProtocolError, slow.start, bytes(16))
+        mapped().start(bytes(16))
+
+    def test_what_arrived_before_the_loss_is_committed(self) -> None:
+        world = self.world
+        world.deliver(self.link, world.frame(), ack=False)
+        self.group.link_lost(cast(Link, self.link), "gone")
+        world.settle()
+        self.assertEqual(self.group.position(0).next_sequence, 2)
+
+
+class RebaseTests(SynchronousTestCase):
+    """A refresh replaces the history: incoherent first, durably, in both slots (COHERENT)."""
+
+    def test_incoherent_with_the_new_history(self) -> None:
+        world = RemoteWorld(self)
+        group = world.start()
+        link = world.connect()
+        world.deliver(link, world.frame())
+        world.settle()
+        mirror = group.mirror
+        assert mirror is not None
+        mirror.journal.update(both=True, coherent=True, reason="")
+        refresh_id = b"R" * 16
+        points = [
+            RebasePosition(
+                index=index,
+                generation=OTHER_GENERATION,
+                predecessor=GENERATION,
+                next_sequence=9,
+                chain=b"C" * 16,
+                next_gsn=20,
+                refresh_id=refresh_id,
+            )
+            for index in range(2)
+        ]
+        group.supersede()
+        self.successResultOf(group.rebase(points))
+        size = world.superblock.slot_bytes
+        for slot in range(2):
+            device = MemoryDevice(MIB, content=world.journal.durable())
+            device.corrupt((1 - slot) * size, bytes(512))
+            found = read_superblock(device)
+            self.assertFalse(found.coherent, f"slot {slot}")
+            self.assertEqual((found.refresh or {}).get("id"), refresh_id.hex())
+            self.assertEqual(found.generation, OTHER_GENERATION)
+        self.assertEqual(group.committed_gsn, 19)
+        told: Any = group.position(1)
+        self.assertEqual((told.generation, told.next_sequence), (OTHER_GENERATION, 9))
+        world.crash()
+        self.assertEqual(world.start().position(0).next_gsn, 20)
