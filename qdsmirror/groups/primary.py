@@ -289,13 +289,19 @@ class PrimaryGroup:
         """Learn of a refresh: it may overcome what a connection was refused for."""
         self._refresh = refresh
         if refresh is not None:
-            self._wake()
+            self._again()
 
     def retry(self) -> None:
         """Do not wait any longer after a refusal: the operator says that something has changed."""
         self._refused_delay = REFUSED_RETRY_SECONDS_MIN
         if self.link_state["state"] == "refused":
-            self._wake()
+            self._again()
+
+    def _again(self) -> None:
+        """Try at once; what it was refused for may be so no longer."""
+        if self.link_state["state"] == "refused":
+            self._say("connecting", "")
+        self._wake()
 
     def driver_lost(self, client: _WatermarkClient) -> None:
         """Lose the driver: without it nothing may be sent."""
@@ -329,7 +335,8 @@ class PrimaryGroup:
         :returns: fires with the reason when the link has ended.
         :raises QdsError: with the reason, when any of that fails.
         """
-        if self.link_state["state"] != "connecting":
+        # A refusal stands while it is merely tried again: it says more, and waiting does not help.
+        if self.link_state["state"] not in ("connecting", "refused"):
             self._say("connecting", "")
         config = self.config
         endpoint = self.runtime.endpoint(self._reactor, self.host, config)
