@@ -56,6 +56,12 @@ REFRESH_TURN = 8
 REFRESH_RETRY_SECONDS_MIN = 1.0
 REFRESH_RETRY_SECONDS_MAX = 60.0
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
+#: The dirty bitmap: a bit stands for so much at least; so many bits, and part of the log, at most.
+BITMAP_CHUNK_BYTES_MIN = 64 * KIB
+BITMAP_BITS_MAX = 1 << 20
+BITMAP_LOG_SHARE = 16
+#: It is written in such blocks.
+BITMAP_BLOCK_BYTES = 4 * KIB
 METADATA_ENTRIES_DEFAULT = 4096
 METADATA_SECONDS_DEFAULT = 1.0
 
@@ -82,6 +88,10 @@ INLINE_BURST_SECONDS_MAX = 0.01
 UNAPPLIED_BYTES_MAX = 32 * MIB
 #: Behind the end of a scan, so far is looked for frames that were written later (rules.md 6).
 SCAN_AHEAD_BYTES = 2 * UNAPPLIED_BYTES_MAX
+#: While the link is up, or has just been given the chance to free the log by a refresh, a write
+#: waits so long for room in a full writelog before that counts as an overflow.
+OVERFLOW_WAIT_SECONDS = 1.0
+OVERFLOW_AGAIN_SECONDS = 10.0
 #: Payload and read bytes of unanswered requests, for all connections of one child.
 REQUEST_BUDGET_BYTES = 32 * MIB
 #: Without anyone waiting for durability, a commit follows a write this soon ...

@@ -45,7 +45,7 @@ BREAK = 5
 SWITCH = 6
 _KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH))
 
-#: Payload bytes that a control frame has: the id of a refresh, a bypass or a generation, or nothing.
+#: Payload bytes that a control frame has: an id of a refresh, bypass or generation, or nothing.
 _CONTROL_PAYLOAD_BYTES = {VOID: 0, REFRESH_BEGIN: 16, REFRESH_END: 16, BREAK: 16, SWITCH: 16}
 
 # Entry kinds.

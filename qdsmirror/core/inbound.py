@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qdsmirror.core.frames import (
     ENTRIES,
+    SWITCH,
     Buffer,
     Entry,
     FrameHeader,
     chain_follows,
     check_body,
+    control_payload,
     entries,
     parse_header,
 )
-from qdsmirror.core.records import Cursor, Point
+from qdsmirror.core.generations import covering
+from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
 
 
@@ -23,15 +26,16 @@ class Intake:
 
     :param cursor: where it stands.
     :param sizes: bytes of each LDSU's mirror device, by index.
-    :param generations: ids of the histories that are valid; empty while the secondary is blank,
-        and then the first frame's becomes the one.
+    :param generations: the histories that are valid; none while the secondary is blank, and then
+        the first frame's becomes the one.
+    :ivar generations: likewise, with those that frames have brought since.
     """
 
     def __init__(
-        self, cursor: Cursor, sizes: Sequence[int], generations: Collection[bytes]
+        self, cursor: Cursor, sizes: Sequence[int], generations: Sequence[Generation]
     ) -> None:
         self._sizes = sizes
-        self.generations = frozenset(generations)
+        self.generations = tuple(generations)
         self.gsn = cursor.gsn
         self._points: dict[int, Point] = dict(cursor.points)
         self._start = cursor
@@ -59,8 +63,7 @@ class Intake:
             raise ProtocolError(f"damaged frame: {error.message}") from error
         if header.ldsu >= len(self._sizes):
             raise ProtocolError(f"frame for LDSU {header.ldsu}, which is not mapped")
-        if self.generations and header.generation not in self.generations:
-            raise DivergedError(f"frame of another generation: {header.generation.hex()}")
+        brings = self._check_generation(header, frame)
         if header.gsn_first != self.gsn:
             raise ProtocolError(f"frame with GSN {header.gsn_first} where {self.gsn} comes next")
         sequence, chain = self.point(header.ldsu)
@@ -74,8 +77,39 @@ class Intake:
                 raise ProtocolError(
                     f"entry of {entry[1]} bytes at {entry[0]} is beyond LDSU {header.ldsu}"
                 )
-        if not self.generations:
-            self.generations = frozenset((header.generation,))
+        if brings:
+            added = Generation(header.generation, header.gsn_first)
+            self.generations = (*self.generations, added)
         self.gsn = header.gsn_first + header.gsn_count
         self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
         return header, found
+
+    def _check_generation(self, header: FrameHeader, frame: Buffer) -> bool:
+        """Check a frame's generation; tell whether it is one that the list lacks (rules.md 7).
+
+        Only a switch that names the newest one brings another.  A crash may have come between its
+        taking and its frame's: then the list has it already.
+
+        :raises DivergedError: the frame is not of the generation that its number belongs to, or
+            another than a switch is a generation's first.
+        """
+        known = self.generations
+        if not known:
+            return True
+        at = covering(known, header.gsn_first)
+        names = control_payload(header, frame) if header.kind == SWITCH else b""
+        if at is not None and header.generation == known[at].id:
+            if header.gsn_first != known[at].first_gsn:
+                fits = not names
+            else:
+                # Where the list begins with it, nothing tells what came before.
+                fits = not at or names == known[at - 1].id
+            if fits:
+                return False
+        elif (
+            at == len(known) - 1
+            and names == known[-1].id
+            and all(header.generation != one.id for one in known)
+        ):
+            return True
+        raise DivergedError(f"frame of another generation: {header.generation.hex()}")

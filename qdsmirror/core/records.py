@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from crc32c import crc32c
 
+from qdsmirror.core.bitmap import BitmapArea, bitmap_area
 from qdsmirror.core.frames import GENESIS, NUMBERS_END, Buffer, FrameHeader
 from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
@@ -186,6 +187,9 @@ class Superblock:
     :ivar durable_gsn: the group's durable GSN when this was written (rules.md 6).
     :ivar coherent: whether the mirror is usable as of one instant (invariant COHERENT).
     :ivar refresh: the refresh in progress, as the driver or the rmd describes it, or ``None``.
+    :ivar bypass: the bypass that the group is in, by id, since and reason, or ``None``; in a
+        journal the one at whose break the mirror stands.
+    :ivar bitmap: where the dirty bitmap stands; ``None`` in a journal.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -204,6 +208,8 @@ class Superblock:
     coherent: bool = False
     reason: str = ""
     refresh: Mapping[str, Any] | None = None
+    bypass: Mapping[str, Any] | None = None
+    bitmap: BitmapArea | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -229,6 +235,8 @@ class Superblock:
             "coherent": self.coherent,
             "reason": self.reason,
             "refresh": dict(self.refresh) if self.refresh is not None else None,
+            "bypass": dict(self.bypass) if self.bypass is not None else None,
+            "bitmap": list(self.bitmap) if self.bitmap is not None else None,
         }
 
     @classmethod
@@ -253,6 +261,8 @@ class Superblock:
             coherent=body["coherent"],
             reason=body["reason"],
             refresh=body["refresh"],
+            bypass=body["bypass"],
+            bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
             counter=counter,
             slot_bytes=slot_bytes,
         )
@@ -267,6 +277,7 @@ class Superblock:
         numbers += [n for c in cursors for n in (c.position, c.gsn)]
         numbers += [point.sequence for c in cursors for point in c.points.values()]
         numbers += [n for unit in self.units for n in (unit.index, unit.size)]
+        numbers += self.bitmap or ()
         if not all(type(n) is int and 0 <= n < NUMBERS_END for n in numbers):
             raise ValueError("a number is out of range")
         if (
@@ -279,6 +290,13 @@ class Superblock:
             or ring.start + ring.size > self.device_bytes
         ):
             raise ValueError("the layout is impossible")
+        area = self.bitmap
+        if area is not None and not (
+            2 * self.slot_bytes <= area.start
+            and area.start + area.size <= ring.start
+            and area.covers(self.units[0].size)
+        ):
+            raise ValueError("the dirty bitmap's place is impossible")
         if any(c.position % ring.align for c in cursors) or not (
             self.tail.position <= self.applied.position <= self.head.position
             <= self.tail.position + ring.size
@@ -363,15 +381,22 @@ def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
         raise CorruptError(f"superblock slot {slot}: body cannot be read: {error}") from error
 
 
-def layout(device_bytes: int, units: int, physical_block: int) -> tuple[int, Ring]:
-    """Divide a device into two slots and the ring.
+def layout(
+    device_bytes: int, units: int, physical_block: int, covered_bytes: int | None = None
+) -> tuple[int, Ring, BitmapArea | None]:
+    """Divide a device into two slots, the dirty bitmap's area and the ring.
 
-    :returns: the slot size and the ring.
+    :param covered_bytes: size of the LDSU that the bitmap is for; ``None``: there is no bitmap.
+    :returns: the slot size, the ring, and the bitmap's area.
     :raises DeviceError: the device is too small.
     """
     slot_bytes = slot_bytes_for(units, device_bytes, physical_block)
     align = max(RECORD_ALIGN_BYTES, physical_block)
     start = align_up(2 * slot_bytes, align)
+    area = None
+    if covered_bytes is not None:
+        area = bitmap_area(start, covered_bytes, device_bytes, align)
+        start += area.size
     size = (device_bytes - start) // align * align
     if size < 16 * align:
         raise DeviceError(
@@ -379,7 +404,7 @@ def layout(device_bytes: int, units: int, physical_block: int) -> tuple[int, Rin
             f"at least, not {device_bytes}",
             hint="give a larger device",
         )
-    return slot_bytes, Ring(start, size, align)
+    return slot_bytes, Ring(start, size, align), area
 
 
 def renewed(superblock: Superblock, **changes: Any) -> Superblock:

@@ -25,7 +25,9 @@ REFRESH = 2
 COMMITTED = 3
 #: pmd → driver: a JSON object: the link's state, with reason and exit code.
 LINK = 4
-_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK))
+#: driver → pmd: a JSON object: the generations that frames may be of from now on (rules.md 7).
+GENERATIONS = 5
+_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK, GENERATIONS))
 
 _HEADER = Struct(">BBHI")
 _GSN = Struct(">Q")
@@ -87,12 +89,12 @@ def parse_committed(payload: bytes) -> tuple[int, int, int, list[Committed]]:
 
 
 def pack_json(kind: int, body: dict[str, Any] | None) -> bytes:
-    """Make a LINK or REFRESH."""
+    """Make a LINK, REFRESH or GENERATIONS."""
     return _message(kind, json.dumps(body).encode())
 
 
 def parse_json(payload: bytes) -> dict[str, Any]:
-    """Read the payload of a LINK or REFRESH.
+    """Read the payload of a LINK, REFRESH or GENERATIONS.
 
     :raises ProtocolError: it is no JSON object.
     """

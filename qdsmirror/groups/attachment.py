@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IPushProducer
@@ -51,6 +52,11 @@ class DriverEnd(Protocol):
     def refresh(self, announcement: dict[str, Any] | None) -> None:
         """Say which refresh is in progress."""
         self.transport.write(watermark.pack_json(watermark.REFRESH, announcement or {}))
+
+    def generations(self, ids: Sequence[bytes]) -> None:
+        """Say of which generations frames may be, before the first of a new one is durable."""
+        said = {"generations": [one.hex() for one in ids]}
+        self.transport.write(watermark.pack_json(watermark.GENERATIONS, said))
 
     def pauseProducing(self) -> None:  # noqa: N802
         """See :class:`IPushProducer`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
@@ -26,6 +27,7 @@ class Checkpoints:
     :ivar applied_gsn: every GSN up to this one is on the data devices, synced.
     :ivar running: whether a checkpoint is under way.
     :ivar wanted: whether somebody waits for space in a writelog.
+    :ivar recording: how many :meth:`record_everywhere` are under way.
     """
 
     def __init__(self, group: DriverGroup) -> None:
@@ -36,6 +38,7 @@ class Checkpoints:
         self.applied_gsn = 0
         self.running = False
         self.wanted = False
+        self.recording = 0
 
     def framed(self, frame: UnitFrame) -> None:
         """Take a new frame into the group's order."""
@@ -129,6 +132,14 @@ class Checkpoints:
             changes["refresh"] = group.refresh_job.state(unit)
         return changes
 
+    def each_cursor(self) -> dict[str, Callable[[DriverUnit], Any]]:
+        """Give :meth:`cursors` as changes for :meth:`record_everywhere`."""
+        names = ("tail", "applied", "head", "durable_gsn")
+        return {name: partial(self._cursor, name) for name in names}
+
+    def _cursor(self, name: str, unit: DriverUnit) -> Any:
+        return self.cursors(unit)[name]
+
     def _write_unit(self, unit: DriverUnit, done: Callable[[], None]) -> None:
         def written(error: BaseException | None) -> None:
             if error is not None:
@@ -148,6 +159,7 @@ class Checkpoints:
                 self._group.refresh_job.poke()
         if self._again:
             self.take()
+        self._group.bypass.poke()
         self._group.note_idle()
 
     def record_everywhere(self, **changes: Any) -> Deferred[None]:
@@ -175,7 +187,10 @@ class Checkpoints:
                 finished.errback(QdsError(f"{name}: cannot be recorded: {failed[0]}"))
             else:
                 finished.callback(None)
+            self.recording -= 1
+            self._group.bypass.poke()
 
+        self.recording += 1
         _each(self._group.units, write, finish)
         return finished
 

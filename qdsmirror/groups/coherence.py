@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import inlineCallbacks
 from twisted.logger import Logger
 
-from qdsmirror.core.records import Superblock
+from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event
 from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
+from qdsmirror.groups.bypass import OFF
 from qdsmirror.groups.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -33,23 +33,26 @@ class Coherence:
         self.reason = ""
         self.job: Refresh | None = None
 
-    def resume(self, superblocks: Sequence[Superblock]) -> None:
-        """Take up what the superblocks (by LDSU) say; the worst of them holds."""
-        self.coherent = all(s.coherent for s in superblocks)
-        self.reason = next((s.reason for s in superblocks if s.reason), "")
-        self.job = Refresh.resumed(self._group, [s.refresh for s in superblocks])
-        if self.job is not None:
-            self.coherent = False
+    def resume(self, settled: Settled) -> None:
+        """Take up what the superblocks say."""
+        self.coherent = settled.coherent
+        self.reason = settled.reason
+        self.job = Refresh.resumed(self._group, settled.refreshes)
 
     @inlineCallbacks
     def refresh(self, kind: str) -> Any:
         """Begin a refresh; fires with its status once it has durably begun.
+
+        In bypass, this leaves it.
 
         :raises DegradedError: one is running already.
         """
         group = self._group
         if kind != "full":
             raise UsageError(f"there is no {kind} refresh", hint="use --full")
+        if group.bypass.phase != OFF:
+            left: dict[str, Any] = yield self.leave_bypass()
+            return left
         failed = next((error for unit in group.units for error in unit.errors), "")
         if failed:
             raise DeviceFailedError(
@@ -76,10 +79,46 @@ class Coherence:
         )
         group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
         job.begin()
+        return (yield self._begun(job))
+
+    @inlineCallbacks
+    def _begun(self, job: Refresh) -> Any:
         yield job.begun
         if self.job is job:
-            group.tell_refresh(job.announcement())
+            self._group.tell_refresh(job.announcement())
         return job.status()
+
+    @inlineCallbacks
+    def leave_bypass(self) -> Any:
+        """Leave bypass by a refresh; fires with its status once it has durably begun.
+
+        :raises DegradedError: the group is not in bypass, or cannot leave it yet.
+        :raises DeviceFailedError: a device has failed.
+        """
+        group = self._group
+        generations = group.bypass.next_generation()
+        job = Refresh(group)
+        self.coherent = False
+        self.reason = "a refresh is in progress"
+        yield group.bypass.leave(generations, coherent=False, reason=self.reason, refresh=job.state)
+        self.job = job
+        group.modes.happen(Event.BYPASS_ENDED, group.runtime.wall(), "bypass was left")
+        job.begin()
+        group.bypass.left()
+        return (yield self._begun(job))
+
+    def end_for_bypass(self) -> None:
+        """End a refresh, which cannot go on in bypass; the mirror stays incoherent."""
+        job = self.job
+        group = self._group
+        if job is None:
+            return
+        job.stop()
+        self.job = None
+        self.reason = "the last refresh was ended by a bypass"
+        group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
+        if not job.begun.called:
+            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended by a bypass"))
 
     @inlineCallbacks
     def restart(self, lost: str) -> Any:

@@ -19,12 +19,15 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.core.bitmap import DirtyBitmap
+from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Event, GroupModes, Mode
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.attachment import DriverEnd
+from qdsmirror.groups.bypass import OFF, ON, Bypass
 from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
 from qdsmirror.groups.driver_status import driver_status
@@ -34,6 +37,7 @@ from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
+from qdsmirror.storage.bitmap import read_bitmap
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
 
@@ -75,6 +79,7 @@ class DriverGroup:
         self.generation = b""
         self.coherence = Coherence(self)
         self.checkpoints = Checkpoints(self)
+        self.bypass = Bypass(self)
         self.next_gsn = 1
         self.durable_gsn = self.committed_gsn = 0
         self.sent_gsn: int | None = None
@@ -114,7 +119,9 @@ class DriverGroup:
             raise
         self._serving = True
         self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())
-        if self.refresh_job is not None:
+        if self.bypass.phase == ON:
+            self.modes.happen(Event.BYPASS_BEGUN, self.runtime.wall(), self.bypass.reason)
+        elif self.refresh_job is not None:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()
         self._tick()
@@ -130,11 +137,12 @@ class DriverGroup:
                     group=self.name, unit=found.config.name, count=replayed,
                 )  # fmt: skip
         superblocks = [unit.writelog.superblock for unit in opened]
-        self.generation = superblocks[0].generation
+        settled = settle(superblocks)
+        self.generation = settled.generations[-1].id
         self.durable_gsn = self.checkpoints.applied_gsn = plan.next_gsn - 1
         self.committed_gsn = max(s.tail.gsn for s in superblocks) - 1
         self.next_gsn = plan.next_gsn
-        self.units = [DriverUnit(self, u.config, u.device, u.writelog, u.reached) for u in opened]
+        self.units = [self._unit(one) for one in opened]
         for void in plan.voids:
             self.log.warn(
                 "{group}: GSN {first} to {last} were lost before they were durable; recorded as "
@@ -144,10 +152,40 @@ class DriverGroup:
             for offset, buffers in unit.void_writes(void.range.first, void.range.length):
                 unit.writelog.device.pwritev(buffers, offset)
             unit.writelog.device.fdatasync()
-        self.coherence.resume(superblocks)
+        self.bypass.resume(settled)
+        self.coherence.resume(settled)
+        common: dict[str, Any] = {}
+        if settled.uneven:
+            # A crash came while bypass was being entered or left: complete it in all.
+            common = {
+                "generations": settled.generations,
+                "bypass": settled.bypass,
+                "coherent": settled.coherent,
+                "reason": settled.reason,
+                "refresh": None,
+            }
         for unit in self.units:
-            unit.writelog.update(both=True, **self.checkpoints.cursors(unit))
+            unit.writelog.update(both=True, **common | self.checkpoints.cursors(unit))
+        if awaits_switch(settled.generations, self.next_gsn):
+            self._switch(settled.generations[-2].id)
         self.lag.framed(self.committed_gsn + 1, self.runtime.reactor.seconds())
+
+    def _unit(self, opened: OpenUnit) -> DriverUnit:
+        area = opened.writelog.superblock.bitmap
+        assert area is not None, "a writelog has a dirty bitmap"
+        device = opened.writelog.device
+        dirty = DirtyBitmap(area, opened.device.size, read_bitmap(device, area))
+        return DriverUnit(
+            self, opened.config, opened.device, opened.writelog, opened.reached, dirty
+        )
+
+    def _switch(self, predecessor: bytes) -> None:
+        """Begin the newest generation with its switch, durably, before anything else (blocking)."""
+        unit = self.units[0]
+        for offset, buffers in unit.switch_writes(predecessor):
+            unit.writelog.device.pwritev(buffers, offset)
+        unit.writelog.device.fdatasync()
+        self.durable_gsn = self.checkpoints.applied_gsn = self.next_gsn - 1
 
     @inlineCallbacks
     def stop(self) -> Any:
@@ -158,6 +196,7 @@ class DriverGroup:
         gone = self._listener.disconnect_all()
         if self.refresh_job is not None:
             self.refresh_job.stop()
+        yield self.bypass.stop()
         # With a full writelog they would wait for a secondary that may never come.
         for unit in self.units:
             unit.leave()
@@ -169,6 +208,8 @@ class DriverGroup:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self.bypass.phase == ON:
+            yield self.bypass.sync()
         yield self._final_checkpoint()
         self._serving = False
         self.modes.happen(Event.DRIVER_STOPPED, self.runtime.wall())
@@ -196,7 +237,11 @@ class DriverGroup:
     @property
     def may_frame(self) -> bool:
         """Whether more may be framed: what is not yet applied is bounded (BOUND)."""
-        return self._unapplied_bytes < UNAPPLIED_BYTES_MAX and self._serving
+        return (
+            self._unapplied_bytes < UNAPPLIED_BYTES_MAX
+            and self._serving
+            and self.bypass.phase == OFF
+        )
 
     @property
     def hurry(self) -> bool:
@@ -218,6 +263,7 @@ class DriverGroup:
 
     def appended(self) -> None:
         """Learn that an append has ended."""
+        self.bypass.poke()
         if self.refresh_job is not None:
             self.refresh_job.poke()
 
@@ -229,6 +275,7 @@ class DriverGroup:
             self.durable_gsn = undurable.popleft().gsn_last
         if self._pmd is not None:
             self._pmd.durable(self.durable_gsn, unit)
+        self.bypass.poke()
         if self.refresh_job is not None and self.durable_gsn != before:
             self.refresh_job.became_durable(self.durable_gsn)
 
@@ -243,6 +290,7 @@ class DriverGroup:
                 unit.pump()
         if self.checkpoints.due:
             self.checkpoints.take()
+        self.bypass.poke()
         self.note_idle()
 
     def note_idle(self) -> None:
@@ -264,6 +312,7 @@ class DriverGroup:
             self._latch.record(path, error)
         except QdsError as cause:
             self.note_error(cause.message)
+        self.bypass.poke()
         self.note_idle()
 
     # -- coherence ----------------------------------------------------------------------------
@@ -285,6 +334,10 @@ class DriverGroup:
     def kill_refresh(self) -> Deferred[dict[str, Any]]:
         """See :meth:`Coherence.kill_refresh`."""
         return self.coherence.kill_refresh()
+
+    def switch_bypass(self, to: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Bypass.switch`."""
+        return self.bypass.switch(to)
 
     def cut(self) -> dict[str, Any]:
         """Give the present end of every log: where a history can begin anew."""
@@ -315,7 +368,9 @@ class DriverGroup:
         self._pmd.adopt(self.runtime.reactor, ours)
         info = {
             "group": self.number,
-            "generation": self.generation.hex(),
+            "generations": [
+                one.id.hex() for one in self.units[0].writelog.superblock.generations
+            ],
             "durable_gsn": self.durable_gsn,
             "committed_gsn": self.committed_gsn,
             "refresh": self.refresh_job.announcement() if self.refresh_job else None,
@@ -395,6 +450,11 @@ class DriverGroup:
         self.link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
         self.modes.happen(Event.LINK_DOWN, self.runtime.wall(), "the pmd is gone")
 
+    def tell_generations(self, ids: Sequence[bytes]) -> None:
+        """Tell an attached pmd of which generations frames may be."""
+        if self._pmd is not None:
+            self._pmd.generations(ids)
+
     def tell_refresh(self, announcement: dict[str, Any] | None) -> None:
         """Tell an attached pmd which refresh is in progress."""
         if self._pmd is not None:
@@ -411,7 +471,7 @@ class DriverGroup:
         """Why the state is what it is: the first that matters to an operator."""
         failed = next((e for unit in self.units for e in unit.errors), "")
         link = self.link["reason"] if self.link["state"] != "connected" else ""
-        return failed or link or self.coherence.reason
+        return failed or self.bypass.reason or link or self.coherence.reason
 
     @property
     def all_applied(self) -> bool:

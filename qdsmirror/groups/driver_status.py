@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from qdsmirror.groups.bypass import ON
+
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
     from qdsmirror.groups.unit import DriverUnit
@@ -43,6 +45,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
             "seconds": round(age, 3),
         },
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
+        "bypass": group.bypass.status(),
         "verify": None,
         "driver": {"pid": pid},
         "pmd": {"pid": link.get("pid"), **said},
@@ -70,6 +73,7 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
         "mirror_device": unit.config.mirror_device,
         "size": unit.size,
         "coherent": group.coherent,
+        "dirty_bytes": unit.dirty.dirty_bytes if group.bypass.phase == ON else 0,
         "writelog": {
             "devices": [unit.config.writelog_device],
             "size": writelog.ring.size,

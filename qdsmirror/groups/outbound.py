@@ -30,6 +30,7 @@ _READ_BYTES_MIN = 64 * 1024
 class OutUnit:
     """One LDSU's writelog as the pmd reads it.
 
+    :ivar generations: ids of those that frames may be of; may grow.
     :ivar durable: position up to which it may be read.
     :ivar committed: behind the last frame that the secondary committed.
     """
@@ -40,14 +41,14 @@ class OutUnit:
     fd: int
     log: bytes
     ring: Ring
-    generation: bytes
+    generations: set[bytes]
     committed: Cursor
     durable: int
     reader: LogReader | None = None
     buffer: deque[LogFrame] = field(default_factory=deque)
 
     @classmethod
-    def from_info(cls, info: dict[str, Any], generation: bytes, fd: int) -> OutUnit:
+    def from_info(cls, info: dict[str, Any], generations: set[bytes], fd: int) -> OutUnit:
         """Make it of what the driver said at attach."""
         return cls(
             index=info["index"],
@@ -56,14 +57,14 @@ class OutUnit:
             fd=fd,
             log=bytes.fromhex(info["log"]),
             ring=Ring(*info["ring"]),
-            generation=generation,
+            generations=generations,
             committed=Cursor.from_json(info["tail"]),
             durable=info["durable"],
         )
 
     def read_from(self, cursor: Cursor) -> LogReader:
         """Read the writelog from a cursor, through the descriptor that the driver passed."""
-        return LogReader(self._pread, self.ring, self.log, cursor, frozenset((self.generation,)))
+        return LogReader(self._pread, self.ring, self.log, cursor, self.generations)
 
     def _pread(self, length: int, offset: int) -> bytes:
         try:

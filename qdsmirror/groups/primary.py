@@ -73,6 +73,8 @@ class _WatermarkClient(Protocol):
             for kind, payload in self._parser.feed(data):
                 if kind == watermark.DURABLE:
                     self._owner.driver_durable(*watermark.parse_durable(payload))
+                elif kind == watermark.GENERATIONS:
+                    self._owner.driver_generations(watermark.parse_json(payload)["generations"])
                 elif kind == watermark.REFRESH:
                     self._owner.driver_refresh(watermark.parse_json(payload) or None)
         except ProtocolError:
@@ -109,7 +111,9 @@ class PrimaryGroup:
         self._running: Deferred[None] | None = None
         self._driver: _WatermarkClient | None = None
         self._units: list[OutUnit] = []
-        self._generation = b""
+        #: Newest last; and the same for the readers, who ask for membership.
+        self._generations: list[bytes] = []
+        self._valid: set[bytes] = set()
         self._durable_gsn = 0
         self._refresh: dict[str, Any] | None = None
         self._outbound: Outbound | None = None
@@ -238,9 +242,10 @@ class PrimaryGroup:
     async def _attach(self) -> None:
         path = self.paths.control_socket(f"{self.name}.driver")
         info, descriptors, end = await self.runtime.attach(self._reactor, path)
-        self._generation = bytes.fromhex(info["generation"])
+        self._valid = set()
+        self.driver_generations(info["generations"])
         self._units = [
-            OutUnit.from_info(unit, self._generation, fd)
+            OutUnit.from_info(unit, self._valid, fd)
             for unit, fd in zip(info["units"], descriptors, strict=True)
         ]
         self._durable_gsn = info["durable_gsn"]
@@ -284,6 +289,12 @@ class PrimaryGroup:
         else:
             for index, position in ends:
                 self._units[index].durable = position
+
+    def driver_generations(self, ids: Sequence[str]) -> None:
+        """Learn the generations that frames may be of, newest last (rules.md 7)."""
+        self._generations = [bytes.fromhex(one) for one in ids]
+        # Those that left the list may still be read from places that were free by then.
+        self._valid.update(self._generations)
 
     def driver_refresh(self, refresh: dict[str, Any] | None) -> None:
         """Learn of a refresh: it may overcome what a connection was refused for."""
@@ -394,10 +405,10 @@ class PrimaryGroup:
         self, acks: list[UnitPosition], next_gsn: int
     ) -> tuple[dict[int, Cursor], int]:
         blank = all(not ack.generation and ack.next_sequence == 1 for ack in acks)
-        if not blank and any(ack.generation != self._generation for ack in acks):
+        if not blank and any(ack.generation not in self._generations for ack in acks):
             raise DivergedError(
                 f"the secondary holds another generation ({acks[0].generation.hex() or 'none'}) "
-                f"than the primary ({self._generation.hex()})",
+                f"than the primary ({self._generations[-1].hex()})",
                 hint="make a new mirror with qdsrefresh --full",
             )
 
@@ -433,7 +444,7 @@ class PrimaryGroup:
             positions.append(
                 RebasePosition(
                     index=ack.index,
-                    generation=self._generation,
+                    generation=self._generations[-1],
                     predecessor=ack.generation,
                     next_sequence=sequence,
                     chain=point.chain,

@@ -23,7 +23,8 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream
-from qdsmirror.core.frames import HEADER_BYTES, REFRESH_BEGIN, REFRESH_END
+from qdsmirror.core.frames import control_payload
+from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.ring import Placement
@@ -60,14 +61,18 @@ _ERRORS_KEPT = 8
 
 
 class _Received:
-    """A checked frame on its way; ``end`` is known once it is placed in the journal."""
+    """A checked frame on its way; ``end`` is known once it is placed in the journal.
 
-    __slots__ = ("change", "end", "frame", "points")
+    :ivar brings: the generation that begins with it.
+    """
+
+    __slots__ = ("brings", "change", "end", "frame", "points")
 
     def __init__(self, change: Change, frame: bytes | bytearray | memoryview) -> None:
         self.change = change
         self.frame = frame
         self.end = 0
+        self.brings: Generation | None = None
         self.points: dict[int, Point] = {}
 
 
@@ -169,7 +174,7 @@ class RemoteGroup:
 
     def _new_intake(self) -> None:
         assert self.mirror is not None
-        generations = [g.id for g in self.mirror.journal.superblock.generations]
+        generations = self.mirror.journal.superblock.generations
         sizes = [unit.size for unit in self.mirror.journal.superblock.units]
         self._intake = Intake(self._durable, sizes, generations)
 
@@ -351,11 +356,13 @@ class RemoteGroup:
         if message.type != stream.FRAME:
             raise ProtocolError(f"the primary sent a message of type {message.type}")
         self._check_fits(len(message.payload))
+        known = self._intake.generations
         header, entries = self._intake.check(message.payload)
-        refresh_id = b""
-        if header.kind in (REFRESH_BEGIN, REFRESH_END):
-            refresh_id = bytes(message.payload[HEADER_BYTES:])
-        self._received.append(_Received(Change(header, entries, refresh_id), message.payload))
+        control = b"" if entries else control_payload(header, message.payload)
+        received = _Received(Change(header, entries, control), message.payload)
+        if self._intake.generations != known:
+            received.brings = self._intake.generations[-1]
+        self._received.append(received)
         self._received_bytes += len(message.payload)
         if message.flags & stream.ACK_REQUESTED:
             self._ack_wanted = True
@@ -412,12 +419,20 @@ class RemoteGroup:
         journal = self.mirror.journal
         writes: Writes = []
         batch: list[_Received] = []
+        generations = known = journal.superblock.generations
         while self._received:
             received = self._received[0]
-            placement: Placement | None = journal.place(len(received.frame))
-            if placement is None:
+            more: tuple[Generation, ...] | None = generations
+            if received.brings is not None:
+                applied = journal.superblock.applied.gsn - 1
+                more = grown(generations, received.brings, applied)
+            placement: Placement | None = None
+            if more is not None:
+                placement = journal.place(len(received.frame))
+            if more is None or placement is None:
                 self._journal_full = True
                 break
+            generations = more
             self._received.popleft()
             received.end = placement.end
             writes += journal.record(
@@ -428,14 +443,11 @@ class RemoteGroup:
             self._checkpoint()
             return
         self._journaling = True
-        first = batch[0].change.header
-        blank = not journal.superblock.generations
 
         def job() -> None:
-            if blank:
-                journal.update(
-                    both=True, generations=(Generation(first.generation, first.gsn_first),)
-                )
+            if generations != known:
+                # A scan must know a generation by the time it meets its first frame.
+                journal.update(both=True, generations=generations)
             for offset, buffers in writes:
                 journal.device.pwritev(buffers, offset)
             journal.device.fdatasync()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,19 +17,21 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
     connected = group.link_state["state"] == "connected"
     coherent = superblock is not None and superblock.coherent
     modes = ["connected" if connected else "accumulating"] if mirror is not None else ["setup"]
-    refreshing = superblock is not None and superblock.refresh is not None
-    if refreshing:
-        modes.append("refresh")
+    bypass = superblock.bypass if superblock is not None else None
+    if superblock is not None and superblock.refresh is not None:
+        modes.insert(0, "refresh")
+    elif bypass is not None:
+        modes.insert(0, "bypass")
     reason = group.failed or ("" if connected else str(group.link_state["reason"]))
     return {
         "group": group.number,
         "name": group.name,
         "role": "secondary",
         "operation": group.config.operation,
-        "state": "refresh" if refreshing else modes[0],
+        "state": modes[0],
         "modes": sorted(modes),
         "since": group.since,
-        "reason": reason or (superblock.reason if superblock is not None else ""),
+        "reason": reason or (superblock.reason if superblock else "") or _break_text(bypass),
         "coherent": coherent,
         "generation": superblock.generation.hex() if superblock is not None else "",
         "peer": group.config.primary_host,
@@ -45,6 +49,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
             "seconds": None,
         },
         "refresh": None,
+        "bypass": dict(bypass) if bypass is not None else None,
         "verify": None,
         "driver": {"pid": None},
         "pmd": {**group.link_state, "pid": None},
@@ -65,6 +70,13 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         "journal": _journal_status(group),
         "errors": list(group.notes),
     }
+
+
+def _break_text(bypass: Mapping[str, Any] | None) -> str:
+    if bypass is None:
+        return ""
+    then = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bypass["since"]))
+    return f"{bypass['reason']} since {then}: the mirror is complete up to then, and usable"
 
 
 def _journal_status(group: RemoteGroup) -> dict[str, Any] | None:

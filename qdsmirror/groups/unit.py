@@ -13,15 +13,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core import frames, nbd
+from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer, Entry
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.ring import Placement
+from qdsmirror.errors import DeviceFailedError
+from qdsmirror.groups import bypass
+from qdsmirror.groups.direct import Direct
 from qdsmirror.groups.reading import Reading
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
 from qdsmirror.limits import (
@@ -30,6 +35,7 @@ from qdsmirror.limits import (
     ZERO_ENTRY_BYTES_MAX,
 )
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.bitmap import clear_bitmap
 from qdsmirror.storage.writelog import Writelog, Writes
 
 if TYPE_CHECKING:
@@ -81,6 +87,8 @@ class DriverUnit:
     """An LDSU: an NBD export over a data device and a writelog.
 
     :ivar errors: what has failed, for ``qdsinfo``; empty while all is well.
+    :ivar dirty: what was written past the writelog, by chunks.
+    :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
     """
 
     log = Logger()
@@ -92,6 +100,7 @@ class DriverUnit:
         device: IBlockDevice,
         writelog: Writelog,
         reached: Cursor,
+        dirty: DirtyBitmap,
     ) -> None:
         runtime = group.runtime
         self.group = group
@@ -115,6 +124,9 @@ class DriverUnit:
         self._apply_worker = runtime.quick_worker(f"{self.name} data")
         self._read_worker = runtime.read_worker(f"{self.name} read")
         self.reading = Reading(self.name, device, self.pending, self._read_worker, group.note_error)
+        self.dirty = dirty
+        self.direct = Direct(self)
+        self.full_since: float | None = None
         self._queue: deque[Request] = deque()
         self._held: list[Request] = []
         self._locked: tuple[int, int] | None = None
@@ -171,23 +183,28 @@ class DriverUnit:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See :class:`IExport`."""
+        past: list[Request] = []
         for request in requests:
             command = request.command
             if self.errors:
                 request.connection.answer_error(request, errno.EIO, self.errors[0])
-            elif command == nbd.CMD_WRITE:
-                request.state = 0
-                self._queue.append(request)
             elif command == nbd.CMD_READ:
                 self.reading.read(request)
-            elif command == nbd.CMD_FLUSH:
-                self._flush(request)
             elif command == nbd.CMD_BLOCK_STATUS:
                 self.reading.block_status(request)
-            else:
+            elif self.group.bypass.phase == bypass.ON:
+                request.state = 0
+                past.append(request)
+            elif command != nbd.CMD_FLUSH:
                 request.state = 0
                 self._queue.append(request)
-        if self._queue:
+            elif self.group.bypass.phase == bypass.LEAVING:
+                self.direct.held.append(request)
+            else:
+                self._flush(request)
+        if past:
+            self.direct.take(past)
+        elif self._queue:
             self.pump()
 
     # -- framing ------------------------------------------------------------------------------
@@ -229,7 +246,9 @@ class DriverUnit:
                 self._abandon({request.connection for request in self._queue})
             else:
                 self.group.checkpoints.want_space()
+                self.group.bypass.no_room(self)
             return False
+        self.full_since = None
         frame, writes = self._frame(frames.ENTRIES, placement, entries)
         self.group.framed(frame)
         self.pending.add(entries)
@@ -409,13 +428,71 @@ class DriverUnit:
 
     def void_writes(self, first: int, count: int) -> Writes:
         """Give the writes that record a GSN range as lost (recovery only)."""
-        placement = self.writelog.place(HEADER_BYTES, control=True)
-        assert placement is not None, "the reserve holds room for void ranges"
-        frame, writes = self._frame(frames.VOID, placement, gsns=(first, count))
+        return self._recovered(frames.VOID, b"", first, count)
+
+    def switch_writes(self, predecessor: bytes) -> Writes:
+        """Give the writes of the frame that begins a generation (recovery only; rules.md 7)."""
+        return self._recovered(frames.SWITCH, predecessor, *self.group.take_gsns(1))
+
+    def _recovered(self, kind: int, payload: bytes, first: int, count: int) -> Writes:
+        placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
+        assert placement is not None, "the reserve holds room for what recovery records"
+        frame, writes = self._frame(kind, placement, (), [payload], (first, count))
         self.durable_end = self.applied_end = frame.end
         self.durable_point = self.applied_point = Point(self._sequence, self._chain)
         self.applied_sequence = self.synced_sequence = frame.sequence
         return writes
+
+    # -- bypass -------------------------------------------------------------------------------
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame is under way that is not yet applied."""
+        return bool(self._appending or self._appended or self._durable or self._applying)
+
+    def hasten(self) -> None:
+        """Make what is appended durable without waiting for company."""
+        self._urgent = True
+        self._commit()
+
+    def clear_dirty(self) -> Deferred[None]:
+        """Clear the dirty bitmap; fires when that is durable.
+
+        :raises DeviceFailedError: the writelog's device failed.
+        """
+        self.dirty.clear()
+        cleared: Deferred[None] = Deferred()
+
+        def done(_result: None, error: BaseException | None) -> None:
+            if error is None:
+                cleared.callback(None)
+                return
+            self.fail("writelog", self.config.writelog_device, error)
+            cleared.errback(DeviceFailedError(self.errors[0], path=self.config.writelog_device))
+
+        self.run_on_log(partial(clear_bitmap, self.writelog.device, self.dirty.area), done)
+        return cleared
+
+    def run_on_log(
+        self, job: Callable[[], None], done: Callable[[None, BaseException | None], None]
+    ) -> None:
+        """Run a job that writes and syncs the writelog's device."""
+        self._sync_worker.run(job, done)
+
+    def run_on_data(
+        self, job: Callable[[], None], done: Callable[[None, BaseException | None], None]
+    ) -> None:
+        """Run a job that writes the data device."""
+        self._apply_worker.run(job, done)
+
+    def go_direct(self) -> None:
+        """Write past the writelog what waits: the group is in bypass."""
+        waiting = [*self._held, *self._queue, *self.direct.held]
+        self._held.clear()
+        self._queue.clear()
+        self.direct.held = []
+        if waiting:
+            self.direct.take(waiting)
 
     # -- refresh ------------------------------------------------------------------------------
 
@@ -587,9 +664,16 @@ class DriverUnit:
         self.errors.append(reason)
         self.log.error("{group} {unit}: {reason}", group=self.group.name, unit=self.name,
                        reason=reason)  # fmt: skip
+        self.refuse(reason)
+        self.group.unit_failed(path, reason, error)
+
+    def refuse(self, reason: str) -> None:
+        """Answer what waits, and all that comes, with an error."""
+        if reason not in self.errors:
+            self.errors.append(reason)
         waiting = [r for f in self._appended for r in f.waiting]
         waiting += [r for _, r in self._flushes]
-        waiting += [*self._queue, *self._held]
+        waiting += [*self._queue, *self._held, *self.direct.drop()]
         self._flushes.clear()
         self._queue.clear()
         self._held.clear()
@@ -597,15 +681,13 @@ class DriverUnit:
             frame.waiting = []
         for request in waiting:
             request.connection.answer_error(request, errno.EIO, reason)
-        self.group.unit_failed(path, reason, error)
 
     @property
     def busy(self) -> bool:
         """Whether something accepted is not yet applied."""
         return bool(
             not self.errors
-            and (self._queue or self._held or self._appending or self._appended
-                 or self._durable or self._applying)
+            and (self._queue or self._held or self.has_frames or self.direct.busy)
         )  # fmt: skip
 
     def close(self) -> list[Any]:

@@ -89,6 +89,14 @@ class Refresh(amp.Command):
     errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
+class Bypass(amp.Command):
+    """Enter (``on``) or leave (``off``) bypass; answered once that is durable."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"to", amp.Unicode())]
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
 class KillRefresh(amp.Command):
     """End the refresh that is running."""
 
@@ -201,6 +209,10 @@ class _ControlProtocol(_BoundedAmp):
     def _refresh(self, kind: str) -> Deferred[dict[str, Any]]:
         return self._run("refresh", kind)
 
+    @Bypass.responder
+    def _bypass(self, to: str) -> Deferred[dict[str, Any]]:
+        return self._run("switch_bypass", to)
+
     @KillRefresh.responder
     def _kill_refresh(self) -> Deferred[dict[str, Any]]:
         return self._run("kill_refresh")
@@ -236,7 +248,7 @@ class _ControlProtocol(_BoundedAmp):
 
 _ALLOWED = {
     command.commandName
-    for command in (Status, Refresh, KillRefresh, Apply, ForgetFailures, AttachPmd)
+    for command in (Status, Bypass, Refresh, KillRefresh, Apply, ForgetFailures, AttachPmd)
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from qdsmirror.config import GroupConfig
 from qdsmirror.core.frames import (
+    BREAK,
     ENTRIES,
     REFRESH_BEGIN,
     REFRESH_END,
@@ -37,12 +38,12 @@ _REMEDY = "the journal lost or changed data: make a new mirror with qdsrefresh -
 class Change(NamedTuple):
     """What a frame does to the mirror.
 
-    :ivar refresh_id: of a refresh's begin and end marks, else empty.
+    :ivar control: the id that a control frame names, of a refresh, bypass or generation; or empty.
     """
 
     header: FrameHeader
     entries: Sequence[Entry]
-    refresh_id: bytes
+    control: bytes
 
 
 def change_of(header: FrameHeader, frame: Buffer) -> Change:
@@ -52,9 +53,7 @@ def change_of(header: FrameHeader, frame: Buffer) -> Change:
     """
     if header.kind == ENTRIES:
         return Change(header, entries(header, frame), b"")
-    if header.kind in (REFRESH_BEGIN, REFRESH_END):
-        return Change(header, (), control_payload(header, frame))
-    return Change(header, (), b"")
+    return Change(header, (), control_payload(header, frame))
 
 
 class JournalScan(NamedTuple):
@@ -178,13 +177,18 @@ class Mirror:
 
         :raises OSError: a device or the journal refused.
         """
-        for header, found, refresh_id in changes:
+        for header, found, control in changes:
+            if self.journal.superblock.bypass is not None and header.kind == ENTRIES:
+                # The primary did not come to enter it.
+                self.journal.update(both=True, bypass=None)
             if header.kind == ENTRIES:
                 apply_entries(self.devices[header.ldsu], found)
             elif header.kind == REFRESH_BEGIN:
-                self.mark_incoherent(refresh_id)
+                self.mark_incoherent(control)
             elif header.kind == REFRESH_END:
-                self._mark_coherent(refresh_id)
+                self._mark_coherent(control)
+            elif header.kind == BREAK:
+                self._mark_break(control, header.time_ns / 1e9)
 
     def mark_incoherent(self, refresh_id: bytes, **changes: Any) -> None:
         """Record, in both slots, that a refresh has begun to change the mirror."""
@@ -193,7 +197,15 @@ class Mirror:
             coherent=False,
             reason="a refresh is in progress",
             refresh={"id": refresh_id.hex()},
+            bypass=None,
             **changes,
+        )
+
+    def _mark_break(self, bypass_id: bytes, since: float) -> None:
+        """Record that what the mirror holds is complete, and older than the primary's state."""
+        self.journal.update(
+            both=True,
+            bypass={"id": bypass_id.hex(), "since": since, "reason": "the primary is in bypass"},
         )
 
     def _mark_coherent(self, refresh_id: bytes) -> None:

@@ -142,7 +142,8 @@ class Writelog:
                 f"{device.path} has {device.size} bytes; a log needs {WRITELOG_BYTES_MIN} at least",
                 hint="give a larger device",
             )
-        slot_bytes, ring = layout(device.size, len(units), device.physical_block)
+        covered = units[0].size if role == "writelog" else None
+        slot_bytes, ring, bitmap = layout(device.size, len(units), device.physical_block, covered)
         superblock = Superblock(
             role=role,
             log=os.urandom(16),
@@ -153,7 +154,10 @@ class Writelog:
             generations=tuple(generations),
             reason=reason,
             slot_bytes=slot_bytes,
+            bitmap=bitmap,
         )
+        if bitmap is not None:
+            device.zero(bitmap.start, bitmap.size, False)
         for size in SLOT_BYTES:
             # A forgotten second slot of another size must not be found again.
             if size != slot_bytes and size + 4096 <= device.size:
@@ -198,6 +202,11 @@ class Writelog:
     def free_bytes(self) -> int:
         """Bytes of the ring that are free, without the reserve."""
         return self.ring.size - self._reserve - self.used_bytes
+
+    def control_room(self, frame_bytes: int) -> int:
+        """Give how many control frames of this length there is room for (rules.md 9)."""
+        record = align_up(RECORD_HEADER_BYTES + frame_bytes, self.ring.align)
+        return (self.ring.size - self.used_bytes) // record
 
     def spare_bytes(self, frame_bytes: int) -> int:
         """Give what an empty log has beside a frame of this length, wherever its head stands."""

@@ -47,7 +47,8 @@ class _Log:
         """
         device = self.device
         try:
-            _, ring = layout(device.size, len(self.units), device.physical_block)
+            covered = self.units[0].size if self.role == "writelog" else None
+            _, ring, _ = layout(device.size, len(self.units), device.physical_block, covered)
         except DeviceError as error:
             raise DeviceError(
                 f"{device.role} {device.path}: {error.message}", hint=error.hint

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import frames
 from qdsmirror.core.frames import NUMBERS_END, REFRESH_BEGIN, VOID, Entry
 from qdsmirror.core.inbound import Intake
-from qdsmirror.core.records import BEGINNING, Cursor
+from qdsmirror.core.records import BEGINNING, Cursor, Generation
 from qdsmirror.errors import DivergedError, ProtocolError, QdsError
 from tests.storage.logworld import GENERATION, OTHER_GENERATION, FrameMaker, write
 
@@ -21,7 +21,7 @@ SIZES = (8192, 4096)
 class IntakeTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.maker = FrameMaker()
-        self.intake = Intake(Cursor(), SIZES, [GENERATION])
+        self.intake = Intake(Cursor(), SIZES, [Generation(GENERATION, 1)])
 
     def state(self) -> tuple[Any, ...]:
         return (self.intake.gsn, self.intake.points, self.intake.generations)
@@ -47,7 +47,7 @@ class IntakeTests(SynchronousTestCase):
     def test_goes_on_where_the_cursor_stands(self) -> None:
         self.maker.make(0, [write(0, b"1")])
         cursor = Cursor(4096, 2, dict(self.maker.points))
-        intake = Intake(cursor, SIZES, [GENERATION])
+        intake = Intake(cursor, SIZES, [Generation(GENERATION, 1)])
         self.assertEqual(intake.point(1), BEGINNING)
         intake.check(self.maker.make(0, [write(0, b"2")]))
         self.assertEqual(cursor.points[0].sequence, 2, "the cursor was changed")
@@ -102,7 +102,7 @@ class IntakeTests(SynchronousTestCase):
         self.refuse(self.maker.make(0, [write(8192, b"x")]), ProtocolError, "beyond LDSU 0")
         maker = FrameMaker()
         self.intake.check(maker.make(0, [write(0, b"1")]))
-        self.assertEqual(self.intake.generations, {GENERATION})
+        self.assertEqual(self.intake.generations, (Generation(GENERATION, 1),))
         maker.generation = OTHER_GENERATION
         self.refuse(maker.make(0, [write(0, b"2")]), DivergedError, "another generation")
 

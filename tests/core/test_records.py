@@ -223,14 +223,14 @@ class SlotTests(SynchronousTestCase):
 
 class LayoutTests(SynchronousTestCase):
     def test_the_smallest_log(self) -> None:
-        slot, ring = layout(WRITELOG_BYTES_MIN, 1, 512)
+        slot, ring, _ = layout(WRITELOG_BYTES_MIN, 1, 512)
         self.assertEqual((slot, ring.start, ring.align), (8 * KIB, 16 * KIB, 4096))
         self.assertEqual(ring.size, 33 * 4096)
 
     def test_slots_never_share_a_physical_block(self) -> None:
         for physical in (512, 4096, 16 * KIB, 64 * KIB, 512 * KIB):
             device = max(WRITELOG_BYTES_MIN, 24 * physical)
-            slot, ring = layout(device, 1, physical)
+            slot, ring, _ = layout(device, 1, physical)
             self.assertGreaterEqual(slot, physical)
             self.assertEqual(slot % physical, 0)
             self.assertEqual(ring.start % ring.align, 0)
@@ -266,6 +266,6 @@ class LayoutTests(SynchronousTestCase):
     def test_room_for_the_cut_of_a_large_group(self) -> None:
         # A writelog is bound to one LDSU, but a refresh's cut names all of the group's.
         for units, size in ((200, 4 * MIB), (LDSUS_PER_GROUP_MAX, 32 * MIB)):
-            slot, _ = layout(size, 1, 4096)
+            slot, _, _ = layout(size, 1, 4096)
             cut = {str(i): [1 << 40, 1 << 40, KEY.hex()] for i in range(units)}
             pack_slot(replace(SUPER, refresh={"cut": {"points": cut}}, slot_bytes=slot), 0)

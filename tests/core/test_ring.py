@@ -88,7 +88,7 @@ class RingTests(SynchronousTestCase):
         for device in (WRITELOG_BYTES_MIN, 200 * KIB, MIB, 5 * MIB, 17 * MIB, GIB):
             for physical in (512, 4096, 16 * KIB, 64 * KIB):
                 try:
-                    _, ring = layout(device, 1, physical)
+                    _, ring, _ = layout(device, 1, physical)
                 except DeviceError:
                     self.assertLess(device, 18 * physical + 2 * MIB)
                     continue

@@ -19,7 +19,7 @@ from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.nbd_options import ExportInfo, Negotiation
 from qdsmirror.core.nbd_requests import Budget, RequestParser
-from qdsmirror.core.records import Cursor
+from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.errors import CorruptError, LimitError, ProtocolError, QdsError
 
 SIZE = 1 << 20
@@ -128,7 +128,7 @@ def frame_headers(data: bytes) -> None:
 
 def intake(data: bytes) -> None:
     """The secondary's check of a frame: nothing beyond a device is ever let in."""
-    taking = Intake(Cursor(), [SIZE, SIZE], [GENERATION])
+    taking = Intake(Cursor(), [SIZE, SIZE], [Generation(GENERATION, 1)])
     before = taking.gsn, taking.points
     try:
         _, found = taking.check(seal_frame(data))

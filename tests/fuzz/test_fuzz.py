@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import frames, nbd_options
 from qdsmirror.core.inbound import Intake
-from qdsmirror.core.records import Cursor
+from qdsmirror.core.records import Cursor, Generation
 from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import GENERATION, INFO, SIZE, TARGETS, pieces, seal_frame
 
@@ -50,7 +50,7 @@ class FuzzTests(SynchronousTestCase):
         for piece in pieces(_SEEDS["nbd_options"][0]):
             talk.receive(piece)
         self.assertTrue(talk.finished and talk.block_status)
-        taking = Intake(Cursor(), [SIZE], [GENERATION])
+        taking = Intake(Cursor(), [SIZE], [Generation(GENERATION, 1)])
         header, found = taking.check(seal_frame(_SEEDS["intake"][0]))
         self.assertEqual((header.entry_count, found[0].length), (1, 512))
 

@@ -16,15 +16,16 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
 from qdsmirror.core import nbd, watermark
+from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.nbd import Request
-from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.core.watermark import Committed
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.paths import Paths
-from qdsmirror.storage.writelog import Writelog
+from qdsmirror.storage.writelog import Writelog, read_superblock
 from tests.fakes import Choice, ImmediateWorker, MemoryDevice, StepWorker
 
 KIB = 1024
@@ -160,7 +161,7 @@ class FakeConnection:
 class WatchedDevice(MemoryDevice):
     """A data device that checks NO-HIDDEN: what is written to it is durable in its writelog.
 
-    Only for payloads that the test makes unique.
+    Or, in bypass, its dirty bits are.  Only for payloads that the test makes unique.
     """
 
     log: Callable[[], MemoryDevice]
@@ -168,10 +169,34 @@ class WatchedDevice(MemoryDevice):
 
     def pwritev(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
         durable = self.log().durable()
+        at = offset
         for buffer in buffers:
-            if durable.find(bytes(buffer)) < 0:
+            if not marked(durable, at, len(buffer)) and durable.find(bytes(buffer)) < 0:
                 self.violations += 1
+            at += len(buffer)
         super().pwritev(buffers, offset)
+
+    def zero(self, offset: int, length: int, unmap: bool) -> None:
+        durable = self.log().durable()
+        if durable_superblock(durable).bypass is not None and not marked(durable, offset, length):
+            self.violations += 1
+        super().zero(offset, length, unmap)
+
+
+def durable_superblock(log: bytes) -> Superblock:
+    """Give the superblock that a power cut would leave of a log."""
+    return read_superblock(MemoryDevice(len(log), content=log))
+
+
+def marked(log: bytes, offset: int, length: int) -> bool:
+    """Tell whether a log's durable bytes say bypass, and that the whole of a range is dirty."""
+    superblock = durable_superblock(log)
+    area = superblock.bitmap
+    if superblock.bypass is None or area is None:
+        return False
+    stored = log[area.start : area.start + area.size]
+    dirty = DirtyBitmap(area, superblock.units[0].size, stored)
+    return all(dirty.is_marked(at) for at in range(offset, offset + length, 512))
 
 
 def group_config(ldsus: int, durability: str = "flush", **tunables: Any) -> GroupConfig:

@@ -350,7 +350,7 @@ class ChangeTests(SynchronousTestCase):
             (maker.make(0, kind=REFRESH_END, control=TWO), [], TWO),
         ):
             change = change_of(parse_header(raw), raw)
-            self.assertEqual((list(change.entries), change.refresh_id), (found, refresh))
+            self.assertEqual((list(change.entries), change.control), (found, refresh))
 
 
 class RebaseTests(SynchronousTestCase):

@@ -1,0 +1,371 @@
+"""Bypass of a group: entered by an overflow or the operator, left by a refresh.
+
+Entering (rules.md 11): framing stops; a break is framed; every frame is made durable, applied and
+synced; the dirty bitmaps are cleared, if the mirror was coherent; mode and ``applied`` are made
+durable everywhere; only then writes go past the writelog.  Leaving: the direct writes are synced;
+a new generation and a refresh are made durable everywhere; its first frame is a switch that names
+the generation before (rules.md 7).  What a crash interrupts is completed at the next start
+(:func:`qdsmirror.core.generations.settle`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.logger import Logger
+
+from qdsmirror.core.frames import BREAK, HEADER_BYTES, SWITCH
+from qdsmirror.core.generations import Settled, grown
+from qdsmirror.core.records import Generation
+from qdsmirror.core.states import Event
+from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
+from qdsmirror.limits import OVERFLOW_AGAIN_SECONDS, OVERFLOW_WAIT_SECONDS
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+    from qdsmirror.groups.unit import DriverUnit, UnitFrame
+
+OFF, ENTERING, ON, LEAVING = "off", "entering", "on", "leaving"
+
+#: Control frames that must still find room after a break: switch, begin and end of a refresh.
+_ROOM_AFTER_BREAK = 3
+#: Before leaving: the switch and the refresh's begin.
+_ROOM_TO_LEAVE = 2
+
+
+class Bypass:
+    """A group's bypass.
+
+    :ivar phase: OFF, ENTERING, ON or LEAVING; framing goes on only in OFF.
+    :ivar state: the bypass as the superblocks have it: id, since (seconds since 1970), reason.
+    """
+
+    log = Logger()
+
+    def __init__(self, group: DriverGroup) -> None:
+        self._group = group
+        self.phase = OFF
+        self.state: dict[str, Any] | None = None
+        self._waits: list[tuple[Callable[[], bool], Deferred[None]]] = []
+        self._left_at: float | None = None
+        self._timer: Any = None
+
+    def resume(self, settled: Settled) -> None:
+        """Take up what the superblocks say."""
+        if settled.bypass is not None:
+            self.state = dict(settled.bypass)
+            self.phase = ON
+
+    @property
+    def reason(self) -> str:
+        """Why the group is in bypass; "" while it is not."""
+        return str(self.state["reason"]) if self.state is not None else ""
+
+    def status(self) -> dict[str, Any] | None:
+        """Give the ``bypass`` object of ``qdsinfo --json``."""
+        if self.state is None:
+            return None
+        dirty = sum(unit.dirty.dirty_bytes for unit in self._group.units)
+        return {**self.state, "dirty_bytes": dirty}
+
+    # -- what the group tells -------------------------------------------------------------------
+
+    def poke(self) -> None:
+        """Look again at what is waited for: something has changed."""
+        for wait in list(self._waits):
+            happened, fired = wait
+            try:
+                # Asking may act, and so poke again from within.
+                if wait not in self._waits or not happened() or wait not in self._waits:
+                    continue
+            except QdsError as error:
+                self._waits.remove(wait)
+                fired.errback(error)
+                continue
+            self._waits.remove(wait)
+            fired.callback(None)
+
+    def _until(self, happened: Callable[[], bool]) -> Deferred[None]:
+        """Fire when something is so.
+
+        :param happened: may act as well; raises QdsError where it can never be so.
+        """
+        fired: Deferred[None] = Deferred()
+        wait = (happened, fired)
+        self._waits.append(wait)
+        self.poke()
+        return fired
+
+    def _become(self, phase: str) -> None:
+        self.phase = phase
+        self.poke()
+
+    def stop(self) -> Deferred[None]:
+        """Fire when nothing is half-way: the driver stops."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return self._until(lambda: self.phase in (OFF, ON))
+
+    # -- overflow -------------------------------------------------------------------------------
+
+    def no_room(self, unit: DriverUnit) -> None:
+        """Learn that an application's write does not fit this writelog.
+
+        An overflow is it only when nothing but the secondary can free space, and, while there is
+        hope that it will, after a moment.
+        """
+        group = self._group
+        if self.phase != OFF or group.config.on_overflow != "bypass" or not group.may_frame:
+            return
+        if (
+            group.checkpoints.running
+            or unit.committed_end > unit.writelog.durable_tail
+            or unit.applied_end <= unit.committed_end
+            or self._failed()
+        ):
+            return
+        now = group.runtime.reactor.seconds()
+        if unit.full_since is None:
+            unit.full_since = now
+        left = unit.full_since + self._patience(now) - now
+        if left > 0:
+            if self._timer is None:
+                self._timer = group.runtime.reactor.callLater(left, self._look_again)
+            return
+        self._begin_overflow(unit)
+
+    def _patience(self, now: float) -> float:
+        if self._left_at is not None and now < self._left_at + OVERFLOW_AGAIN_SECONDS:
+            return OVERFLOW_AGAIN_SECONDS
+        return OVERFLOW_WAIT_SECONDS if self._group.link["state"] == "connected" else 0.0
+
+    def _look_again(self) -> None:
+        self._timer = None
+        for unit in self._group.units:
+            if unit.full_since is not None:
+                unit.pump()
+
+    @inlineCallbacks
+    def _begin_overflow(self, unit: DriverUnit) -> Any:
+        try:
+            yield self._enter(f"the writelog of {unit.name} is full")
+        except QdsError as error:
+            self._group.note_error(f"bypass cannot be entered: {error.message}")
+
+    # -- entering -------------------------------------------------------------------------------
+
+    def _failed(self) -> str:
+        return next((error for unit in self._group.units for error in unit.errors), "")
+
+    def _check_devices(self) -> None:
+        failed = self._failed()
+        if failed:
+            raise DeviceFailedError(
+                f"{self._group.name}: no way into or out of bypass while a device has failed: "
+                f"{failed}",
+                hint="replace it and start the driver again",
+            )
+
+    def switch(self, to: str) -> Deferred[dict[str, Any]]:
+        """Do what ``qdsbypass`` asks for: ``on`` or ``off``.
+
+        :returns: fires with the bypass, or the refresh that has begun.
+        :raises DegradedError: the group is so already, or on its way.
+        """
+        if to == "on":
+            return self.enter("asked for by the operator")
+        if to != "off":
+            raise UsageError(f"bypass cannot be {to}", hint="qdsbypass on, or qdsbypass off")
+        return self._group.coherence.leave_bypass()
+
+    @inlineCallbacks
+    def enter(self, reason: str) -> Any:
+        """Enter bypass; fires with its status when writes go past the writelog.
+
+        :raises DegradedError: the group is in bypass already.
+        :raises DeviceFailedError: a device has failed.
+        """
+        group = self._group
+        if self.phase != OFF:
+            said = {ENTERING: "entering bypass already", ON: "in bypass already"}
+            raise DegradedError(
+                f"{group.name} is {said.get(self.phase, 'leaving bypass')}",
+                hint=f"qdsbypass off -g {group.number} leaves it with a refresh"
+                if self.phase == ON
+                else f"watch it with qdsinfo -g {group.number}",
+            )
+        self._check_devices()
+        yield self._enter(reason)
+        return self.status()
+
+    @inlineCallbacks
+    def _enter(self, reason: str) -> Any:
+        group = self._group
+        self.phase = ENTERING
+        bypass = os.urandom(16)
+        state = {"id": bypass.hex(), "since": group.runtime.wall(), "reason": reason}
+        self.log.warn("{group}: entering bypass: {reason}", group=group.name, reason=reason)
+        try:
+            # What is being recorded of the mirror comes first.
+            yield self._until(lambda: not group.checkpoints.recording)
+            group.coherence.end_for_bypass()
+            yield self._frame_break(bypass)
+            for unit in group.units:
+                unit.hasten()
+            yield self._until(self._is_all_applied)
+            if group.coherent:
+                yield gatherResults([unit.clear_dirty() for unit in group.units])
+            yield group.checkpoints.record_everywhere(
+                bypass=state,
+                refresh=None,
+                coherent=group.coherent,
+                reason=group.coherence.reason,
+                **group.checkpoints.each_cursor(),
+            )
+        except Exception:
+            # Nothing was written past the writelogs: whatever was recorded, they hold it all.
+            self._resume_framing()
+            raise
+        self.state = state
+        self._become(ON)
+        group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), reason)
+        group.tell_refresh(None)
+        for unit in group.units:
+            unit.full_since = None
+            unit.go_direct()
+
+    def _frame_break(self, bypass: bytes) -> Deferred[None]:
+        """Tell the secondary, in the order of things, that nothing comes after."""
+        unit = max(self._group.units, key=lambda u: u.writelog.control_room(HEADER_BYTES + 16))
+        framed: Deferred[None] = Deferred()
+
+        def turn() -> None:
+            room = unit.writelog.control_room(HEADER_BYTES + 16) - _ROOM_AFTER_BREAK
+            if room <= 0 or unit.append_control(BREAK, bypass) is None:
+                self.log.warn(
+                    "{group}: no room for a break in its writelogs: the secondary will not know",
+                    group=self._group.name,
+                )
+            framed.callback(None)
+
+        unit.when_free(turn)
+        return framed
+
+    def _is_all_applied(self) -> bool:
+        """Whether everything framed is durable, applied and synced, and the superblocks say so."""
+        group = self._group
+        self._check_devices()
+        checkpoints = group.checkpoints
+        if checkpoints.running or any(unit.has_frames for unit in group.units):
+            return False
+        if checkpoints.applied_gsn == group.next_gsn - 1:
+            return True
+        checkpoints.take()
+        return False
+
+    def _resume_framing(self) -> None:
+        self._become(OFF)
+        for unit in self._group.units:
+            unit.pump()
+
+    # -- leaving --------------------------------------------------------------------------------
+
+    def next_generation(self) -> tuple[Generation, ...]:
+        """Give the list with the generation that leaving bypass begins.
+
+        :raises DegradedError: bypass cannot be left (yet), or is not on.
+        :raises DeviceFailedError: a device has failed.
+        """
+        group = self._group
+        if self.phase != ON:
+            raise DegradedError(
+                f"{group.name} is {'not in' if self.phase == OFF else self.phase} bypass",
+                hint=f"make the mirror anew with qdsrefresh -g {group.number}"
+                if self.phase == OFF
+                else f"watch it with qdsinfo -g {group.number}",
+            )
+        self._check_devices()
+        first = group.units[0]
+        new = Generation(os.urandom(16), group.next_gsn)
+        upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
+        generations = grown(first.writelog.superblock.generations, new, upto)
+        room = first.writelog.control_room(HEADER_BYTES + 16)
+        if generations is None or room < _ROOM_TO_LEAVE:
+            raise DegradedError(
+                f"{group.name}: the secondary must first commit what was written before the "
+                "bypass: its writelogs have no room for another refresh",
+                hint="bring the secondary back; see qdsinfo",
+            )
+        return generations
+
+    @inlineCallbacks
+    def leave(self, generations: tuple[Generation, ...], **changes: Any) -> Any:
+        """Leave bypass: fires when the new generation has begun, durably.
+
+        :param generations: see :meth:`next_generation`; no other call comes between.
+        :param changes: fields of the superblocks that change with it: those of the refresh.
+        """
+        group = self._group
+        self.phase = LEAVING
+        try:
+            yield self._until(lambda: not any(unit.direct.busy for unit in group.units))
+            yield self.sync()
+            self._check_devices()
+            yield group.checkpoints.record_everywhere(
+                bypass=None, generations=generations, **changes
+            )
+        except Exception:
+            self._become(ON)
+            for unit in group.units:
+                unit.go_direct()
+            raise
+        yield self._begin_generation(generations)
+
+    @inlineCallbacks
+    def _begin_generation(self, generations: tuple[Generation, ...]) -> Any:
+        group = self._group
+        self.state = None
+        group.generation = generations[-1].id
+        group.tell_generations([generation.id for generation in generations])
+        first = group.units[0]
+        mark: list[UnitFrame | None] = []
+        first.when_free(lambda: mark.append(first.append_control(SWITCH, generations[-2].id)))
+        # Until it is durable nothing else may be: a void range cannot begin a generation.
+        try:
+            yield self._until(lambda: self._is_durable(mark))
+        except QdsError as error:
+            for unit in group.units:
+                unit.refuse(f"bypass could not be left: {error.message}")
+            self._become(OFF)
+            raise
+        self._left_at = group.runtime.reactor.seconds()
+        for unit in group.units:
+            unit.direct.release()
+
+    def left(self) -> None:
+        """Go back to the writelogs: the refresh stands that leads out."""
+        self._resume_framing()
+
+    def _is_durable(self, mark: list[UnitFrame | None]) -> bool:
+        self._check_devices()
+        frame = mark[0] if mark else None
+        return frame is not None and frame.gsn_last <= self._group.durable_gsn
+
+    def sync(self) -> Deferred[Any]:
+        """Make every direct write durable."""
+        return gatherResults([self._sync_unit(unit) for unit in self._group.units])
+
+    def _sync_unit(self, unit: DriverUnit) -> Deferred[None]:
+        synced: Deferred[None] = Deferred()
+
+        def done(_upto: int, error: BaseException | None) -> None:
+            if error is not None:
+                unit.fail("data device", unit.config.data_device, error)
+            synced.callback(None)
+
+        unit.sync_data(done)
+        return synced

@@ -1,0 +1,149 @@
+"""Writes of an LDSU in bypass: past the writelog, straight to the data device.
+
+In arrival order, a batch at a time.  For each batch the dirty bits of what it covers are durable
+before its first write is issued (NO-HIDDEN, rules.md 12); a flush in it is answered once the data
+device is synced behind everything before it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from qdsmirror.core import frames, nbd
+from qdsmirror.core.frames import Entry
+from qdsmirror.interfaces import INbdConnection
+from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.bitmap import write_blocks
+
+if TYPE_CHECKING:
+    from qdsmirror.core.nbd import Request
+    from qdsmirror.groups.unit import DriverUnit
+
+
+class Direct:
+    """The direct path of one LDSU.
+
+    :ivar held: flushes that came while bypass was being left; answered by :meth:`release`.
+    """
+
+    def __init__(self, unit: DriverUnit) -> None:
+        self._unit = unit
+        self._queue: deque[Request] = deque()
+        self._running = False
+        self.held: list[Request] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether something taken is not yet answered."""
+        return self._running or bool(self._queue)
+
+    def take(self, requests: Sequence[Request]) -> None:
+        """Take writes, trims, zeroes and flushes, in order."""
+        self._queue.extend(requests)
+        self._go_on()
+
+    def release(self) -> None:
+        """Answer the flushes held: everything answered before them is durable by now."""
+        held, self.held = self.held, []
+        _answer(held)
+
+    def drop(self) -> list[Request]:
+        """Give up what is not under way; the caller answers it."""
+        dropped = [*self._queue, *self.held]
+        self._queue.clear()
+        self.held = []
+        return dropped
+
+    def _go_on(self) -> None:
+        if self._running:
+            return
+        self._drop_dead()
+        if not self._queue or self._unit.errors:
+            return
+        self._running = True
+        batch = list(self._queue)
+        self._queue.clear()
+        entries = [_entry(request) for request in batch if request.command != nbd.CMD_FLUSH]
+        dirty = self._unit.dirty
+        changed = dirty.mark((entry.offset, entry.length) for entry in entries)
+        if changed:
+            blocks = [(number, dirty.block(number)) for number in changed]
+            self._unit.run_on_log(
+                partial(write_blocks, self._unit.writelog.device, dirty.area, blocks),
+                partial(self._marked, batch, entries),
+            )
+        else:
+            self._marked(batch, entries, None, None)
+
+    def _drop_dead(self) -> None:
+        """Forget the requests of connections that are gone (rules.md 19)."""
+        gone = {c for c in {r.connection for r in self._queue} if c.hung_up()}
+        for connection in gone:
+            connection.abandon([r for r in self._queue if r.connection is connection])
+        if gone:
+            self._queue = deque(r for r in self._queue if r.connection not in gone)
+
+    def _marked(
+        self,
+        batch: list[Request],
+        entries: list[Entry],
+        _result: None,
+        error: BaseException | None,
+    ) -> None:
+        unit = self._unit
+        if error is not None:
+            self._fail("writelog", unit.config.writelog_device, batch, error)
+            return
+        late = [request for request in batch if self._needs_sync(request)]
+
+        def job() -> None:
+            apply_entries(unit.device, entries)
+            if late:
+                unit.device.fdatasync()
+
+        unit.run_on_data(job, partial(self._written, batch))
+
+    def _needs_sync(self, request: Request) -> bool:
+        return (
+            self._unit.group.always_durable
+            or request.command == nbd.CMD_FLUSH
+            or bool(request.flags & nbd.CMD_FLAG_FUA)
+        )
+
+    def _written(self, batch: list[Request], _result: None, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail("data device", self._unit.config.data_device, batch, error)
+            return
+        self._running = False
+        _answer(batch)
+        self._go_on()
+        self._unit.group.bypass.poke()
+
+    def _fail(self, what: str, path: str, batch: list[Request], error: BaseException) -> None:
+        self._running = False
+        for request in batch:
+            request.connection.answer_error(request, errno.EIO, str(error))
+        self._unit.fail(what, path, error)
+
+
+def _entry(request: Request) -> Entry:
+    """Give what is left to do of a request: a part of it may be in the writelog already."""
+    done: int = request.state
+    offset, length = request.offset + done, request.length - done
+    payload = request.payload
+    if payload is not None:
+        return Entry(offset, length, frames.WRITE, payload[done:] if done else payload)
+    kept = request.flags & nbd.CMD_FLAG_NO_HOLE
+    return Entry(offset, length, frames.ZEROES if kept else frames.TRIM, None)
+
+
+def _answer(requests: Sequence[Request]) -> None:
+    answers: dict[INbdConnection, list[Request]] = {}
+    for request in requests:
+        answers.setdefault(request.connection, []).append(request)
+    for connection, own in answers.items():
+        connection.answer(own)
