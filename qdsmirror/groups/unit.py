@@ -320,7 +320,11 @@ class DriverUnit:
     def _overlaps_lock(self, request: Request) -> bool:
         assert self._locked is not None
         first, last = self._locked
-        return request.offset < last and first < request.offset + request.length
+        end = request.offset + request.length
+        # What overlaps a write that is held back must not overtake it.
+        return (request.offset < last and first < end) or any(
+            request.offset < held.offset + held.length and held.offset < end for held in self._held
+        )
 
     def _frame(
         self,

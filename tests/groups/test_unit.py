@@ -334,6 +334,19 @@ class FrameTests(SynchronousTestCase):
         for number in (1, 3):
             self.assertNotIn(unique(number), world.log().content())
 
+    def test_what_a_refresh_holds_back_is_not_overtaken(self) -> None:
+        world = DriverWorld(self, stepped=True)
+        unit = world.start()
+        unit.lock(0, BLOCK)
+        world.client.write(unit, 0, unique(1) + unique(2))
+        world.client.write(unit, BLOCK, unique(3) + unique(4))
+        apart = world.client.write(unit, 4 * BLOCK, unique(5))
+        world.settle()
+        self.assertEqual(world.client.done, [apart])
+        unit.unlock()
+        world.settle()
+        self.assertEqual(world.data().content()[: 3 * BLOCK], unique(1) + unique(3) + unique(4))
+
     def test_stale_copy_does_not_overtake_what_waits_for_space(self) -> None:
         world = DriverWorld(self, size=MIB, log=256 * KIB)
         unit = world.start()
