@@ -11,16 +11,17 @@ from random import Random
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core import nbd, watermark
+from qdsmirror.core import frames, nbd, watermark
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import BrokenError, CorruptError, DeviceError, MismatchError, QdsError
+from qdsmirror.groups import refresh as refresh_module
 from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.paths import Paths
 from qdsmirror.storage.writelog import read_superblock
 from tests.fakes import at_random, nothing
-from tests.groups.world import BLOCK, GENERATION, KIB, DriverWorld, FakeConnection, unique
+from tests.groups.world import BLOCK, GENERATION, KIB, MIB, DriverWorld, FakeConnection, unique
 
 
 class TailTests(SynchronousTestCase):
@@ -431,6 +432,50 @@ class RecoveryTests(SynchronousTestCase):
         world.client.write(unit, 0, unique(2))
         self.assertEqual(world.frames[0].gsn_last, 2)
         self.assertEqual(world.frames[0].sequence, 2)
+
+
+class RefreshTests(SynchronousTestCase):
+    """What a refresh sends, and the writes between, make the mirror equal (rules.md 14)."""
+
+    def test_frames_in_their_order_make_the_device(self) -> None:
+        self.patch(refresh_module, "REFRESH_READ_BYTES", 4 * BLOCK)
+        for seed in range(8):
+            self._one_refresh(Random(seed), f"seed {seed}")
+
+    def _one_refresh(self, random: Random, told: str) -> None:
+        world = DriverWorld(self, log=3 * MIB, size=32 * BLOCK, stepped=True)
+        content = b"".join(unique(1000 + n) for n in range(12))
+        world.data().corrupt(8 * BLOCK, content)
+        unit = world.start()
+        world.attach()
+        begun = world.group.refresh("full")
+        number = 0
+        while world.group.refresh_job is not None and number < 200:
+            number += 1
+            block = random.randrange(29)
+            if random.random() < 0.3:
+                world.client.ask(unit, nbd.CMD_TRIM, block * BLOCK, 2 * BLOCK)
+            elif random.random() < 0.5:
+                world.client.write(unit, block * BLOCK, unique(number, 3 * BLOCK))
+            for _ in range(random.randrange(6)):
+                random.choice(list(world.steps.values())).step()
+            world.reactor.advance(random.choice((0.0, 0.002)))
+            if random.random() < 0.1:
+                world.commit()
+        for _ in range(50):
+            world.settle(1)
+            world.commit()
+        self.successResultOf(begun)
+        self.assertTrue(world.group.coherent, told)
+        mirror = bytearray(b"?" * world.data().size)
+        for found in unit.writelog.reader(Cursor()):
+            if found.header.kind != frames.ENTRIES:
+                continue
+            for entry in frames.entries(found.header, found.frame):
+                data = bytes(entry.length) if entry.payload is None else entry.payload
+                mirror[entry.offset : entry.offset + entry.length] = data
+        self.assertTrue(bytes(mirror) == world.data().content(), told)
+        world.kill()
 
 
 class AttachmentTests(SynchronousTestCase):
