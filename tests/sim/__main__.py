@@ -1,0 +1,77 @@
+"""``python -m tests.sim SEED``: run a seed again and show what led to a violation.
+
+``--seeds FIRST COUNT`` runs many; ``--soak`` runs fresh ones until it is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from itertools import count
+from random import SystemRandom
+from typing import Any
+
+from tests.sim.runs import a_base, run_seed, run_seeds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("seed", nargs="*", type=int, help="seeds to run")
+    parser.add_argument("--tail", type=int, default=60, help="steps shown before a violation")
+    parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "COUNT"))
+    parser.add_argument("--seconds", type=float, help="at most so long")
+    parser.add_argument("--soak", action="store_true", help="fresh seeds until stopped")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    chosen = parser.parse_args(arguments)
+    if chosen.soak:
+        return soak()
+    if chosen.seeds:
+        first, how_many = chosen.seeds
+        until = time.monotonic() + chosen.seconds if chosen.seconds else None
+        result = run_seeds(range(first, first + how_many), until)
+        return report(result, chosen.json)
+    violated = 0
+    with a_base() as base:
+        for seed in chosen.seed:
+            text = run_seed(seed, base, tail=chosen.tail)
+            print(f"seed {seed}: {text or 'all invariants hold'}")
+            violated += bool(text)
+    return 1 if violated else 0
+
+
+def report(result: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(", ".join(f"{number} {what}" for what, number in sorted(result["counts"].items())))
+        for key, text in result["violations"].items():
+            print(f"{text}\n  reproduce it: python -m tests.sim {key}")
+    return 1 if result["violations"] else 0
+
+
+def soak() -> int:
+    """Run fresh seeds; stop at the first violation."""
+    counts: Counter[str] = Counter()
+    begun = time.monotonic()
+    first = SystemRandom().getrandbits(40)
+    print(f"seeds from {first}; stop with Ctrl-C", flush=True)
+    with a_base() as base:
+        try:
+            for seed in count(first):
+                text = run_seed(seed, base, counts)
+                if text:
+                    print(f"{text}\n  reproduce it: python -m tests.sim {seed}")
+                    return 1
+                if counts["seeds"] % 500 == 0:
+                    spent = time.monotonic() - begun
+                    print(f"{counts['seeds']} seeds in {spent:.0f} s: 0 violations", flush=True)
+        except KeyboardInterrupt:
+            print(f"{counts['seeds']} seeds, 0 violations")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

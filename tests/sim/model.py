@@ -1,0 +1,552 @@
+"""What must be true: every frame ever made, by its place in its LDSU's history, and every write
+that a client was told of.
+
+The histories form a tree by chain: a power cut may take frames away, and others follow in their
+place.  What the product says of itself is only used to find a place in that tree; then contents
+are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from qdsmirror.core import frames, stream
+from qdsmirror.core.frames import (
+    ENTRIES,
+    GENESIS,
+    REFRESH,
+    REFRESH_ZEROES,
+    Entry,
+    parse_header,
+)
+from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
+from tests.sim.disk import Disk
+
+SECTOR = 512
+TAG = 16
+_OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
+
+
+class Violation(Exception):
+    """An invariant does not hold; the name comes first.
+
+    Product code that it passes through may take it for an error of its own and go on: ``seen``
+    keeps what was raised since it was last cleared.
+    """
+
+    seen: ClassVar[list[Violation]] = []
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.seen.append(self)
+
+    @property
+    def invariant(self) -> str:
+        return str(self).split(":")[0]
+
+
+def payload(number: int, length: int) -> bytes:
+    """Give what a write holds: no two sectors that were ever written are alike."""
+    first = number << 20
+    return b"".join([b"%015x|" % (first + n) * (SECTOR // TAG) for n in range(length // SECTOR)])
+
+
+def tag_of(sector: bytes | bytearray | memoryview) -> bytes:
+    return bytes(sector[:TAG])
+
+
+ZERO_TAG = bytes(TAG)
+
+
+class Made:
+    """A frame that the driver has made.
+
+    :ivar parent: the frame before it in its LDSU's history; ``None`` for the root.
+    :ivar durable: seen on the writelog's platters.
+    :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
+    """
+
+    __slots__ = (
+        "_content", "chain", "copies", "durable", "end", "entries", "gsn_first", "gsn_last",
+        "journaled", "kind", "ldsu", "parent", "sequence", "writes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        ldsu: int,
+        parent: Made | None,
+        sequence: int,
+        chain: bytes,
+        kind: int,
+        gsns: tuple[int, int],
+        entries: Sequence[Entry],
+        end: int,
+        writes: Sequence[tuple[int, bytes]],
+    ) -> None:
+        self.ldsu = ldsu
+        self.parent = parent
+        self.sequence = sequence
+        self.chain = chain
+        self.kind = kind
+        self.gsn_first, self.gsn_last = gsns
+        self.entries = entries
+        self.end = end
+        self.writes = writes
+        self.durable = self.journaled = False
+        self.copies: list[tuple[int, bytes]] = []
+        self._content: bytes | None = None
+
+    @classmethod
+    def root(cls, ldsu: int, content: bytes) -> Made:
+        made = cls(ldsu, None, 0, GENESIS, 0, (0, 0), (), 0, ())
+        made.durable = made.journaled = True
+        made._content = content
+        return made
+
+    def content(self) -> bytes:
+        """Give the LDSU as it is behind this frame."""
+        steps: list[Made] = []
+        at = self
+        while at._content is None:
+            steps.append(at)
+            assert at.parent is not None
+            at = at.parent
+        if steps:
+            content = bytearray(at._content)
+            for step in reversed(steps):
+                if step.kind == ENTRIES:
+                    for offset, length, _, data in step.entries:
+                        content[offset : offset + length] = bytes(length) if data is None else data
+            self._content = bytes(content)
+        return self._content  # type: ignore[return-value]
+
+    def line(self) -> str:
+        entries = [(e.offset, e.length, e.kind) for e in self.entries]
+        return f"LDSU {self.ldsu} frame {self.sequence} GSN {self.gsn_first}-{self.gsn_last} " \
+            f"kind {self.kind} {entries}"  # fmt: skip
+
+
+class Sectors:
+    """What a client may find in each sector of an LDSU.
+
+    Values are kept in the order in which they were written, from the one that must survive a
+    power cut on; each write is known by its number.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._base = content
+        self._values: dict[int, list[tuple[int, bytes]]] = {}
+        self._safe: dict[int, int] = {}
+        self._answered: dict[int, int] = {}
+
+    def write(self, number: int, offset: int, length: int, data: bytes | None) -> None:
+        for at in range(offset, offset + length, SECTOR):
+            tag = ZERO_TAG if data is None else data[at - offset : at - offset + TAG]
+            self._values.setdefault(at, []).append((number, tag))
+
+    def answered(self, number: int, offset: int, length: int) -> None:
+        for at in range(offset, offset + length, SECTOR):
+            self._answered[at] = max(number, self._answered.get(at, 0))
+
+    def made_safe(self, number: int, offset: int, length: int) -> None:
+        for at in range(offset, offset + length, SECTOR):
+            self._safe[at] = max(number, self._safe.get(at, 0))
+
+    def _allowed(self, at: int, since: int) -> set[bytes]:
+        values = self._values.get(at, ())
+        allowed = {tag for number, tag in values if number >= since}
+        if not since:
+            allowed.add(self._base[at : at + TAG])
+        return allowed
+
+    def check_survived(self, content: bytes, what: str) -> None:
+        """DURABLE: nothing that was promised is gone."""
+        for at in self._values:
+            if tag_of(content[at : at + TAG]) not in self._allowed(at, self._safe.get(at, 0)):
+                raise Violation(
+                    f"DURABLE: {what} at {at}: {tag_of(content[at:at + TAG])!r}, not one of "
+                    f"{sorted(self._allowed(at, self._safe.get(at, 0)))}"
+                )  # fmt: skip
+        self._check_rest(content, what)
+
+    def _check_rest(self, content: bytes, what: str) -> None:
+        masked = bytearray(content)
+        for at in self._values:
+            masked[at : at + SECTOR] = self._base[at : at + SECTOR]
+        if masked != self._base:
+            raise Violation(f"DURABLE: {what} differs where nothing was written")
+
+    def expect(self, offset: int, length: int) -> dict[int, int]:
+        """Give the newest answered write of each sector, for a read that begins now."""
+        return {at: self._answered.get(at, 0) for at in range(offset, offset + length, SECTOR)}
+
+    def check_read(self, expected: dict[int, int], offset: int, data: bytes, what: str) -> None:
+        for at, since in expected.items():
+            tag = tag_of(data[at - offset : at - offset + TAG])
+            if tag not in self._allowed(at, since):
+                raise Violation(
+                    f"READ: {what} at {at} gives {tag!r}, not one of "
+                    f"{sorted(self._allowed(at, since))}"
+                )
+
+    def recovered(self, content: bytes) -> None:
+        """Begin anew: what recovery found may not be lost any more."""
+        self._base = content
+        self._values.clear()
+        self._safe.clear()
+        self._answered.clear()
+
+
+class Model:
+    """All frames of one group, and what is known of each.
+
+    :ivar tips: by LDSU, the last frame of the present history; ``held``: the last that the
+        secondary has durably.
+    """
+
+    def __init__(
+        self,
+        generation: bytes,
+        contents: Sequence[bytes],
+        logs: Sequence[Disk],
+        data: Sequence[Disk],
+        mirrors: Sequence[Disk],
+        journal: Disk,
+    ) -> None:
+        self.logs, self.data, self.mirrors, self.journal = logs, data, mirrors, journal
+        self.made: dict[tuple[int, bytes, bytes], Made] = {}
+        self.tags: dict[tuple[int, bytes], list[Made]] = {}
+        self.tips: list[Made] = []
+        self.sectors = [Sectors(content) for content in contents]
+        self.begin_generation(generation, contents)
+        self._pending: list[Made] = []
+        self._watch_disks()
+        self.counts: dict[str, int] = {}
+
+    def begin_generation(self, generation: bytes, contents: Sequence[bytes]) -> None:
+        self.generation = generation
+        self.tips = [Made.root(index, content) for index, content in enumerate(contents)]
+        for tip in self.tips:
+            self.made[tip.ldsu, generation, GENESIS] = tip
+        self._applied_checked = list(self.tips)
+        self._tail_checked = list(self.tips)
+        #: The last frame of each history that the journal's platters held.
+        self.held = list(self.tips)
+
+    def _watch_disks(self) -> None:
+        self.journal.wrote = self._journal_write
+        self.journal.synced = self._journal_synced
+        for index, disk in enumerate(self.data):
+            disk.wrote = lambda offset, data, index=index: self._data_write(index, offset, data)
+        for index, disk in enumerate(self.mirrors):
+            disk.wrote = lambda offset, data, index=index: self._mirror_write(index, offset, data)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    # -- the driver's frames ------------------------------------------------------------------
+
+    def framed(
+        self,
+        ldsu: int,
+        generation: bytes,
+        before: bytes,
+        sequence: int,
+        chain: bytes,
+        kind: int,
+        gsns: tuple[int, int],
+        entries: Sequence[Entry],
+        end: int,
+        writes: Sequence[tuple[int, bytes]],
+    ) -> None:
+        parent = self.made.get((ldsu, generation, before))
+        if parent is None:
+            raise Violation(f"GENERATION: LDSU {ldsu} goes on behind a frame that was never made")
+        if sequence != parent.sequence + 1 or gsns[0] <= parent.gsn_last:
+            raise Violation(f"PREFIX: LDSU {ldsu}: numbers do not follow {parent.line()}")
+        made = Made(ldsu, parent, sequence, chain, kind, gsns, entries, end, writes)
+        self.made[ldsu, generation, chain] = made
+        self.tips[ldsu] = made
+        for entry in entries:
+            self._tag(made, entry)
+            if entry.kind in _OF_REFRESH:
+                self._check_chunk(parent, entry)
+
+    def _tag(self, made: Made, entry: Entry) -> None:
+        if entry.payload is None:
+            return
+        data = entry.payload
+        for at in range(0, entry.length, SECTOR):
+            self.tags.setdefault((made.ldsu, bytes(data[at : at + TAG])), []).append(made)
+
+    def _check_chunk(self, parent: Made, entry: Entry) -> None:
+        """COHERENT: a chunk holds what the history before it says (rules.md 14)."""
+        offset, length, _, data = entry
+        if parent.content()[offset : offset + length] != (bytes(length) if data is None else data):
+            raise Violation(f"COHERENT: the chunk at {offset} of LDSU {parent.ldsu} is out of date")
+
+    def is_durable(self, made: Made) -> bool:
+        """Tell whether the writelog's platters hold a frame."""
+        if not made.durable:
+            durable = self.logs[made.ldsu].durable
+            made.durable = all(durable[at : at + len(w)] == w for at, w in made.writes)
+            if made.durable:
+                made.writes = ()
+        return made.durable
+
+    def _data_write(self, ldsu: int, offset: int, data: bytes) -> None:
+        """NO-HIDDEN: what is written to a data device is durable in its writelog."""
+        self._count("data writes")
+        for at in range(0, len(data), SECTOR):
+            tag = data[at : at + TAG]
+            if tag == ZERO_TAG:
+                continue
+            if not any(self.is_durable(made) for made in self.tags.get((ldsu, tag), ())):
+                raise Violation(
+                    f"NO-HIDDEN: LDSU {ldsu} at {offset + at}: {tag!r} is written to the data "
+                    "device and not durable in the writelog"
+                )
+        if not any(data) and not self._zeroed(ldsu, offset, len(data)):
+            raise Violation(f"NO-HIDDEN: LDSU {ldsu}: zeroes at {offset} not in the writelog")
+
+    def _zeroed(self, ldsu: int, offset: int, length: int) -> bool:
+        made: Made | None = self.tips[ldsu]
+        while made is not None:
+            for entry in made.entries:
+                if (
+                    entry.payload is None
+                    and entry.offset <= offset
+                    and offset + length <= entry.offset + entry.length
+                    and self.is_durable(made)
+                ):
+                    return True
+            made = made.parent
+        return False
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def find(self, ldsu: int, generation: bytes, chain: bytes) -> Made | None:
+        return self.made.get((ldsu, generation, chain))
+
+    def sent(self, frame: memoryview) -> None:
+        """NO-AHEAD: only what is durable in the writelog leaves."""
+        self._count("frames sent")
+        header = parse_header(frame)
+        made = self.find(header.ldsu, header.generation, header.chain)
+        if made is None:
+            raise Violation(f"NO-AHEAD: frame {header.sequence} was sent and never made")
+        if not self.is_durable(made):
+            raise Violation(f"NO-AHEAD: not durable and sent: {made.line()}")
+
+    def told(self, committed: int, generation: bytes) -> None:
+        """DURABLE (secondary): only what is durable in the journal is acknowledged."""
+        if generation != self.generation:
+            return
+        self._count("ACKs")
+        for tip in self.tips:
+            made = self.upto(tip, committed)
+            if not self.is_journaled(made):
+                raise Violation(f"TAIL: acknowledged and not in the journal: {made.line()}")
+
+    @staticmethod
+    def upto(made: Made, gsn: int) -> Made:
+        """Give the last frame of a history whose numbers are not above ``gsn``."""
+        while made.gsn_last > gsn:
+            assert made.parent is not None
+            made = made.parent
+        return made
+
+    # -- the secondary ------------------------------------------------------------------------
+
+    def _journal_write(self, offset: int, data: bytes) -> None:
+        if data[:8] != RECORD_MAGIC:
+            return
+        at = data.find(frames.MAGIC, RECORD_HEADER_BYTES)
+        if at != RECORD_HEADER_BYTES:
+            return
+        header = parse_header(data, at)
+        made = self.find(header.ldsu, header.generation, header.chain)
+        if made is None:
+            raise Violation(f"PREFIX: frame {header.sequence} in the journal was never made")
+        if not made.journaled:
+            self._pending.append(made)
+            made.copies.append((offset, data[: at + header.frame_bytes]))
+
+    def _journal_synced(self) -> None:
+        # At once: its place may be used again before anybody asks.
+        self._pending = [made for made in self._pending if not self.is_journaled(made)]
+
+    def is_journaled(self, made: Made) -> bool:
+        """Tell whether the journal's platters hold a frame."""
+        if not made.journaled:
+            durable = self.journal.durable
+            made.journaled = any(durable[at : at + len(w)] == w for at, w in made.copies)
+            if made.journaled:
+                made.copies.clear()
+                if made.sequence > self.held[made.ldsu].sequence:
+                    self.held[made.ldsu] = made
+        return made.journaled
+
+    def _mirror_write(self, ldsu: int, offset: int, data: bytes) -> None:
+        """PREFIX: what is written to a mirror is durable in the journal."""
+        self._count("mirror writes")
+        for at in range(0, len(data), SECTOR):
+            tag = data[at : at + TAG]
+            if tag != ZERO_TAG and not any(
+                self.is_journaled(made) for made in self.tags.get((ldsu, tag), ())
+            ):
+                raise Violation(
+                    f"PREFIX: LDSU {ldsu} at {offset + at}: {tag!r} is written to the mirror and "
+                    "not durable in the journal"
+                )
+
+    def check_mirror(
+        self,
+        cursor: Cursor,
+        superblock: Superblock,
+        contents: Sequence[bytes | bytearray],
+    ) -> None:
+        """PREFIX, COHERENT, NO-AHEAD: what the secondary holds after a replay."""
+        self._count("mirrors checked")
+        generation = superblock.generation or self.generation
+        for index, content in enumerate(contents):
+            made = self._mirrored(index, generation, cursor.point(index))
+            if not self.is_journaled(made):
+                raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
+            if superblock.coherent and bytes(content) != made.content():
+                raise Violation(
+                    f"PREFIX: mirror {index} says it is coherent and differs from the history's "
+                    f"prefix up to {made.line()} at {first_difference(content, made.content())}"
+                )
+            if generation == self.generation:
+                self._check_place(made, cursor.gsn - 1)
+
+    def _mirrored(self, ldsu: int, generation: bytes, point: Point) -> Made:
+        made = self.find(ldsu, generation, point.chain)
+        if made is None or made.sequence + 1 != point.sequence:
+            raise Violation(f"PREFIX: the mirror of LDSU {ldsu} stands at a place that never was")
+        return made
+
+    def _check_place(self, made: Made, gsn: int) -> None:
+        if self.upto(self.tips[made.ldsu], gsn) is not made:
+            raise Violation(
+                f"PREFIX: the secondary stands at GSN {gsn}, but LDSU {made.ldsu} at {made.line()}"
+            )
+
+    # -- superblocks --------------------------------------------------------------------------
+
+    def writelog_recorded(self, superblock: Superblock) -> None:
+        """TAIL: what a writelog's superblock calls applied or free is."""
+        index = superblock.units[0].index
+        if superblock.generation != self.generation:
+            return
+        self._count("superblocks")
+        tip = self.tips[index]
+        done = self._applied_checked[index]
+        self._applied_checked[index] = self._passed(
+            tip, done, superblock.applied.position, self._check_applied
+        )
+        done = self._tail_checked[index]
+        self._tail_checked[index] = self._passed(
+            tip, done, superblock.tail.position, self._check_committed
+        )
+
+    @staticmethod
+    def _passed(tip: Made, done: Made, position: int, check: Any) -> Made:
+        made = tip
+        while made.end > position:
+            assert made.parent is not None
+            made = made.parent
+        last = made
+        while made is not done and made.parent is not None:
+            check(made)
+            made = made.parent
+        return last if last.end >= done.end else done
+
+    def _check_applied(self, made: Made) -> None:
+        """Check that the data device's platters hold a frame, or what came after it."""
+        durable = self.data[made.ldsu].durable
+        for offset, length, kind, data in made.entries:
+            if kind in _OF_REFRESH:
+                continue
+            for at in range(offset, offset + length, SECTOR):
+                tag = bytes(durable[at : at + TAG])
+                want = ZERO_TAG if data is None else bytes(data[at - offset : at - offset + TAG])
+                if tag != want and not self._later(made, at, tag):
+                    raise Violation(
+                        f"TAIL: the writelog gives up {made.line()}, and the data device does not "
+                        f"hold it at {at}: {tag!r}"
+                    )
+
+    def _later(self, made: Made, at: int, tag: bytes) -> bool:
+        """Tell whether a frame of the present history from ``made`` on wrote this sector so."""
+        later = self.tips[made.ldsu]
+        while True:
+            for offset, length, _, data in later.entries:
+                if offset <= at < offset + length and tag == (
+                    ZERO_TAG if data is None else bytes(data[at - offset : at - offset + TAG])
+                ):
+                    return True
+            if later is made or later.parent is None:
+                return False
+            later = later.parent
+
+    def _check_committed(self, made: Made) -> None:
+        if not self.is_journaled(made):
+            raise Violation(f"TAIL: the tail passes what the secondary lacks: {made.line()}")
+
+    # -- recovery of the primary ----------------------------------------------------------------
+
+    def recovered(self, generation: bytes, points: Sequence[Point], next_gsn: int) -> None:
+        """DURABLE, NO-AHEAD, RECOVER: what the driver found."""
+        self._count("recoveries")
+        if generation != self.generation:
+            raise Violation("GENERATION: the driver found another generation")
+        for index, point in enumerate(points):
+            tip = self.find(index, generation, point.chain)
+            if tip is None or tip.sequence + 1 != point.sequence:
+                raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
+            self._check_kept(self.held[index], tip)
+            self.tips[index] = tip
+            content = tip.content()
+            found = bytes(self.data[index].durable)
+            if found != content:
+                raise Violation(
+                    f"RECOVER: data device {index} differs from the history up to {tip.line()} "
+                    f"at {first_difference(found, content)}"
+                )
+            self.sectors[index].check_survived(found, f"LDSU {index}")
+            self.sectors[index].recovered(found)
+            self._mark_durable(tip)
+            self._applied_checked[index] = self._tail_checked[index] = tip
+        if next_gsn != 1 + max(tip.gsn_last for tip in self.tips):
+            raise Violation(f"RECOVER: GSNs go on at {next_gsn}")
+
+    @staticmethod
+    def _check_kept(held: Made, tip: Made) -> None:
+        """Check that what the secondary holds is still part of the history."""
+        at: Made | None = tip
+        while at is not None:
+            if at is held:
+                return
+            at = at.parent
+        raise Violation(f"NO-AHEAD: the primary lost what the secondary holds: {held.line()}")
+
+    @staticmethod
+    def _mark_durable(tip: Made) -> None:
+        at: Made | None = tip
+        while at is not None and not at.durable:
+            at.durable = True
+            at.writes = ()
+            at = at.parent
+
+
+def first_difference(one: bytes | bytearray, other: bytes | bytearray) -> str:
+    for at in range(0, len(one), SECTOR):
+        if one[at : at + SECTOR] != other[at : at + SECTOR]:
+            return f"{at}: {tag_of(one[at : at + TAG])!r}, not {tag_of(other[at : at + TAG])!r}"
+    return "nothing"
+
+
+__all__ = ["SECTOR", "Made", "Model", "Sectors", "Violation", "payload", "stream"]
