@@ -167,12 +167,23 @@ class Generation:
 
 @dataclass(frozen=True)
 class BoundUnit:
-    """An LDSU that a log is bound to: its index in the group, name and size in bytes."""
+    """An LDSU that a log is bound to: its index in the group, name, size in bytes and device.
+
+    :ivar device: the path it had when the log was initialised.
+    :ivar identity: what tells it from others under any path (rules.md 24); empty where nothing
+        does.
+    """
 
     index: int
     name: str
     size: int
     device: str
+    identity: str = ""
+
+    def to_json(self) -> list[Any]:
+        """Give the form that stands in a superblock."""
+        bound = [self.index, self.name, self.size, self.device]
+        return [*bound, self.identity] if self.identity else bound
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,8 @@ class Superblock:
     :ivar bypass: the bypass that the group is in, by id, since and reason, or ``None``; in a
         journal the one at whose break the mirror stands.
     :ivar bitmap: where the dirty bitmap stands; ``None`` in a journal.
+    :ivar fingerprints: by LDSU index what its device holds, from an orderly stop to the next start
+        (rules.md 24); else ``None``.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -210,6 +223,7 @@ class Superblock:
     refresh: Mapping[str, Any] | None = None
     bypass: Mapping[str, Any] | None = None
     bitmap: BitmapArea | None = None
+    fingerprints: Mapping[str, Any] | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -220,11 +234,11 @@ class Superblock:
 
     def to_json(self) -> dict[str, Any]:
         """Give the body of a slot."""
-        return {
+        body: dict[str, Any] = {
             "role": self.role,
             "log": self.log.hex(),
             "group": self.group,
-            "units": [[u.index, u.name, u.size, u.device] for u in self.units],
+            "units": [unit.to_json() for unit in self.units],
             "ring": [self.ring.start, self.ring.size, self.ring.align],
             "device_bytes": self.device_bytes,
             "generations": [[g.id.hex(), g.first_gsn] for g in self.generations],
@@ -238,6 +252,9 @@ class Superblock:
             "bypass": dict(self.bypass) if self.bypass is not None else None,
             "bitmap": list(self.bitmap) if self.bitmap is not None else None,
         }
+        if self.fingerprints is not None:
+            body["fingerprints"] = dict(self.fingerprints)
+        return body
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any], counter: int, slot_bytes: int) -> Superblock:
@@ -263,6 +280,7 @@ class Superblock:
             refresh=body["refresh"],
             bypass=body["bypass"],
             bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
+            fingerprints=body.get("fingerprints"),
             counter=counter,
             slot_bytes=slot_bytes,
         )
@@ -290,6 +308,8 @@ class Superblock:
             or ring.start + ring.size > self.device_bytes
         ):
             raise ValueError("the layout is impossible")
+        if self.fingerprints is not None and not isinstance(self.fingerprints, dict):
+            raise ValueError("the fingerprints cannot be read")
         area = self.bitmap
         if area is not None and not (
             2 * self.slot_bytes <= area.start

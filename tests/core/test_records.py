@@ -126,6 +126,19 @@ class RecordTests(SynchronousTestCase):
 
 
 class SlotTests(SynchronousTestCase):
+    def test_round_trip_of_what_need_not_be_there(self) -> None:
+        unit = replace(SUPER.units[0], identity="scsi:naa.5000c5")
+        more = replace(SUPER, units=(unit,), fingerprints={"1": {"first": "aa", "chunks": []}})
+        self.assertEqual(parse_slot(pack_slot(more, 0), 0, 0), more)
+        plain = SUPER.to_json()
+        self.assertNotIn("fingerprints", plain)
+        self.assertEqual(len(plain["units"][0]), 4)
+
+    def test_fingerprints_of_another_form(self) -> None:
+        body = {**SUPER.to_json(), "fingerprints": [1]}
+        with self.assertRaisesRegex(CorruptError, "fingerprints cannot be read"):
+            parse_slot(forge(json.dumps(body).encode()), 0, 0)
+
     def test_round_trip(self) -> None:
         for slot in (0, 1):
             raw = pack_slot(SUPER, slot)
