@@ -313,6 +313,17 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(world.data().content()[BLOCK : 2 * BLOCK], unique(2))
         self.assertNotIn(unique(1), world.log().content())
 
+    def test_held_writes_keep_their_order(self) -> None:
+        world = DriverWorld(self)
+        unit = world.start()
+        unit.lock(0, BLOCK)
+        for number in range(4):
+            world.client.write(unit, 0, unique(number))
+        self.assertEqual(world.client.done, [])
+        unit.unlock()
+        world.settle()
+        self.assertEqual(world.data().content()[:BLOCK], unique(3))
+
     def test_dead_connections_held_requests_are_not_framed(self) -> None:
         """What a refresh's lock has held back is forgotten with the rest, once."""
         world = DriverWorld(self, stepped=True)
