@@ -42,6 +42,7 @@ FOREIGN = frozenset(
         "fio(1)",
         "inetd(8)",
         "losetup(8)",
+        "modprobe(8)",
         "nbdcopy(1)",
         "nbdfuse(1)",
         "nbdinfo(1)",

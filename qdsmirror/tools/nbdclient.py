@@ -168,6 +168,14 @@ class NbdClient:
             pass  # it is gone already, which is all that was wanted
         self._socket.close()
 
+    def release(self) -> socket.socket:
+        """Give the connection to somebody else, the kernel for instance; it is not ours any more.
+
+        Nothing has been read ahead of what was asked for.
+        """
+        self._socket.settimeout(None)
+        return self._socket
+
     def _negotiate(self, export: str) -> None:
         magic, ihaveopt, handshake_flags = _GREETING.unpack(self._receive(_GREETING.size))
         if (magic, ihaveopt) != (_NBDMAGIC, _IHAVEOPT) or handshake_flags & 3 != 3:

@@ -13,7 +13,8 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.config import load_groups
 from qdsmirror.errors import DeviceError, UnreachableError
-from qdsmirror.tools import attach
+from qdsmirror.tools import attach, attach_fuse, attach_netlink
+from qdsmirror.tools.attach_state import mount_points, read_state
 from qdsmirror.tools.status import nbd_uri
 from tests.tools.sites import captured, host_root
 
@@ -30,11 +31,11 @@ class PureTests(TestCase):
     """What is read from the system."""
 
     def test_mount_points_of_a_device(self) -> None:
-        found = list(attach.mount_points(MOUNTINFO, "7:0", "/dev/loop0"))
+        found = list(mount_points(MOUNTINFO, "7:0", "/dev/loop0"))
         self.assertEqual(found, ["/mnt/my data", "/mnt/part"])
 
     def test_all_mount_points(self) -> None:
-        self.assertIn("/run/qds/attach/qds0", list(attach.mount_points(MOUNTINFO)))
+        self.assertIn("/run/qds/attach/qds0", list(mount_points(MOUNTINFO)))
 
     def test_needs_root(self) -> None:
         self.patch(os, "geteuid", lambda: 1000)
@@ -47,9 +48,19 @@ class PureTests(TestCase):
     def test_missing_programs_are_named(self) -> None:
         self.patch(os, "geteuid", lambda: 0)
         self.patch(shutil, "which", lambda name: None if "nbd" in name else "/bin/x")
+        self.patch(attach_netlink, "driver_is_there", lambda: False)
         code, _, errors = captured(self, attach.main, "--root", str(host_root(self).root))
         self.assertEqual(code, 1)
         self.assertIn("nbdfuse, nbdkit", errors)
+        self.assertIn("modprobe nbd", errors)
+
+    def test_a_kernel_without_the_driver_is_told_when_it_was_asked_for(self) -> None:
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(attach_netlink, "driver_is_there", lambda: False)
+        root = str(host_root(self).root)
+        code, _, errors = captured(self, attach.main, "--root", root, "--via", "nbd")
+        self.assertEqual(code, 1)
+        self.assertIn("no nbd driver", errors)
 
     def test_nothing_attached(self) -> None:
         self.patch(os, "geteuid", lambda: 0)
@@ -61,14 +72,14 @@ class PureTests(TestCase):
 
 
 class DeviceTests(TestCase):
-    """Real loop devices."""
+    """Real loop devices: what is done where the kernel has no NBD driver."""
 
     timeout = 120
 
     def setUp(self) -> None:
         if os.geteuid() != 0:
             raise SkipTest("needs root")
-        for program in attach.PROGRAMS:
+        for program in attach_fuse.PROGRAMS:
             if shutil.which(program) is None:
                 raise SkipTest(f"needs {program}")
         for device in ("/dev/fuse", "/dev/loop-control"):
@@ -113,7 +124,7 @@ class DeviceTests(TestCase):
         self.assertEqual(device, self.paths.dev / "qds0")
         self.write(device, b"hello")
         self.assertEqual(self.disk.read_bytes()[:5], b"hello")
-        state = attach.read_state(self.paths, "qds0")
+        state = read_state(self.paths, "qds0")
         self.assertEqual(attach.attach(self.paths, "qds0", self.uri), state)
 
         attach.detach(self.paths, "qds0")
@@ -141,7 +152,7 @@ class DeviceTests(TestCase):
     def test_keeper_killed(self) -> None:
         """A dead keeper is noticed, cleared away and replaced."""
         self.attached()
-        state = attach.read_state(self.paths, "qds0")
+        state = read_state(self.paths, "qds0")
         assert state is not None
         os.kill(state.keeper, signal.SIGKILL)
         os.waitpid(state.keeper, 0)
