@@ -219,6 +219,7 @@ class Bypass:
             yield self._until(self._is_all_applied)
             if group.coherent:
                 yield gatherResults([unit.clear_dirty() for unit in group.units])
+                self._check_devices()
             yield group.checkpoints.record_everywhere(
                 bypass=state,
                 refresh=None,

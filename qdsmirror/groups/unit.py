@@ -24,7 +24,6 @@ from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer, Entry
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.ring import Placement
-from qdsmirror.errors import DeviceFailedError
 from qdsmirror.groups import bypass
 from qdsmirror.groups.direct import Direct
 from qdsmirror.groups.reading import Reading
@@ -460,19 +459,14 @@ class DriverUnit:
         self._commit()
 
     def clear_dirty(self) -> Deferred[None]:
-        """Clear the dirty bitmap; fires when that is durable.
-
-        :raises DeviceFailedError: the writelog's device failed.
-        """
+        """Clear the dirty bitmap; fires when that is durable, or the LDSU has failed."""
         self.dirty.clear()
         cleared: Deferred[None] = Deferred()
 
         def done(_result: None, error: BaseException | None) -> None:
-            if error is None:
-                cleared.callback(None)
-                return
-            self.fail("writelog", self.config.writelog_device, error)
-            cleared.errback(DeviceFailedError(self.errors[0], path=self.config.writelog_device))
+            if error is not None:
+                self.fail("writelog", self.config.writelog_device, error)
+            cleared.callback(None)
 
         self.run_on_log(partial(clear_bitmap, self.writelog.device, self.dirty.area), done)
         return cleared

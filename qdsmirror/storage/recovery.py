@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
 from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entries
+from qdsmirror.core.generations import settle
 from qdsmirror.core.records import Cursor, Superblock
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
 from qdsmirror.errors import BrokenError, CorruptError, MismatchError
@@ -82,13 +83,14 @@ def open_units(config: GroupConfig, open_device: Callable[..., IBlockDevice]) ->
             writelog = Writelog.open(log_device)
             _check_unit(writelog.superblock, config, ldsu, device)
             units.append(_scan(ldsu, device, writelog))
-    generations = {unit.writelog.superblock.generation for unit in units}
-    if len(generations) != 1:
+    try:
+        settle([unit.writelog.superblock for unit in units])
+    except BrokenError as error:
         close_units(units)
         raise BrokenError(
-            f"{config.name}: its writelogs are of different generations",
+            f"{config.name}: {error.message}",
             hint=f"initialise all of them together: qdswlinit -g {config.number} --yes",
-        )
+        ) from error
     return units
 
 

@@ -189,10 +189,13 @@ def durable_superblock(log: bytes) -> Superblock:
 
 
 def marked(log: bytes, offset: int, length: int) -> bool:
-    """Tell whether a log's durable bytes say bypass, and that the whole of a range is dirty."""
+    """Tell whether a log's durable bytes say bypass, and that the whole of a range is dirty.
+
+    A full refresh that has yet to begin says no less: bypass was to be left, and was not.
+    """
     superblock = durable_superblock(log)
-    area = superblock.bitmap
-    if superblock.bypass is None or area is None:
+    area, refresh = superblock.bitmap, superblock.refresh
+    if area is None or (superblock.bypass is None and (refresh is None or refresh["done"])):
         return False
     stored = log[area.start : area.start + area.size]
     dirty = DirtyBitmap(area, superblock.units[0].size, stored)
