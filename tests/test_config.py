@@ -102,7 +102,7 @@ class GroupTests(RootedTestCase):
                 path=self.paths.group_config(0),
                 operation="async",
                 durability="flush",
-                on_overflow="block",
+                on_overflow="bypass",
                 primary_host="db1",
                 primary_address="db1",
                 secondary_host="dr1",
@@ -230,7 +230,7 @@ class GroupTests(RootedTestCase):
         for key, value, valid in (
             ("operation", "sync", "async"),
             ("durability", "none", "flush, always"),
-            ("on_overflow", "bypass", "block"),
+            ("on_overflow", "drop", "bypass, block"),
         ):
             text = f"{key} = {value}\n" + re.sub(f"^{key} = .*\n", "", GROUP, flags=re.MULTILINE)
             self.one_problem(text, 1, key, f"not one of: {valid}")

@@ -21,7 +21,7 @@ from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: What ``--is`` and ``--wait`` take: the states, and two predicates.
-STATES = ("accumulating", "connected", "refresh", "setup")
+STATES = ("accumulating", "bypass", "connected", "refresh", "setup")
 PREDICATES = (*STATES, "coherent", "drained")
 
 POLL_SECONDS = 0.1
@@ -107,14 +107,15 @@ def is_so(group: Group, predicate: str) -> bool:
     """Tell whether a group satisfies one of PREDICATES; what is not known is not so.
 
     ``drained``: the last number written is applied here and committed and applied at the
-    secondary.  The secondary does not know what was written, so a group is drained as seen from
-    the primary only.
+    secondary, and nothing was written past the writelogs.  The secondary does not know what was
+    written, so a group is drained as seen from the primary only.
     """
     if predicate == "coherent":
         return group["coherent"] is True
     if predicate == "drained":
         gsn = group["gsn"]
-        return gsn["written"] is not None and len({gsn[key] for key in _DRAINED}) == 1
+        equal = gsn["written"] is not None and len({gsn[key] for key in _DRAINED}) == 1
+        return equal and not (group["bypass"] or {}).get("dirty_bytes")
     return predicate == group["state"] or predicate in group["modes"]
 
 
@@ -163,6 +164,12 @@ def describe(group: Group, predicate: str) -> str:
         if group["role"] == "secondary":
             return f"{name} is secondary here, only its primary knows when it is drained"
         gsn = group["gsn"]
+        past = (group["bypass"] or {}).get("dirty_bytes")
+        if past:
+            return (
+                f"{name} is in bypass, {past} bytes may differ from the mirror: leave it with "
+                f"qdsbypass off -g {group['group']}"
+            )
         return f"{name}: " + ", ".join(f"{key} {gsn[key]}" for key in _DRAINED)
     text = f"{name} is {'+'.join(group['modes'])}"
     if predicate == "coherent":

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HEADINGS = ("GROUP", "ROLE", "STATE", "SINCE", "COHERENT", "GSN", "COMMITTED", "MIRRORED", "LAG")
 UNIT_HEADINGS = ("GROUP", "LDSU", "SIZE", "LOG USED", "ENTRIES", "DEVICE")
 _UNKNOWN = "-"
-_COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow", "setup": "red"}
+_COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow",
+            "bypass": "red", "setup": "red"}  # fmt: skip
 
 
 def is_terminal() -> bool:
@@ -92,6 +93,10 @@ def remarks(group: Group) -> list[str]:
     progress = group["refresh"]
     if progress:
         lines.append(f"{group['name']}: {refresh_text(progress)}")
+    bypass = group["bypass"]
+    if bypass and group["role"] == "primary":
+        dirty = size_text(bypass["dirty_bytes"])
+        lines.append(f"{group['name']}: in bypass, {dirty} dirty; leave it with qdsbypass off")
     seen: list[str] = []
     parts = (group[part].get("reason") for part in ("pmd", "rmd"))
     for reason in (group["reason"], *parts, *group.get("errors", ())):

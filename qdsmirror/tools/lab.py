@@ -38,6 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{text}, e.g. 64M (default: {size >> 20}M)",
         )
     create.add_argument(
+        "--overflow",
+        choices=("block", "bypass"),
+        default=default.overflow,
+        help=f"what happens when a writelog is full (default: {default.overflow})",
+    )
+    create.add_argument(
         "--port", type=int, help="TCP port of the secondary (default: a free one is chosen)"
     )
     start = cli.subcommand(
@@ -96,6 +102,7 @@ def _create(lab: Lab, arguments: argparse.Namespace) -> int:
             arguments.writelog,
             arguments.journal,
             arguments.port,
+            arguments.overflow,
         )
     )
     return _tell(arguments, f"{lab.directory}: created, port {port}")

@@ -54,6 +54,7 @@ class Plan:
     :ivar groups: number of logical groups; ``ldsus`` of LDSUs in each.
     :ivar size: bytes of each LDSU; likewise ``writelog`` and ``journal``.
     :ivar port: of the rmd; ``None`` chooses a free one.
+    :ivar overflow: ``on_overflow`` of every group.
     """
 
     groups: int = 1
@@ -62,6 +63,7 @@ class Plan:
     writelog: int = 64 * MIB
     journal: int = 128 * MIB
     port: int | None = None
+    overflow: str = "block"
 
     def check(self) -> None:
         """Look whether such a lab can be.
@@ -142,7 +144,7 @@ class Lab:
         for number in range(plan.groups):
             names = [f"qds{number * plan.ldsus + index}" for index in range(plan.ldsus)]
             self._make_devices(plan, number, names)
-            text = self._group_file(number, names, port)
+            text = self._group_file(number, names, port, plan.overflow)
             for paths in self.paths.values():
                 _write(paths.group_config(number), text)
         for paths in self.paths.values():
@@ -160,9 +162,9 @@ class Lab:
             _sparse(near / f"{name}.writelog", plan.writelog)
             _sparse(far / f"{name}.mirror", plan.size)
 
-    def _group_file(self, number: int, names: Sequence[str], port: int) -> str:
+    def _group_file(self, number: int, names: Sequence[str], port: int, overflow: str) -> str:
         near, far = self.devices("primary"), self.devices("secondary")
-        lines = ["operation = async", "on_overflow = block"]
+        lines = ["operation = async", f"on_overflow = {overflow}"]
         lines += ["[primary]", "host = primary", "address = 127.0.0.1"]
         lines += ["[secondary]", "host = secondary", "address = 127.0.0.1", f"port = {port}"]
         lines += [f"journal_device = {_quoted(far / (group_name(number) + '.journal'))}"]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.errors import BrokenError, ConfigError, QdsError, UnreachableError
+from qdsmirror.limits import REFRESH_RING_SHARE
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.client import ControlClient
@@ -49,6 +51,10 @@ def build_kill_parser() -> argparse.ArgumentParser:
     return cli.parser("killrefresh", description, groups=True)
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _refresh_parser(prog: str, description: str) -> argparse.ArgumentParser:
     made = cli.parser(prog, description, groups=True)
     made.add_argument(
@@ -67,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``qdsrefresh``: return once every group's refresh has durably ended."""
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs, broken = _primaries(paths, arguments)
-    begun = [begin(paths, config, arguments.kind) for config in configs]
+    configs, broken = primaries(paths, arguments)
     host = configs[0].primary_host
+    for config in configs:
+        wait_for_room(config, lambda one: collect_groups(paths, host, [one])[0])
+    begun = [begin(paths, config, arguments.kind) for config in configs]
     with _display(arguments.json) as show:
         follow(configs, lambda one: collect_groups(paths, host, [one])[0], show)
-    return _tell(arguments.json, begun, "refreshed", broken)
+    return tell(arguments.json, begun, "refreshed", broken)
 
 
 @cli.run
@@ -80,9 +88,12 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run ``launchrefresh``: return once every group's refresh has durably begun."""
     arguments = build_launch_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs, broken = _primaries(paths, arguments)
+    configs, broken = primaries(paths, arguments)
+    host = configs[0].primary_host
+    for config in configs:
+        wait_for_room(config, lambda one: collect_groups(paths, host, [one])[0])
     begun = [begin(paths, one, arguments.kind) for one in configs]
-    return _tell(arguments.json, begun, "refresh has begun", broken)
+    return tell(arguments.json, begun, "refresh has begun", broken)
 
 
 @cli.run
@@ -91,11 +102,11 @@ def kill_main(argv: Sequence[str] | None = None) -> int:
     arguments = build_kill_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     ended = []
-    configs, broken = _primaries(paths, arguments)
+    configs, broken = primaries(paths, arguments)
     for config in configs:
-        _call_driver(paths, config, "KillRefresh")
+        call_driver(paths, config, "KillRefresh")
         ended.append({"group": config.number, "name": config.name})
-    return _tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", broken)
+    return tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", broken)
 
 
 def begin(paths: Paths, config: GroupConfig, kind: str, call: Call | None = None) -> dict[str, Any]:
@@ -105,9 +116,39 @@ def begin(paths: Paths, config: GroupConfig, kind: str, call: Call | None = None
     :returns: the driver's answer with the group's number and name.
     :raises QdsError: the driver does not answer, or refuses.
     """
-    ask = call or _call_driver
+    ask = call or call_driver
     answer = ask(paths, config, "Refresh", kind=kind)
     return {**answer, "group": config.number, "name": config.name, "kind": kind}
+
+
+def wait_for_room(
+    config: GroupConfig,
+    look: Look,
+    sleep: Callable[[float], None] = time.sleep,
+    tell_why: Callable[[str], None] = _to_stderr,
+) -> None:
+    """Wait while a group in bypass still sends what lies before the break, and has little room.
+
+    Leaving bypass then would soon fill its writelogs again.  Without a link there is nothing to
+    wait for.
+    """
+    told = False
+    while True:
+        try:
+            group = look(config)
+        except UnreachableError:
+            return
+        logs = [unit["writelog"]["used_ratio"] or 0.0 for unit in group["ldsus"]]
+        linked = group["pmd"].get("state") == "connected"
+        if group["state"] != "bypass" or not linked or max(logs) <= REFRESH_RING_SHARE:
+            return
+        if not told:
+            told = True
+            tell_why(
+                f"{group['name']}: waiting until the secondary has most of what was written "
+                "before the bypass"
+            )
+        sleep(POLL_SECONDS)
 
 
 def follow(
@@ -198,12 +239,16 @@ def _bars() -> Iterator[Show]:
         yield show
 
 
-def _call_driver(paths: Paths, config: GroupConfig, command: str, **words: str) -> dict[str, Any]:
+def call_driver(paths: Paths, config: GroupConfig, command: str, **words: str) -> dict[str, Any]:
+    """Call a command of a group's driver.
+
+    :raises QdsError: what it says, or that it does not answer.
+    """
     control = paths.control_socket(f"{config.name}.driver")
     return ControlClient(control, BEGIN_SECONDS).call(command, **words)
 
 
-def _primaries(paths: Paths, arguments: argparse.Namespace) -> cli.Selection:
+def primaries(paths: Paths, arguments: argparse.Namespace) -> cli.Selection:
     """Give the selected groups of which this host is primary, and which have broken files.
 
     :raises ConfigError: there is none, or one that was named is not.
@@ -220,9 +265,8 @@ def _primaries(paths: Paths, arguments: argparse.Namespace) -> cli.Selection:
     return cli.Selection(here, broken)
 
 
-def _tell(
-    as_json: bool, groups: list[dict[str, Any]], text: str, broken: Sequence[QdsError]
-) -> int:
+def tell(as_json: bool, groups: list[dict[str, Any]], text: str, broken: Sequence[QdsError]) -> int:
+    """Say what was done to which groups; give the exit code."""
     if as_json:
         cli.print_json({"groups": groups, **cli.errors_json(broken)})
     else:

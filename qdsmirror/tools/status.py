@@ -154,6 +154,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "gsn": dict.fromkeys(_GSN_PRIMARY),
         "lag": {"entries": None, "bytes": None, "seconds": None},
         "refresh": None,
+        "bypass": None,
         "verify": None,
         "driver": {"pid": None},
         "pmd": {"pid": None, "state": "stopped"},
@@ -220,6 +221,7 @@ def _primary_ldsu(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> dict[s
         "mirror_device": ldsu.mirror_device,
         "size": None,
         "coherent": None,
+        "dirty_bytes": None,
         "writelog": {
             "devices": [ldsu.writelog_device],
             "size": None,

@@ -49,6 +49,7 @@ RMD = {
     "gsn": {"committed": 5, "mirrored": 4},
     "lag": {"entries": None, "bytes": None, "seconds": None},
     "refresh": None,
+    "bypass": None,
     "verify": None,
     "driver": {"pid": None},
     "pmd": {"pid": None, "state": "connected"},
