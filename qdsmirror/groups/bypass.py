@@ -270,6 +270,8 @@ class Bypass:
 
     def _resume_framing(self) -> None:
         self._become(OFF)
+        if self._group.refresh_job is not None:
+            self._group.refresh_job.poke()
         for unit in self._group.units:
             unit.pump()
 
