@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from crc32c import crc32c
 
 from qdsmirror.core.bitmap import BitmapArea, bitmap_area
+from qdsmirror.core.failures import Failed
 from qdsmirror.core.frames import GENESIS, NUMBERS_END, Buffer, FrameHeader
 from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
@@ -203,6 +204,8 @@ class Superblock:
     :ivar bitmap: where the dirty bitmap stands; ``None`` in a journal.
     :ivar fingerprints: by LDSU index what its device holds, from an orderly stop to the next start
         (rules.md 24); else ``None``.
+    :ivar failures: the group's failed devices (:class:`~qdsmirror.core.failures.Failed`), or
+        ``None``.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -224,6 +227,7 @@ class Superblock:
     bypass: Mapping[str, Any] | None = None
     bitmap: BitmapArea | None = None
     fingerprints: Mapping[str, Any] | None = None
+    failures: Mapping[str, Any] | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -254,6 +258,8 @@ class Superblock:
         }
         if self.fingerprints is not None:
             body["fingerprints"] = dict(self.fingerprints)
+        if self.failures is not None:
+            body["failures"] = dict(self.failures)
         return body
 
     @classmethod
@@ -281,6 +287,7 @@ class Superblock:
             bypass=body["bypass"],
             bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
             fingerprints=body.get("fingerprints"),
+            failures=body.get("failures"),
             counter=counter,
             slot_bytes=slot_bytes,
         )
@@ -310,6 +317,7 @@ class Superblock:
             raise ValueError("the layout is impossible")
         if self.fingerprints is not None and not isinstance(self.fingerprints, dict):
             raise ValueError("the fingerprints cannot be read")
+        Failed.from_json(self.failures)
         area = self.bitmap
         if area is not None and not (
             2 * self.slot_bytes <= area.start

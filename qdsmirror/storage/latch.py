@@ -5,6 +5,9 @@ a failure is told to the master, which remembers it for its life and hands it to
 starts, and written to the group's host state file.  No later process uses the device, even if that
 file could not be written, until the operator clears both by initialising the group's logs again
 (qdswlinit(1)).
+
+The same file keeps what a primary's group has made of its failed devices (rules.md 13, 16), as its
+superblocks do.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qdsmirror.core.failures import Failed
 from qdsmirror.errors import BrokenError, DeviceFailedError, QdsError
 
 
@@ -100,12 +104,23 @@ class FailureLatch:
         """
         return {**self._known(), **self._recorded()}
 
+    def group(self) -> Failed:
+        """Give what the group has made of its failed devices.
+
+        :raises BrokenError: the file cannot be read.
+        """
+        return self._read()[1]
+
     def _recorded(self) -> dict[str, str]:
+        return self._read()[0]
+
+    def _read(self) -> tuple[dict[str, str], Failed]:
         try:
             found = json.loads(self.path.read_bytes())
-            return {str(device): str(reason) for device, reason in found["failed"].items()}
+            failed = {str(device): str(reason) for device, reason in found["failed"].items()}
+            return failed, Failed.from_json(found.get("group"))
         except FileNotFoundError:
-            return {}
+            return {}, Failed()
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BrokenError(
                 f"{self.path} cannot be read: {error}",
@@ -137,23 +152,33 @@ class FailureLatch:
         if not isinstance(error, DeviceFailedError):
             return
         self._tell(device, str(error))
-        self._write({device: str(error), **self.failures()})
+        self._write({device: str(error), **self.failures()}, self.group())
+
+    def record_group(self, failed: Failed) -> None:
+        """Write durably what the group makes of its failed devices.
+
+        :raises QdsError: it cannot be written, or not be read.
+        """
+        self._write(self.failures(), failed)
 
     def keep(self) -> None:
         """Write what is remembered into the state file, where that lacks it.
 
         :raises QdsError: it cannot be written, or not be read.
         """
-        recorded = self._recorded()
+        recorded, group = self._read()
         known = self._known()
         if known.keys() - recorded.keys():
-            self._write({**known, **recorded})
+            self._write({**known, **recorded}, group)
 
-    def _write(self, failed: dict[str, Any]) -> None:
+    def _write(self, failed: Mapping[str, str], group: Failed) -> None:
+        body: dict[str, Any] = {"failed": failed}
+        if group:
+            body["group"] = group.to_json()
         temporary = self.path.with_suffix(".state.new")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"failed": failed}, file)
+                json.dump(body, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
