@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
 
     from qdsmirror.core.nbd import Request
+    from qdsmirror.core.recent import Recent
 
 _T = TypeVar("_T")
 
@@ -52,9 +53,12 @@ class IBlockDevice(Interface):
     """A file or block device as bytes at offsets.  Every call may block; errors are OSError."""
 
     path: str = Attribute("the path as configured")
+    role: str = Attribute("what it is for, e.g. 'data device of qds0'")
     size: int = Attribute("bytes")
     logical_block: int = Attribute("bytes: what offsets and lengths are multiples of")
     physical_block: int = Attribute("bytes: what the hardware writes as one")
+    stable: str = Attribute("what it is under any path, storage.identity; empty if unknown")
+    recent: Recent = Attribute("the last writes")
 
     def pread(length: int, offset: int) -> bytes:
         """Read exactly ``length`` bytes; a short read is an OSError(EIO)."""

@@ -73,6 +73,14 @@ DEVICE_ZERO_WRITE_BYTES = MIB
 DEVICE_NOWAIT_BYTES_MAX = MIB
 #: Extents told of one range; the rest counts as allocated.
 DEVICE_EXTENTS_MAX = 4096
+#: At an orderly stop both ends of a device, and so many chunks of those that its last writes
+#: touched, are hashed (rules.md 24).
+FINGERPRINT_END_BYTES = MIB
+FINGERPRINT_CHUNK_BYTES = 64 * KIB
+FINGERPRINT_CHUNKS_MAX = 64
+FINGERPRINT_WRITES_MAX = 256
+#: Of the ranges that somebody else changed, so many are named.
+FINGERPRINT_RANGES_SHOWN = 3
 #: Jobs run on the reactor thread while their moving average stays below this ...
 INLINE_AVERAGE_SECONDS_MAX = 0.002
 #: ... and each of them below this.

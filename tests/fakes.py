@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
+from qdsmirror.core.recent import Recent
 from qdsmirror.errors import DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice, IWorker
 from qdsmirror.storage.identity import Identity
@@ -95,6 +96,8 @@ class MemoryDevice:
         self.failed: str | None = None
         self.is_block = False
         self.identity = Identity("memory", 0, next(_numbers))
+        self.stable = ""
+        self.recent = Recent()
         self.unsynced: list[Unsynced] = []
         self.faults: dict[str, deque[OSError]] = {}
         self.syncs = 0
@@ -148,6 +151,7 @@ class MemoryDevice:
             role=self.role,
         )
         device.identity = self.identity
+        device.stable = self.stable
         device._disk[:] = disk
         device._seen[:] = seen
         device.unsynced = list(unsynced)
@@ -239,6 +243,7 @@ class MemoryDevice:
         if offset < 0 or offset + len(data) > self.size:
             raise OSError(errno.ENOSPC, "range exceeds the device", self.path)
         if data:
+            self.recent.note((offset, len(data)))
             self._seen[offset : offset + len(data)] = data
             self.unsynced.append(Unsynced(offset, data))
 

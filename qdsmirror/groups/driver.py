@@ -30,6 +30,7 @@ from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import OFF, ON, Bypass
 from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
+from qdsmirror.groups.devices import leave_devices, take_over_devices
 from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.runtime import Runtime
@@ -129,6 +130,7 @@ class DriverGroup:
     def _recover(self, opened: Sequence[OpenUnit]) -> None:
         """Replay, record void ranges, and write every superblock (blocking)."""
         plan = judge(opened)
+        take_over_devices(self, opened)
         for found in opened:
             replayed = replay(found)
             if replayed:
@@ -216,6 +218,7 @@ class DriverGroup:
         if self._pmd is not None:
             self._pmd.close()
         yield gatherResults([d for unit in self.units for d in unit.close()])
+        yield leave_devices(self)
         for unit in self.units:
             unit.device.close()
             unit.writelog.device.close()

@@ -153,6 +153,8 @@ class RemoteGroup:
         except BaseException:
             mirror.close()
             raise
+        for text in mirror.told:
+            self.log.error("{group}: {text}", group=self.name, text=text)
         if replayed:
             self.log.info(
                 "{group}: replayed {count} frames of the journal", group=self.name, count=replayed
@@ -193,9 +195,22 @@ class RemoteGroup:
             self._checkpoint()
             yield self._quiet()
         yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
+        if not self.failed:
+            yield self._leave_devices()
         mirror, self.mirror = self.mirror, None
         mirror.close()
         self._say("stopped", "the rmd was stopped")
+
+    def _leave_devices(self) -> Deferred[None]:
+        assert self.mirror is not None
+        pool = self._reactor.getThreadPool()
+        done: Deferred[None] = deferToThreadPool(self._reactor, pool, self.mirror.seal)
+        return done.addErrback(
+            lambda failure: self.log.warn(
+                "{group}: changes made while it is stopped will not be noticed: {why}",
+                group=self.name, why=failure.getErrorMessage(),
+            )
+        )  # fmt: skip
 
     @property
     def _busy(self) -> bool:

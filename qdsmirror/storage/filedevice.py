@@ -8,15 +8,15 @@ import stat
 import threading
 from collections.abc import Sequence
 from enum import Enum
-from pathlib import Path
 
 from zope.interface import implementer
 
 from qdsmirror import limits
+from qdsmirror.core.recent import Recent
 from qdsmirror.errors import DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage import ioctl
-from qdsmirror.storage.identity import Identity, identity_of
+from qdsmirror.storage.identity import Identity, file_system_of, identity_of, stable_identity
 
 #: What a file is treated as: the smallest sector there is, and the page that is written as one.
 FILE_LOGICAL_BLOCK = 512
@@ -63,9 +63,12 @@ class FileDevice:
         self.logical_block = ioctl.logical_block(fd) if self.is_block else FILE_LOGICAL_BLOCK
         self.physical_block = ioctl.physical_block(fd) if self.is_block else FILE_PHYSICAL_BLOCK
         self.identity: Identity = identity_of(fd)
+        self.stable: str = stable_identity(fd)
+        self.recent = Recent()
+        self._note = self.recent.note
         self._fd = fd
         self._nowait = Nowait.CACHED
-        if not self.is_block and _file_system(os.fstat(fd).st_dev) in _MEMORY_FILE_SYSTEMS:
+        if not self.is_block and file_system_of(os.fstat(fd).st_dev) in _MEMORY_FILE_SYSTEMS:
             self._nowait = Nowait.ALWAYS
         self._syncing = threading.Lock()
 
@@ -135,6 +138,7 @@ class FileDevice:
             self._refuse()
         total = sum(map(len, buffers))
         self._check_range(offset, total)
+        self._note((offset, total))
         if len(buffers) <= limits.DEVICE_IOV_MAX:
             written = os.pwritev(self._fd, buffers, offset)
             if written == total:
@@ -155,6 +159,7 @@ class FileDevice:
         self._check_range(offset, length)
         if length == 0:
             return
+        self._note((offset, length))
         # On a block device PUNCH_HOLE is a zero-out that the device must offer by itself, and
         # ZERO_RANGE one that the kernel falls back to writing for.
         modes = [ioctl.FALLOC_FL_ZERO_RANGE | ioctl.FALLOC_FL_KEEP_SIZE]
@@ -293,18 +298,3 @@ def _skip(views: list[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[index + 1 :]]
         count -= len(view)
     return []
-
-
-def _file_system(device: int) -> str:
-    """Give the type of the mounted file system with this st_dev, or an empty string."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        # 36 35 98:0 /root /mount options [optional ...] - type source options
-        fields = line.split()
-        if fields[2] == number and "-" in fields[6:]:
-            return fields[fields.index("-", 6) + 1]
-    return ""

@@ -9,6 +9,7 @@ changes nothing).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -25,10 +26,11 @@ from qdsmirror.core.frames import (
     control_payload,
     entries,
 )
-from qdsmirror.core.records import Cursor
+from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.binding import Bound, seal, take_over
 from qdsmirror.storage.recovery import check_binding, closing_on_error
 from qdsmirror.storage.writelog import Writelog
 
@@ -76,6 +78,7 @@ class Mirror:
     """A group's journal and mirror devices, open and locked.
 
     :ivar applied: behind the last frame applied (not yet synced).
+    :ivar told: what :meth:`replay` found that an operator should know.
     """
 
     def __init__(self, config: GroupConfig, journal: Writelog, devices: Sequence[IBlockDevice]):
@@ -83,6 +86,7 @@ class Mirror:
         self.journal = journal
         self.devices = list(devices)
         self.applied = journal.superblock.applied
+        self.told: list[str] = []
 
     @classmethod
     def open(cls, config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> Mirror:
@@ -156,10 +160,12 @@ class Mirror:
         :returns: frames applied.
         :raises CorruptError: the journal ends before what was durable in it, or its superblock is
             not the newest there was; nothing was written then.
+        :raises MismatchError: another device stands under a mirror device's path.
         """
         scan = self.scan()
         if scan.damage:
             raise CorruptError(scan.damage, _REMEDY)
+        self.told = take_over(self._bound, self.config, self._mark_foreign)
         reader = self.journal.reader(self.journal.superblock.applied, contiguous=True)
         for found in reader:
             self.apply([change_of(found.header, found.frame)])
@@ -171,6 +177,36 @@ class Mirror:
         self.applied = scan.reached
         self.checkpoint(scan.reached, scan.reached)
         return scan.frames
+
+    @property
+    def _bound(self) -> list[Bound]:
+        units = zip(self.journal.superblock.units, self.devices, strict=True)
+        return [Bound(self.journal, unit.index, device) for unit, device in units]
+
+    def _mark_foreign(self, reason: str) -> None:
+        """Record that somebody else has written to a mirror device: it is no mirror any more.
+
+        Under a new generation the primary finds that the histories differ (rules.md 8), and
+        continues only with a full refresh.
+        """
+        known = self.journal.superblock
+        generations = (Generation(os.urandom(16), known.applied.gsn),)
+        self.journal.update(
+            both=True,
+            coherent=False,
+            reason=reason,
+            refresh=None,
+            bypass=None,
+            # A journal that was never filled has none, and its mirror nothing to lose.
+            generations=generations if known.generations else (),
+        )
+
+    def seal(self) -> None:
+        """Record what the mirror devices hold, at an orderly end (rules.md 24).
+
+        :raises OSError: a device cannot be read or synced, or the journal not written.
+        """
+        seal(self._bound)
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Apply frames, in order, to the mirror devices.

@@ -54,6 +54,7 @@ def describe(path: str) -> dict[str, Any]:
         return {
             "device": path,
             "type": "block device" if device.is_block else "file",
+            "identity": device.stable or None,
             "major": None if numbers is None else os.major(numbers),
             "minor": None if numbers is None else os.minor(numbers),
             "size": device.size,
@@ -78,6 +79,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     rows = [
         ("device", found["device"]),
         ("type", found["type"]),
+        ("identity", found["identity"] or "unknown"),
         ("major, minor", numbers),
         ("size", f"{found['sectors']} sectors of {SECTOR_BYTES} bytes ({found['size']} bytes)"),
         ("logical block", f"{found['logical_block']} bytes"),

@@ -7,6 +7,7 @@ entries to the mirror device".  It takes the journal's lock, so it is refused be
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,9 @@ def _recover(paths: Paths, group: GroupConfig) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         frames = mirror.replay()
+        for text in mirror.told:
+            print(f"{group.name}: {text}", file=sys.stderr)
+        mirror.seal()
         superblock = mirror.journal.superblock
         return {
             "group": group.name,

@@ -203,7 +203,7 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
                 f"{WRITELOG_BYTES_WARN} or more are advised",
                 file=sys.stderr,
             )
-        unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device)
+        unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)
         logs.append(_Log(group, "writelog", log, [unit]))
     return logs
 
@@ -213,7 +213,9 @@ def _journal(group: GroupConfig, devices: _Devices, consent: bool) -> _Log:
     for ldsu in group.ldsus:
         mirror = devices.open(ldsu.mirror_device, f"mirror device of {ldsu.name}")
         _check_unused(mirror, f"mirror device of {ldsu.name}", consent)
-        units.append(BoundUnit(ldsu.index, ldsu.name, mirror.size, ldsu.mirror_device))
+        units.append(
+            BoundUnit(ldsu.index, ldsu.name, mirror.size, ldsu.mirror_device, mirror.stable)
+        )
     journal = devices.open(group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
     _check_unused(journal, f"journal of {group.name}", consent)
     return _Log(group, "journal", journal, units)

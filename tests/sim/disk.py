@@ -15,6 +15,7 @@ from typing import Protocol
 
 from zope.interface import implementer
 
+from qdsmirror.core.recent import Recent
 from qdsmirror.errors import DeviceError, DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.identity import Identity
@@ -149,6 +150,8 @@ class SimDevice:
         self.logical_block = logical_block
         self.physical_block = physical_block
         self.identity = disk.identity
+        self.stable = ""
+        self.recent = Recent()
         self.failed: str | None = None
         self.closed = False
         self._owner: Owner = owner or _Nobody()
@@ -181,6 +184,7 @@ class SimDevice:
         if offset < 0 or offset + len(data) > self.size:
             raise OSError(errno.ENOSPC, "range exceeds the device", self.path)
         if data:
+            self.recent.note((offset, len(data)))
             self.disk.write(offset, data)
         if last:
             raise self._owner.gone()

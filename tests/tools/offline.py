@@ -20,6 +20,7 @@ from qdsmirror.errors import DeviceFailedError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import PidFile
 from qdsmirror.storage.device import open_device
+from qdsmirror.storage.identity import stable_identity
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.writelog import Writelog, read_superblock
 from qdsmirror.tools import wlinit
@@ -176,6 +177,12 @@ class Site:
         for name, content in before.items():
             self.test.assertTrue(after[name] == content, f"{name} was written")
             self.test.assertEqual(os.stat(self.device(name)).st_blocks, blocks[name], name)
+
+
+def stable_of(path: str) -> str:
+    """Give what a device's path stands for under any other (storage.identity)."""
+    with open(path, "rb") as file:
+        return stable_identity(file.fileno())
 
 
 def json_error(test: TestCase, output: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qdsmirror.core.records import SUPER_MAGIC
 from qdsmirror.storage.device import open_device
 from qdsmirror.tools import devinfo
 from tests.storage.test_device import make_file, make_loop
+from tests.tools.offline import stable_of
 
 
 def call(*arguments: str) -> tuple[int, str, str]:
@@ -37,6 +38,7 @@ class DevinfoTests(TestCase):
                 "schema": 1,
                 "device": path,
                 "type": "file",
+                "identity": stable_of(path) or None,
                 "major": None,
                 "minor": None,
                 "size": 1 << 20,

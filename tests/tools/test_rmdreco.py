@@ -201,7 +201,7 @@ class RefuseTests(RecoverTestCase):
     def test_a_mirror_of_another_size(self) -> None:
         self.fill()
         self.site.make("mirror1", 128 * 1024)
-        self.site.refused(main, 1, str(self.site.device("mirror1")), "131072", "65536")
+        self.site.refused(main, 10, str(self.site.device("mirror1")), "131072", "65536")
 
     def test_beside_a_live_rmd(self) -> None:
         self.fill()

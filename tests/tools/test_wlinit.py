@@ -14,7 +14,7 @@ from qdsmirror.core.records import BoundUnit
 from qdsmirror.limits import FRAME_BYTES_MAX, KIB, MIB, WRITELOG_BYTES_MIN
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.tools.wlinit import main
-from tests.tools.offline import DATA, LOG, Site, json_error
+from tests.tools.offline import DATA, LOG, Site, json_error, stable_of
 
 EXT4 = (0x438, b"\x53\xef")
 
@@ -33,7 +33,8 @@ class MakeTests(TestCase):
         for index, superblock in enumerate(made):
             self.assertEqual((superblock.role, superblock.group), ("writelog", 0))
             path = str(site.device(f"data{index}"))
-            self.assertEqual(superblock.units, (BoundUnit(index, f"qds{index}", DATA, path),))
+            unit = BoundUnit(index, f"qds{index}", DATA, path, stable_of(path))
+            self.assertEqual(superblock.units, (unit,))
             self.assertFalse(superblock.coherent)
         # One history for the group, a name of its own for each log.
         self.assertEqual(made[0].generation, made[1].generation)

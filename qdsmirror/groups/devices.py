@@ -1,0 +1,50 @@
+"""Takes over a group's data devices at the start, and leaves them at an orderly stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
+
+from qdsmirror.storage.binding import Bound, seal, take_over
+from qdsmirror.storage.recovery import OpenUnit
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+
+
+def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
+    """Check that the data devices are the right ones, as they were left (blocking).
+
+    What somebody else has written is not in the mirror, so the mirror is durably marked as
+    incoherent (NO-HIDDEN is broken, and told); a refresh that had begun may have read it before,
+    and so does not count.
+
+    :raises MismatchError: another device stands under a path.
+    """
+
+    def incoherent(reason: str) -> None:
+        for unit in opened:
+            unit.writelog.update(both=True, coherent=False, reason=reason, refresh=None)
+
+    bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in opened]
+    for text in take_over(bound, group.config, incoherent):
+        group.log.error("{group}: {text}", group=group.name, text=text)
+
+
+def leave_devices(group: DriverGroup) -> Deferred[None]:
+    """Record what the data devices hold, where all went well; never fails."""
+    bound = [Bound(u.writelog, u.index, u.device) for u in group.units if not u.errors]
+    reactor = group.runtime.reactor
+    done: Deferred[None] = deferToThreadPool(reactor, reactor.getThreadPool(), seal, bound)
+
+    def failed(failure: Failure) -> None:
+        group.log.warn(
+            "{group}: changes made while it is stopped will not be noticed: {why}",
+            group=group.name, why=failure.getErrorMessage(),
+        )  # fmt: skip
+
+    return done.addErrback(failed)
