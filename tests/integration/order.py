@@ -76,26 +76,36 @@ def parse(block: bytes) -> tuple[int, set[int]] | None:
     return number, set(struct.unpack_from(f">{count}Q", body))
 
 
-def check(images: Sequence[bytes], layout: Layout) -> int:
+def check(
+    images: Sequence[bytes], layout: Layout, first: int = 1, base: Sequence[bytes] = ()
+) -> int:
     """Decide whether the images are a prefix of the order of writes.
 
-    :returns: the highest number that stands.
+    :param first: the order begins anew with this number, on top of ``base``: once one of its
+        writes is there, everything in ``base`` is, save where it was overwritten since.
+    :returns: the highest number that stands, ``first - 1`` while none of the order does.
     :raises NotAPrefixError: they are not; says which two writes contradict each other.
     """
     shown: dict[tuple[int, int], int] = {}
     unanswered: dict[int, set[int]] = {}
+    older: list[tuple[int, int]] = []
     for device, image in enumerate(images):
         for slot in range(layout.slots):
-            found = parse(image[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES])
-            if found is None:
+            found = parse(_slot(image, slot))
+            if found is not None and layout.place(found[0]) != (device, slot):
+                raise NotAPrefixError(f"write {found[0]} stands on device {device}, slot {slot}")
+            if found is None or found[0] < first:
+                older.append((device, slot))
                 continue
             number, concurrent = found
-            if layout.place(number) != (device, slot):
-                raise NotAPrefixError(f"write {number} stands on device {device}, slot {slot}")
             shown[device, slot] = number
             unanswered[number] = concurrent
-    top = max(unanswered, default=0)
-    missing = sorted(_missing(shown, layout, top))
+    top = max(unanswered, default=first - 1)
+    if unanswered and base:
+        for device, slot in older:
+            if _slot(images[device], slot) != _slot(base[device], slot):
+                raise NotAPrefixError(f"write {top} stands, but not all of what was before {first}")
+    missing = sorted(_missing(shown, layout, first, top))
     for number, concurrent in unanswered.items():
         for lost in missing[: bisect_left(missing, number)]:
             if lost not in concurrent:
@@ -105,10 +115,28 @@ def check(images: Sequence[bytes], layout: Layout) -> int:
     return top
 
 
-def _missing(shown: dict[tuple[int, int], int], layout: Layout, top: int) -> Iterable[int]:
+def numbers(images: Sequence[bytes], layout: Layout) -> dict[tuple[int, int], int]:
+    """Give the number that each slot shows, by device and slot; 0 for none.
+
+    :raises NotAPrefixError: one shows what nobody wrote.
+    """
+    return {
+        (device, slot): (parse(_slot(image, slot)) or (0,))[0]
+        for device, image in enumerate(images)
+        for slot in range(layout.slots)
+    }
+
+
+def _slot(image: bytes, slot: int) -> bytes:
+    return image[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
+
+
+def _missing(
+    shown: dict[tuple[int, int], int], layout: Layout, first: int, top: int
+) -> Iterable[int]:
     """Give the writes up to ``top`` that are not there: newer than what their slot shows."""
-    for first in range(1, layout.period + 1):
-        number = shown.get(layout.place(first), first - layout.period) + layout.period
+    for start in range(first, first + layout.period):
+        number = shown.get(layout.place(start), start - layout.period) + layout.period
         yield from range(number, top + 1, layout.period)
 
 

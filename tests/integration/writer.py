@@ -4,6 +4,10 @@
 number of unanswered writes until its standard input ends, then waits for all answers, flushes, and
 prints a JSON object.  When a connection ends it makes a new one and sends again what was
 unanswered, as QEMU's ``reconnect-delay`` or libnbd with retry do.
+
+With ``--promises FILE`` it notes there, line by line, the numbers of writes that a power cut must
+not take any more (invariant DURABLE): those answered with FUA, and those of an export answered
+before a flush of it that is answered itself; with ``--always`` all that are answered.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qdsmirror.errors import ProtocolError, UnreachableError
 from qdsmirror.tools.nbdclient import NbdClient
@@ -26,6 +30,7 @@ _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
 _WRITE, _FLUSH = 1, 3
 _FUA = 1
+_FLUSH_COOKIES = 1 << 62
 #: Nothing heard from the server for so long: it will not come back.
 STUCK_SECONDS = 40.0
 RETRY_SECONDS = 0.05
@@ -95,13 +100,32 @@ class Connection:
 
 
 class Writer:
-    """The one writer: numbers, depth, and which slots wait for an answer."""
+    """The one writer: numbers, depth, and which slots wait for an answer.
 
-    def __init__(self, path: str, exports: Sequence[str], slots: int, depth: int) -> None:
+    :param first: the first number to write.
+    :param promises: the descriptor of a file, see above; -1 for none.
+    :param always: whether an answer is a promise.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        exports: Sequence[str],
+        slots: int,
+        depth: int,
+        first: int = 1,
+        promises: int = -1,
+        always: bool = False,
+    ) -> None:
         self.layout = Layout(len(exports), slots)
         self.depth = depth
-        self.number = 0
+        self.number = first - 1
+        self.promises = promises
+        self.always = always
         self.flushes = 0
+        #: Answered since the last flush, by device; and what a flush under way will promise.
+        self.loose: list[set[int]] = [set() for _ in exports]
+        self.flushing: dict[int, set[int]] = {}
         self.unanswered: set[int] = set()
         self.connections = [Connection(path, export) for export in exports]
         self.selector = selectors.DefaultSelector()
@@ -120,12 +144,31 @@ class Writer:
         flags = _FUA if number % FUA_EVERY == 0 else 0
         self.connections[device].ask(_WRITE, number, slot * SLOT_BYTES, data, flags)
         if number % FLUSH_EVERY == 0:
-            self._flush(self.connections[(device + 1) % self.layout.devices])
+            self._flush((device + 1) % self.layout.devices)
         return True
 
-    def _flush(self, connection: Connection) -> None:
+    def _flush(self, device: int) -> None:
         self.flushes += 1
-        connection.ask(_FLUSH, 1 << 62 | self.flushes)
+        cookie = _FLUSH_COOKIES | self.flushes
+        self.flushing[cookie], self.loose[device] = self.loose[device], set()
+        self.connections[device].ask(_FLUSH, cookie)
+
+    def _answered(self, cookies: Sequence[int]) -> None:
+        """Take answers, and note what they promise."""
+        promised: set[int] = set()
+        for cookie in cookies:
+            if cookie & _FLUSH_COOKIES:
+                promised |= self.flushing.pop(cookie)
+            elif self.always or cookie % FUA_EVERY == 0:
+                promised.add(cookie)
+            else:
+                self.loose[self.layout.place(cookie)[0]].add(cookie)
+        self.unanswered.difference_update(cookies)
+        self._promise(promised)
+
+    def _promise(self, numbers: Collection[int]) -> None:
+        if numbers and self.promises >= 0:
+            os.write(self.promises, (" ".join(map(str, sorted(numbers))) + "\n").encode())
 
     def hear(self) -> None:
         """Take what the server says, or make new connections; wait for something of it."""
@@ -139,7 +182,7 @@ class Writer:
             before = connection.socket
             answered = connection.answers()
             if answered is not None:
-                self.unanswered.difference_update(answered)
+                self._answered(answered)
                 continue
             self.selector.unregister(before)
             connection.connect()
@@ -154,8 +197,8 @@ class Writer:
                 break
             self.hear()
         self.selector.unregister(stop)
-        for connection in self.connections:
-            self._flush(connection)
+        for device in range(self.layout.devices):
+            self._flush(device)
         while any(connection.unanswered for connection in self.connections):
             self.hear()
 
@@ -173,8 +216,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("exports", nargs="+")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--first", type=int, default=1, help="the first number")
+    parser.add_argument("--promises", help="where to note what must survive a power cut")
+    parser.add_argument("--always", action="store_true", help="every answer is a promise")
     chosen = parser.parse_args(arguments)
-    writer = Writer(chosen.socket, chosen.exports, chosen.slots, chosen.depth)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    promises = os.open(chosen.promises, flags, 0o600) if chosen.promises else -1
+    writer = Writer(
+        chosen.socket,
+        chosen.exports,
+        chosen.slots,
+        chosen.depth,
+        chosen.first,
+        promises,
+        chosen.always,
+    )
     try:
         writer.run(sys.stdin.fileno())
         error = ""
