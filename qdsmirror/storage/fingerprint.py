@@ -79,7 +79,8 @@ def ranges_text(ranges: list[tuple[int, int]]) -> str:
 def chunks_for(superblock: Superblock) -> int | None:
     """Give how many chunks of each LDSU a superblock has room for; ``None``: not even the ends."""
     try:
-        used = len(pack_slot(superblock, 0))
+        # Its body ends with a brace; what follows fills the last block.
+        used = len(pack_slot(superblock, 0).rstrip(b"\0"))
     except LimitError:
         return None
     room = superblock.slot_bytes - used - _SLOT_KEPT_BYTES
