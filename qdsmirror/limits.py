@@ -44,6 +44,14 @@ ZERO_ENTRY_BYTES_MAX = 64 * MIB
 WRITELOG_BYTES_MIN = 150 * KIB
 WRITELOG_BYTES_WARN = 2 * MIB
 GENERATIONS_MAX = 16
+#: Devices of a group's extension pool; of these, chained to one writelog (both the patent's).
+EXTENSIONS_PER_GROUP_MAX = 128
+EXTENSIONS_PER_LOG_MAX = 15
+#: Each one that is chained divides an extent at most, and is one itself; one that is being freed
+#: may hold both ends of what is needed.
+EXTENTS_MAX = 2 * EXTENSIONS_PER_LOG_MAX + 2
+#: An extension holds at least so many records of the least size.
+EXTENSION_RECORDS_MIN = 16
 #: Part of a ring that only control frames (void, break, refresh end) may use (rules.md 9).
 CONTROL_RESERVE_BYTES = 32 * KIB
 #: It holds so many of them, however large the physical block.

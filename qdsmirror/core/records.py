@@ -17,11 +17,15 @@ from typing import Any, NamedTuple
 from crc32c import crc32c
 
 from qdsmirror.core.bitmap import BitmapArea, bitmap_area
+from qdsmirror.core.extension import Extension
 from qdsmirror.core.failures import Failed
 from qdsmirror.core.frames import GENESIS, NUMBERS_END, Buffer, FrameHeader
 from qdsmirror.core.ring import Ring, align_up
+from qdsmirror.core.slots import Form, seal, unseal
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
 from qdsmirror.limits import (
+    EXTENSIONS_PER_LOG_MAX,
+    EXTENTS_MAX,
     FRAME_BYTES_MAX,
     GENERATIONS_MAX,
     KIB,
@@ -206,6 +210,7 @@ class Superblock:
         (rules.md 24); else ``None``.
     :ivar failures: the group's failed devices (:class:`~qdsmirror.core.failures.Failed`), or
         ``None``.
+    :ivar extensions: the devices beside its own that the ring has extents on.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -228,6 +233,7 @@ class Superblock:
     bitmap: BitmapArea | None = None
     fingerprints: Mapping[str, Any] | None = None
     failures: Mapping[str, Any] | None = None
+    extensions: tuple[Extension, ...] = ()
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -243,7 +249,8 @@ class Superblock:
             "log": self.log.hex(),
             "group": self.group,
             "units": [unit.to_json() for unit in self.units],
-            "ring": [self.ring.start, self.ring.size, self.ring.align],
+            "ring": self.ring.to_json(),
+            "extensions": [[e.number, e.id.hex(), e.size, e.leaving] for e in self.extensions],
             "device_bytes": self.device_bytes,
             "generations": [[g.id.hex(), g.first_gsn] for g in self.generations],
             "tail": self.tail.to_json(),
@@ -274,7 +281,7 @@ class Superblock:
             log=bytes.fromhex(body["log"]),
             group=body["group"],
             units=tuple(BoundUnit(*u) for u in body["units"]),
-            ring=Ring(*body["ring"]),
+            ring=Ring.from_json(body["ring"]),
             device_bytes=body["device_bytes"],
             generations=tuple(Generation(bytes.fromhex(i), n) for i, n in body["generations"]),
             tail=Cursor.from_json(body["tail"]),
@@ -288,6 +295,10 @@ class Superblock:
             bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
             fingerprints=body.get("fingerprints"),
             failures=body.get("failures"),
+            extensions=tuple(
+                Extension(n, bytes.fromhex(i), size, leaving)
+                for n, i, size, leaving in body["extensions"]
+            ),
             counter=counter,
             slot_bytes=slot_bytes,
         )
@@ -309,10 +320,7 @@ class Superblock:
             not self.units
             or len(self.log) != 16
             or ring.align < RECORD_ALIGN_BYTES
-            or ring.size < ring.align
-            or ring.size % ring.align
             or ring.start < 2 * self.slot_bytes
-            or ring.start + ring.size > self.device_bytes
         ):
             raise ValueError("the layout is impossible")
         if self.fingerprints is not None and not isinstance(self.fingerprints, dict):
@@ -325,24 +333,52 @@ class Superblock:
             and area.covers(self.units[0].size)
         ):
             raise ValueError("the dirty bitmap's place is impossible")
+        self._check_extents()
         if any(c.position % ring.align for c in cursors) or not (
             self.tail.position <= self.applied.position <= self.head.position
             <= self.tail.position + ring.size
         ):  # fmt: skip
             raise ValueError("tail, applied and head are not in this order")
 
+    def _check_extents(self) -> None:
+        ring, align = self.ring, self.ring.align
+        rooms = {0: (ring.start, self.device_bytes)}
+        rooms |= {e.number: (2 * RECORD_ALIGN_BYTES, e.size) for e in self.extensions}
+        devices = [extent.device for extent in ring.extents]
+        numbers = [e.number for e in self.extensions]
+        if (
+            len(ring.extents) > EXTENTS_MAX
+            or len(numbers) != len(set(numbers))
+            or not all(type(n) is int and 1 <= n <= EXTENSIONS_PER_LOG_MAX for n in numbers)
+            or set(devices) != set(rooms)
+            or any(len(e.id) != 16 or type(e.size) is not int for e in self.extensions)
+            or any(type(e.leaving) is not bool for e in self.extensions)
+            or (self.extensions and self.role != "writelog")
+        ):
+            raise ValueError("the extensions are impossible")
+        end: dict[int, int] = {}
+        for device, offset, length in sorted(ring.extents):
+            first, last = rooms[device]
+            if (
+                offset % align
+                or length % align
+                or length < align
+                or offset < end.get(device, first)
+                or offset + length > last
+            ):
+                raise ValueError("the layout is impossible")
+            end[device] = offset + length
+
 
 SUPER_MAGIC = b"QDSSUPER"
 SUPER_VERSION = 1
+_FORM = Form("superblock", SUPER_MAGIC, SUPER_VERSION)
 #: Sizes that a slot may have: the second slot starts where the first ends.
 SLOT_BYTES = (8 * KIB, 64 * KIB, 512 * KIB, 4 * MIB)
 #: Larger slots are taken where both are at most this part of the device: a superblock may have to
 #: name every LDSU of the group (a refresh's cut).
 _SLOTS_DEVICE_PART = 32
 _SLOT_BYTES_ROOMY = 512 * KIB
-# magic version slot zero body_bytes slot_bytes counter, then the CRC of these and the body
-_SUPER = Struct(">8sHBBIIQ")
-_SUPER_HEADER_BYTES = _SUPER.size + 4
 
 
 def slot_bytes_for(units: int, device_bytes: int, physical_block: int) -> int:
@@ -369,17 +405,7 @@ def pack_slot(superblock: Superblock, slot: int) -> bytes:
 
     :raises LimitError: the body does not fit the slot.
     """
-    slot_bytes = superblock.slot_bytes
-    body = json.dumps(superblock.to_json(), separators=(",", ":")).encode()
-    length = _SUPER_HEADER_BYTES + len(body)
-    if length > slot_bytes:
-        raise LimitError(f"superblock of {length} bytes is over its slot's {slot_bytes}")
-    head = _SUPER.pack(
-        SUPER_MAGIC, SUPER_VERSION, slot, 0, len(body), slot_bytes, superblock.counter
-    )
-    crc = crc32c(body, crc32c(head))
-    raw = head + crc.to_bytes(4, "big") + body
-    return raw.ljust(align_up(length, RECORD_ALIGN_BYTES), b"\0")
+    return seal(_FORM, slot, superblock.slot_bytes, superblock.counter, superblock.to_json())
 
 
 def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
@@ -389,22 +415,11 @@ def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
     :param slot_bytes: the slot size that this place implies; ``0`` accepts any (slot 0).
     :raises CorruptError: it is not an intact superblock for this slot.
     """
-    view = memoryview(raw)
-    if len(view) < _SUPER_HEADER_BYTES or view[:8] != SUPER_MAGIC:
-        raise CorruptError(f"superblock slot {slot}: not initialised")
-    _, version, number, _, body_bytes, size, counter = _SUPER.unpack(view[: _SUPER.size])
-    body = view[_SUPER_HEADER_BYTES : _SUPER_HEADER_BYTES + body_bytes]
-    stored = int.from_bytes(view[_SUPER.size : _SUPER_HEADER_BYTES], "big")
-    if len(body) != body_bytes or crc32c(body, crc32c(view[: _SUPER.size])) != stored:
-        raise CorruptError(f"superblock slot {slot}: checksum mismatch")
-    if number != slot or size not in SLOT_BYTES or slot_bytes not in (0, size):
-        raise CorruptError(f"superblock slot {slot}: holds slot {number} of {size} bytes")
-    if version != SUPER_VERSION:
-        raise CorruptError(
-            f"superblock format version {version} is unknown here (this is version {SUPER_VERSION})"
-        )
+    counter, size, body = unseal(_FORM, raw, slot)
+    if size not in SLOT_BYTES or slot_bytes not in (0, size):
+        raise CorruptError(f"superblock slot {slot}: holds slot {slot} of {size} bytes")
     try:
-        return Superblock.from_json(json.loads(bytes(body)), counter, size)
+        return Superblock.from_json(json.loads(body), counter, size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"superblock slot {slot}: body cannot be read: {error}") from error
 

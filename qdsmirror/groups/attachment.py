@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @implementer(IPushProducer)
 class DriverEnd(Protocol):
-    """Sends what became durable; a pmd that reads slowly gets the newest state, not a queue."""
+    """Sends what became durable; a pmd that reads slowly gets the newest state, not a queue.
+
+    :ivar rings: by LDSU, what the pmd was told of its writelog's layout: it is cut off where that
+        has changed, to attach again.
+    """
 
     log = Logger()
     transport: Any
@@ -32,6 +36,7 @@ class DriverEnd(Protocol):
         self._parser = watermark.WatermarkParser()
         self._paused = False
         self._missed: dict[int, DriverUnit] = {}
+        self.rings = {unit.index: unit.writelog.ring for unit in group.units}
 
     def adopt(self, reactor: Any, end: socket.socket) -> None:
         """Speak over our end of a socket pair."""
@@ -47,7 +52,14 @@ class DriverEnd(Protocol):
         if self.transport is None or self._paused:
             self._missed[unit.index] = unit
             return
-        self.transport.write(watermark.pack_durable(gsn, [(unit.index, unit.durable_end)]))
+        self._say(gsn, [unit])
+
+    def _say(self, gsn: int, units: Sequence[DriverUnit]) -> None:
+        ends = [(unit.index, unit.durable_end) for unit in units]
+        if any(unit.writelog.ring != self.rings[unit.index] for unit in units):
+            self.close()
+        else:
+            self.transport.write(watermark.pack_durable(gsn, ends))
 
     def refresh(self, announcement: dict[str, Any] | None) -> None:
         """Say which refresh is in progress."""
@@ -66,9 +78,9 @@ class DriverEnd(Protocol):
         """See :class:`IPushProducer`."""
         self._paused = False
         if self._missed and self.transport is not None:
-            ends = [(unit.index, unit.durable_end) for unit in self._missed.values()]
+            units = list(self._missed.values())
             self._missed.clear()
-            self.transport.write(watermark.pack_durable(self._group.durable_gsn, ends))
+            self._say(self._group.durable_gsn, units)
 
     def stopProducing(self) -> None:  # noqa: N802
         """See :class:`IPushProducer`."""

@@ -151,9 +151,8 @@ class DriverGroup:
                 "void", group=self.name, first=void.range.first, last=void.range.end - 1,
             )  # fmt: skip
             unit = self.units[void.ldsu]
-            for offset, buffers in unit.void_writes(void.range.first, void.range.length):
-                unit.writelog.device.pwritev(buffers, offset)
-            unit.writelog.device.fdatasync()
+            unit.writelog.write(unit.void_writes(void.range.first, void.range.length))
+            unit.writelog.sync()
         self.bypass.resume(settled)
         self.coherence.resume(settled)
         common: dict[str, Any] = {}
@@ -184,9 +183,8 @@ class DriverGroup:
     def _switch(self, predecessor: bytes) -> None:
         """Begin the newest generation with its switch, durably, before anything else (blocking)."""
         unit = self.units[0]
-        for offset, buffers in unit.switch_writes(predecessor):
-            unit.writelog.device.pwritev(buffers, offset)
-        unit.writelog.device.fdatasync()
+        unit.writelog.write(unit.switch_writes(predecessor))
+        unit.writelog.sync()
         self.durable_gsn = self.checkpoints.applied_gsn = self.next_gsn - 1
 
     @inlineCallbacks
@@ -221,7 +219,7 @@ class DriverGroup:
         yield leave_devices(self)
         for unit in self.units:
             unit.device.close()
-            unit.writelog.device.close()
+            unit.writelog.close()
 
     def _final_checkpoint(self) -> Deferred[None]:
         finished: Deferred[None] = Deferred()
@@ -357,8 +355,8 @@ class DriverGroup:
     def attach_pmd(self) -> tuple[dict[str, Any], list[int], int]:
         """Take a pmd; an earlier one is cut off (rules.md 17).
 
-        :returns: what it must know; a read-only descriptor of each writelog, by LDSU (rules.md
-            10); its end of the watermark socket.  The descriptors are the caller's to close.
+        :returns: what it must know; read-only descriptors of the writelogs' devices, by LDSU
+            (rules.md 10); its end of the watermark socket.  The caller closes the descriptors.
         :raises QdsError: the driver does not serve this group (yet).
         """
         if not self._serving:
@@ -369,6 +367,7 @@ class DriverGroup:
         ours.setblocking(False)
         self._pmd = DriverEnd(self)
         self._pmd.adopt(self.runtime.reactor, ours)
+        shared = [unit.writelog.open_shared() for unit in self.units]
         info = {
             "group": self.number,
             "generations": [
@@ -383,8 +382,8 @@ class DriverGroup:
                     "name": unit.name,
                     "size": unit.size,
                     "log": unit.writelog.log.hex(),
-                    "ring": [unit.writelog.ring.start, unit.writelog.ring.size,
-                             unit.writelog.ring.align],
+                    "ring": self._pmd.rings[unit.index].to_json(),
+                    "devices": [[one.number, one.shift] for one in shared[unit.index]],
                     "tail": Cursor(
                         unit.committed_end,
                         unit.committed_gsn + 1,
@@ -395,8 +394,7 @@ class DriverGroup:
                 for unit in self.units
             ],
         }  # fmt: skip
-        descriptors = [unit.writelog.device.open_shared() for unit in self.units]
-        return info, descriptors, theirs.detach()
+        return info, [one.fd for row in shared for one in row], theirs.detach()
 
     def pmd_committed(
         self, end: DriverEnd, sent: int, committed: int, mirrored: int, ends: Sequence[Committed]

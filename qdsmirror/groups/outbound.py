@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class OutUnit:
     """One LDSU's writelog as the pmd reads it.
 
     :ivar generations: ids of those that frames may be of; may grow.
+    :ivar devices: by their numbers in the ring, the descriptor of each and where the device's first
+        byte stands behind it.
     :ivar durable: position up to which it may be read.
     :ivar committed: behind the last frame that the secondary committed.
     """
@@ -38,7 +40,7 @@ class OutUnit:
     index: int
     name: str
     size: int
-    fd: int
+    devices: Mapping[int, tuple[int, int]]
     log: bytes
     ring: Ring
     generations: set[bytes]
@@ -48,27 +50,33 @@ class OutUnit:
     buffer: deque[LogFrame] = field(default_factory=deque)
 
     @classmethod
-    def from_info(cls, info: dict[str, Any], generations: set[bytes], fd: int) -> OutUnit:
-        """Make it of what the driver said at attach."""
+    def from_info(
+        cls, info: dict[str, Any], generations: set[bytes], descriptors: Iterator[int]
+    ) -> OutUnit:
+        """Make it of what the driver said at attach.
+
+        :param descriptors: as the driver passed them; its own are taken from them.
+        """
         return cls(
             index=info["index"],
             name=info["name"],
             size=info["size"],
-            fd=fd,
+            devices={number: (next(descriptors), shift) for number, shift in info["devices"]},
             log=bytes.fromhex(info["log"]),
-            ring=Ring(*info["ring"]),
+            ring=Ring.from_json(info["ring"]),
             generations=generations,
             committed=Cursor.from_json(info["tail"]),
             durable=info["durable"],
         )
 
     def read_from(self, cursor: Cursor) -> LogReader:
-        """Read the writelog from a cursor, through the descriptor that the driver passed."""
+        """Read the writelog from a cursor, through the descriptors that the driver passed."""
         return LogReader(self._pread, self.ring, self.log, cursor, self.generations)
 
-    def _pread(self, length: int, offset: int) -> bytes:
+    def _pread(self, length: int, device: int, offset: int) -> bytes:
+        fd, shift = self.devices[device]
         try:
-            data = os.pread(self.fd, length, offset)
+            data = os.pread(fd, length, shift + offset)
         except OSError as error:
             raise CorruptError(f"writelog of {self.name}: {error.strerror} at {offset}") from error
         if len(data) != length:

@@ -244,10 +244,8 @@ class PrimaryGroup:
         info, descriptors, end = await self.runtime.attach(self._reactor, path)
         self._valid = set()
         self.driver_generations(info["generations"])
-        self._units = [
-            OutUnit.from_info(unit, self._valid, fd)
-            for unit, fd in zip(info["units"], descriptors, strict=True)
-        ]
+        each = iter(descriptors)
+        self._units = [OutUnit.from_info(unit, self._valid, each) for unit in info["units"]]
         self._durable_gsn = info["durable_gsn"]
         self._refresh = info["refresh"]
         client = _WatermarkClient(self)
@@ -269,7 +267,7 @@ class PrimaryGroup:
         if driver is not None:
             driver.transport.loseConnection()
         if self._units:
-            self._close_logs([unit.fd for unit in self._units])
+            self._close_logs([fd for unit in self._units for fd, _ in unit.devices.values()])
             self._units = []
 
     def _close_logs(self, descriptors: list[int]) -> None:

@@ -463,9 +463,8 @@ class RemoteGroup:
             if generations != known:
                 # A scan must know a generation by the time it meets its first frame.
                 journal.update(both=True, generations=generations)
-            for offset, buffers in writes:
-                journal.device.pwritev(buffers, offset)
-            journal.device.fdatasync()
+            journal.write(writes)
+            journal.sync()
 
         self._journal_worker.run(job, partial(self._journaled, batch))
 

@@ -368,7 +368,7 @@ class DriverUnit:
     def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
         self._appending = True
         self._append_worker.run(
-            partial(_write_all, self.writelog.device, writes),
+            partial(self.writelog.write, writes),
             partial(self._was_appended, frame, finished),
         )
 
@@ -567,9 +567,7 @@ class DriverUnit:
     def _commit_now(self) -> None:
         self._committing = True
         self._urgent = False
-        self._sync_worker.run(
-            self.writelog.device.fdatasync, partial(self._committed, len(self._appended))
-        )
+        self._sync_worker.run(self.writelog.sync, partial(self._committed, len(self._appended)))
 
     def _committed(self, count: int, _result: None, error: BaseException | None) -> None:
         self._committing = False
@@ -698,8 +696,3 @@ class DriverUnit:
             self._commit_call = None
         workers = (self._append_worker, self._sync_worker, self._apply_worker, self._read_worker)
         return [worker.stop() for worker in workers]
-
-
-def _write_all(device: IBlockDevice, writes: Writes) -> None:
-    for offset, buffers in writes:
-        device.pwritev(buffers, offset)

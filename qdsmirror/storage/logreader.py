@@ -60,7 +60,8 @@ class Ahead(NamedTuple):
 class LogReader:
     """Walks a log from a cursor.
 
-    :param pread: ``pread(length, offset)`` gives exactly these bytes of the log's device.
+    :param pread: ``pread(length, device, offset)`` gives exactly these bytes of one of the log's
+        devices, by number.
     :param log: the log's UUID.
     :param generations: ids of the histories that are valid here (rules.md 7).
     :param contiguous: whether each frame must take up the GSN where the one before it ended, as in
@@ -70,7 +71,7 @@ class LogReader:
 
     def __init__(
         self,
-        pread: Callable[[int, int], bytes],
+        pread: Callable[[int, int, int], bytes],
         ring: Ring,
         log: bytes,
         cursor: Cursor,
@@ -114,7 +115,7 @@ class LogReader:
                     self.stopped = "end"
                     break
             try:
-                self._take(self._pread(want, self._ring.physical(self.position)), frames)
+                self._take(self._pread(want, *self._ring.physical(self.position)), frames)
             except CorruptError as error:
                 self.stopped = error.message
             except LimitError as error:
@@ -137,7 +138,7 @@ class LogReader:
                     if offset:
                         return
                     view = memoryview(
-                        self._pread(record.record_bytes, self._ring.physical(self.position))
+                        self._pread(record.record_bytes, *self._ring.physical(self.position))
                     )
                 frames.append(self._frame(record, view[offset : offset + record.record_bytes]))
                 offset += record.record_bytes
@@ -150,8 +151,9 @@ class LogReader:
     def _check_length(self, record: Record) -> None:
         rest = self._ring.contiguous(self.position)
         if record.kind == PAD:
-            if record.record_bytes != rest:
-                raise CorruptError("placement header: the pad does not fill the ring's end")
+            # It filled an extent that may have been joined with another one since.
+            if record.record_bytes > rest or record.record_bytes % self._ring.align:
+                raise CorruptError("placement header: the pad does not fit its extent")
         elif record.record_bytes > rest:
             raise CorruptError("placement header: the record would wrap")
         elif record.record_bytes != align_up(
@@ -192,10 +194,8 @@ class LogReader:
         position = self.position
         end = position + min(ring.size, SCAN_AHEAD_BYTES)
         while position < end:
-            start = ring.physical(position)
-            view = memoryview(
-                self._pread(min(READ_BYTES, ring.contiguous(position), end - position), start)
-            )
+            want = min(READ_BYTES, ring.contiguous(position), end - position)
+            view = memoryview(self._pread(want, *ring.physical(position)))
             for offset in range(0, len(view), ring.align):
                 if view[offset : offset + len(RECORD_MAGIC)] == RECORD_MAGIC:
                     found = self._ahead_in(view[offset:], position + offset)

@@ -17,6 +17,8 @@ from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
 from qdsmirror.errors import BrokenError, CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.extension import PoolDevice
+from qdsmirror.storage.partition import LogDevices
 from qdsmirror.storage.writelog import Writelog
 
 _ON_PRIMARY_ALREADY = frozenset((REFRESH, REFRESH_ZEROES))
@@ -62,25 +64,32 @@ def check_binding(superblock: Superblock, config: GroupConfig, role: str, path: 
         )
 
 
-def open_units(config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> list[OpenUnit]:
+def open_units(
+    config: GroupConfig,
+    open_device: Callable[..., IBlockDevice],
+    pool: Sequence[PoolDevice] = (),
+) -> list[OpenUnit]:
     """Open, lock, check and scan all devices of a group at the primary.
 
+    A writelog device that several LDSUs name is opened once, and divided among them.
+
+    :param pool: the extension devices of the group that could be opened; the caller closes those
+        that no writelog has, on an error all.
     :raises DeviceError: a device is missing or in use.
     :raises MismatchError: a log is another's, or a data device of another size than before.
     :raises CorruptError: a log is not usable.
     """
     units: list[OpenUnit] = []
+    devices = LogDevices(config.ldsus, open_device)
     with closing_on_error() as opened:
         for ldsu in config.ldsus:
             device = open_device(
                 ldsu.data_device, writable=True, role=f"data device of {ldsu.name}"
             )
             opened.callback(device.close)
-            log_device = open_device(
-                ldsu.writelog_device, writable=True, role=f"writelog of {ldsu.name}"
-            )
+            log_device = devices.open(ldsu, f"writelog of {ldsu.name}")
             opened.callback(log_device.close)
-            writelog = Writelog.open(log_device)
+            writelog = Writelog.open(log_device, pool)
             _check_unit(writelog.superblock, config, ldsu, device)
             units.append(_scan(ldsu, device, writelog))
     try:
@@ -98,7 +107,7 @@ def close_units(units: Sequence[OpenUnit]) -> None:
     """Close what :func:`open_units` opened."""
     for unit in units:
         unit.device.close()
-        unit.writelog.device.close()
+        unit.writelog.close()
 
 
 def _check_unit(

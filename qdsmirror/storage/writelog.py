@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from qdsmirror.core.frames import Buffer
+from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
+from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer
 from qdsmirror.core.records import (
     FRAME,
     PAD,
@@ -28,15 +30,23 @@ from qdsmirror.core.records import (
     parse_slot,
     renewed,
 )
-from qdsmirror.core.ring import Placement, align_up
-from qdsmirror.errors import CorruptError, DeviceError
+from qdsmirror.core.ring import Extent, Place, Placement, Ring, align_up
+from qdsmirror.errors import CorruptError, DegradedError, DeviceError, LimitError, UsageError
 from qdsmirror.interfaces import IBlockDevice
-from qdsmirror.limits import CONTROL_RECORDS_MIN, CONTROL_RESERVE_BYTES, WRITELOG_BYTES_MIN
+from qdsmirror.limits import (
+    CONTROL_RECORDS_MIN,
+    CONTROL_RESERVE_BYTES,
+    EXTENSIONS_PER_LOG_MAX,
+    WRITELOG_BYTES_MIN,
+)
+from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.logreader import LogReader
+from qdsmirror.storage.partition import Partition
 
 _ZEROES = bytes(1 << 16)
 
-Writes = list[tuple[int, list[Buffer]]]
+#: Where, by device and offset, which buffers are to be written.
+Writes = list[tuple[Place, list[Buffer]]]
 
 
 def read_superblock(device: IBlockDevice) -> Superblock:
@@ -83,16 +93,62 @@ def _read_slot(device: IBlockDevice, slot: int, place: int, slot_bytes: int) -> 
     return parse_slot(raw, slot, place)
 
 
+class SharedDevice(NamedTuple):
+    """A device of a log as another process reads it.
+
+    :ivar number: in the log's extents.
+    :ivar shift: where the device's first byte stands behind the descriptor.
+    :ivar fd: belongs to whoever asked for it.
+    """
+
+    number: int
+    shift: int
+    fd: int
+
+
+def _chained(
+    device: IBlockDevice, superblock: Superblock, pool: Sequence[PoolDevice]
+) -> dict[int, PoolDevice]:
+    """Find a log's extensions among the devices of the pool."""
+    by_id = {extension.id: extension for extension in pool}
+    found = {}
+    for number, identity, size, _ in superblock.extensions:
+        extension = by_id.get(identity)
+        if extension is None:
+            raise DeviceError(
+                f"extension {number} ({identity.hex()}) of the log {device.path} is missing",
+                hint="bring the device back; the log cannot be read without it",
+            )
+        header = extension.header
+        if header.log != superblock.log or header.size != size:
+            raise CorruptError(
+                f"{extension.device.path} is not what extension {number} of the log {device.path} "
+                "was last: its header is of another time",
+                hint="bring the right device back, not an older copy of it",
+            )
+        found[number] = extension
+    return found
+
+
 class Writelog:
     """An open log.
 
+    :ivar device: its own; ``extensions``: those chained to it, by their numbers.
     :ivar superblock: as last written.
     :ivar head: position behind the last record placed.
     :ivar durable_tail: the tail in the durable superblock: space before it may be reused.
+    :ivar released: devices that it has given back to the pool; whoever keeps that takes them.
     """
 
-    def __init__(self, device: IBlockDevice, superblock: Superblock) -> None:
+    def __init__(
+        self,
+        device: IBlockDevice,
+        superblock: Superblock,
+        extensions: Mapping[int, PoolDevice] | None = None,
+    ) -> None:
         self.device = device
+        self.extensions = dict(extensions or {})
+        self.released: list[PoolDevice] = []
         self.superblock = superblock
         self.ring = superblock.ring
         self.log = superblock.log
@@ -100,16 +156,21 @@ class Writelog:
         self.durable_tail = superblock.tail.position
         # Workers of the same log may each have something to record.
         self._superblock_lock = threading.Lock()
+        # Held while head, ring and tail are looked at together, or changed.
+        self._place_lock = threading.Lock()
+        self._held = self._undecided = False
+        self._unsynced = set(self.extensions)
 
     @classmethod
-    def open(cls, device: IBlockDevice) -> Writelog:
+    def open(cls, device: IBlockDevice, pool: Sequence[PoolDevice] = ()) -> Writelog:
         """Open an initialised log.
 
         What a killed process left in the page cache is made durable first, and the cache dropped:
         nothing is found that a power cut could still take away (rules.md 3).
 
+        :param pool: the extension devices of the group that could be opened.
         :raises CorruptError: it is not initialised, or both superblocks are damaged.
-        :raises DeviceError: the device is smaller than it was.
+        :raises DeviceError: the device is smaller than it was, or an extension is missing.
         """
         device.fdatasync()
         device.drop_cache()
@@ -120,7 +181,7 @@ class Writelog:
                 f"{superblock.device_bytes}",
                 hint="restore the device to its size",
             )
-        return cls(device, superblock)
+        return cls(device, superblock, _chained(device, superblock, pool))
 
     @classmethod
     def initialise(
@@ -158,10 +219,10 @@ class Writelog:
         )
         if bitmap is not None:
             device.zero(bitmap.start, bitmap.size, False)
-        for size in SLOT_BYTES:
-            # A forgotten second slot of another size must not be found again.
-            if size != slot_bytes and size + 4096 <= device.size:
-                device.pwritev([_ZEROES[:4096]], size)
+        for place in {*SLOT_BYTES, *EXTENSION_SLOT_BYTES} - {slot_bytes}:
+            # A forgotten second slot, of another size or an extension's, must not be found again.
+            if place + 4096 <= device.size:
+                device.pwritev([_ZEROES[:4096]], place)
         log = cls(device, superblock)
         log.write_superblock(renewed(superblock), both=True)
         return log
@@ -177,13 +238,33 @@ class Writelog:
             slot = (superblock.counter + turn) % 2
             self.device.pwritev([pack_slot(superblock, slot)], slot * superblock.slot_bytes)
             self.device.fdatasync()
-        self.superblock = superblock
-        self.durable_tail = superblock.tail.position
+        with self._place_lock:
+            self.superblock = superblock
+            self.ring = superblock.ring
+            self.durable_tail = superblock.tail.position
 
     def update(self, *, both: bool = False, **changes: Any) -> None:
-        """Write a superblock with these changes; safe from several threads."""
+        """Write a superblock with these changes; safe from several threads.
+
+        Where the tail moves, what it has passed of extensions that leave goes from the ring.
+        """
         with self._superblock_lock:
-            self.write_superblock(renewed(self.superblock, **changes), both=both)
+            leaving = {e.number for e in self.superblock.extensions if e.leaving}
+            if leaving and "tail" in changes:
+                old = self.superblock
+                tail = changes["tail"].position
+                # No record reaches further than a turn above the old tail.
+                ring = old.ring.without(tail, old.tail.position + old.ring.size, leaving)
+                both, changes = True, {**changes, **self._left(ring)}
+            self._write_next(both=both, **changes)
+
+    def _write_next(self, *, both: bool, **changes: Any) -> None:
+        self.write_superblock(renewed(self.superblock, **changes), both=both)
+        named = {e.number for e in self.superblock.extensions}
+        for number in [n for n in self.extensions if n not in named]:
+            gone = self.extensions.pop(number)
+            gone.release()
+            self.released.append(gone)
 
     @property
     def used_bytes(self) -> int:
@@ -196,7 +277,7 @@ class Writelog:
 
     def takes(self, frame_bytes: int) -> bool:
         """Tell whether a frame fits an empty log, wherever its head stands."""
-        return ring_bytes_for(frame_bytes, self.ring.align) <= self.ring.size
+        return self.ring.spare(RECORD_HEADER_BYTES + frame_bytes) >= self._reserve
 
     @property
     def free_bytes(self) -> int:
@@ -210,8 +291,7 @@ class Writelog:
 
     def spare_bytes(self, frame_bytes: int) -> int:
         """Give what an empty log has beside a frame of this length, wherever its head stands."""
-        record = align_up(RECORD_HEADER_BYTES + frame_bytes, self.ring.align)
-        return max(0, self.ring.size - self._reserve - 2 * record)
+        return max(0, self.ring.spare(RECORD_HEADER_BYTES + frame_bytes) - self._reserve)
 
     def place(
         self, frame_bytes: int, *, control: bool = False, kept_bytes: int = 0
@@ -222,28 +302,30 @@ class Writelog:
         :param kept_bytes: beside the reserve, so much must stay free behind it.
         :returns: ``None`` when the log is full.
         """
-        placement = self.ring.place(
-            self.head,
-            self.durable_tail,
-            RECORD_HEADER_BYTES + frame_bytes,
-            0 if control else self._reserve + kept_bytes,
-        )
-        if placement is not None:
-            self.head = placement.end
-        return placement
+        with self._place_lock:
+            if self._held:
+                return None
+            placement = self.ring.place(
+                self.head,
+                self.durable_tail,
+                RECORD_HEADER_BYTES + frame_bytes,
+                0 if control else self._reserve + kept_bytes,
+            )
+            if placement is not None:
+                self.head = placement.end
+            return placement
 
     def record(
         self, placement: Placement, frame_bytes: int, frame: Sequence[Buffer], durable: int
     ) -> Writes:
-        """Give the writes, as (device offset, buffers), that put a frame at its place.
+        """Give the writes that put a frame at its place.
 
         :param durable: the position up to which the log is durable by now: should a scan stop
             before it, it has met damage, not the end (rules.md 6).
         """
         writes: Writes = []
-        if placement.pad_bytes:
-            at = placement.position - placement.pad_bytes
-            pad = pack_record(Record(PAD, placement.pad_bytes, 0, at, durable), self.log)
+        for at, length in placement.pads:
+            pad = pack_record(Record(PAD, length, 0, at, durable), self.log)
             writes.append((self.ring.physical(at), [pad.ljust(self.ring.align, b"\0")]))
         head = pack_record(
             Record(FRAME, placement.record_bytes, frame_bytes, placement.position, durable),
@@ -253,9 +335,156 @@ class Writelog:
         writes.append((self.ring.physical(placement.position), [head, *frame, _ZEROES[:fill]]))
         return writes
 
+    def write(self, writes: Writes) -> None:
+        """Do what :meth:`record` gave; durable with the next :meth:`sync`.
+
+        :raises OSError: a device refuses.
+        """
+        for (number, offset), buffers in writes:
+            if number:
+                with self._place_lock:
+                    self._unsynced.add(number)
+            self._device(number).pwritev(buffers, offset)
+
+    def sync(self) -> None:
+        """Make every record that was written before durable.
+
+        :raises DeviceFailedError: a device did not, now or before.
+        """
+        if self.extensions:
+            with self._place_lock:
+                written, self._unsynced = self._unsynced, set()
+                devices = [self.extensions[n].device for n in written if n in self.extensions]
+            for device in devices:
+                device.fdatasync()
+        self.device.fdatasync()
+
+    def _device(self, number: int) -> IBlockDevice:
+        return self.extensions[number].device if number else self.device
+
+    def pread(self, length: int, device: int, offset: int) -> bytes:
+        """Read from one of its devices, by number."""
+        return self._device(device).pread(length, offset)
+
     def reader(self, cursor: Cursor, *, contiguous: bool = False) -> LogReader:
         """Read the log's frames from a cursor."""
         generations = frozenset(g.id for g in self.superblock.generations)
         return LogReader(
-            self.device.pread, self.ring, self.log, cursor, generations, contiguous=contiguous
+            self.pread, self.ring, self.log, cursor, generations, contiguous=contiguous
         )
+
+    def open_shared(self) -> list[SharedDevice]:
+        """Open its devices read-only once more, for the pmd (rules.md 10)."""
+        shift = self.device.offset if isinstance(self.device, Partition) else 0
+        shared = [SharedDevice(0, shift, self.device.open_shared())]
+        for number, extension in self.extensions.items():
+            shared.append(SharedDevice(number, 0, extension.device.open_shared()))
+        return shared
+
+    def close(self) -> None:
+        """Close its devices."""
+        self.device.close()
+        for extension in self.extensions.values():
+            extension.device.close()
+
+    # -- extensions ---------------------------------------------------------------------------
+
+    def extend(self, extension: PoolDevice) -> None:
+        """Chain a free device of the pool to the log; durable in both slots on return.
+
+        Meanwhile :meth:`place` finds no room: whoever places asks again afterwards.
+
+        :raises LimitError: there are too many already.
+        :raises DeviceError: it does not fit this log, or is too small.
+        :raises OSError: a device refuses; should it be the log's own, nothing is placed any more.
+        """
+        with self._superblock_lock, self._holding():
+            old = self.superblock
+            taken = {e.number for e in old.extensions}
+            number = next(n for n in range(1, len(taken) + 2) if n not in taken)
+            if number > EXTENSIONS_PER_LOG_MAX:
+                raise LimitError(
+                    f"{self.device.path} has {EXTENSIONS_PER_LOG_MAX} extensions already",
+                    hint="give larger devices",
+                )
+            ring = self._inserted(extension.header.extent(number, self.ring.align))
+            if extension.device.physical_block > ring.align:
+                raise DeviceError(
+                    f"{extension.device.path} has blocks of {extension.device.physical_block} "
+                    f"bytes, the log {self.device.path} of {ring.align}",
+                    hint="extend it by a device with blocks of that size",
+                )
+            extension.own(self.log)
+            self.extensions[number] = extension
+            with self._deciding():
+                named = Extension(number, extension.id, extension.header.size)
+                self._write_next(both=True, ring=ring, extensions=(*old.extensions, named))
+
+    def _inserted(self, extent: Extent) -> Ring:
+        """Give the ring with one extent more, between two where the free space allows."""
+        ring, tail = self.ring, self.durable_tail
+        turn = tail + ring.size
+        for at in (*ring.boundaries(self.head, turn), turn):
+            found = ring.inserted(tail, at, extent)
+            if self._takes_largest(found):
+                return found
+        raise DegradedError(
+            f"the log {self.device.path} would be divided into too small parts now",
+            hint="try again when its tail has moved on, or give a larger device",
+        )
+
+    def free(self, number: int) -> None:
+        """Begin to take a device out of the log; durable in both slots on return.
+
+        Its free space goes at once, the rest as the tail passes it; then it is in ``released``.
+        Meanwhile :meth:`place` finds no room: whoever places asks again afterwards.
+
+        :raises UsageError: the log has no such extension.
+        :raises DegradedError: what is left would not hold what the log holds now.
+        :raises OSError: the log's own device refuses; nothing is placed any more.
+        """
+        with self._superblock_lock, self._holding():
+            old = self.superblock
+            if number not in self.extensions:
+                raise UsageError(f"{self.device.path} has no extension {number}")
+            extensions = tuple(
+                e._replace(leaving=True) if e.number == number else e for e in old.extensions
+            )
+            leaving = {e.number for e in extensions if e.leaving}
+            ring = self.ring.without(self.durable_tail, self.head, leaving)
+            if self.head + self._reserve - self.durable_tail > ring.size or not self._takes_largest(
+                ring.without(self.durable_tail, self.durable_tail, leaving)
+            ):
+                raise DegradedError(
+                    f"{self.device.path} cannot do without extension {number} now",
+                    hint="try again when its tail has moved on",
+                )
+            with self._deciding():
+                self._write_next(both=True, **self._left(ring, extensions))
+
+    def _takes_largest(self, ring: Ring) -> bool:
+        frame = HEADER_BYTES + ring.entries_cap * ENTRY_BYTES + ring.payload_cap
+        return ring.spare(RECORD_HEADER_BYTES + frame) >= self._reserve
+
+    def _left(self, ring: Ring, extensions: Sequence[Extension] | None = None) -> dict[str, Any]:
+        """Give the changes to a ring that some extensions may have left for good."""
+        named = self.superblock.extensions if extensions is None else extensions
+        return {"ring": ring, "extensions": tuple(e for e in named if e.number in ring.devices)}
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Let the head stand still."""
+        with self._place_lock:
+            held, self._held = self._held, True
+        try:
+            yield
+        finally:
+            with self._place_lock:
+                self._held = held or self._undecided
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """While it is open which layout a crash would leave, and ever after an error in it."""
+        self._undecided = True
+        yield
+        self._undecided = False

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core import records
+from qdsmirror.core import slots
+from qdsmirror.core.extension import Extension
 from qdsmirror.core.records import (
     FRAME,
     PAD,
@@ -32,9 +33,17 @@ from qdsmirror.core.records import (
     renewed,
     slot_bytes_for,
 )
-from qdsmirror.core.ring import Ring
+from qdsmirror.core.ring import Extent, Ring
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
-from qdsmirror.limits import FRAME_BYTES_MAX, KIB, LDSUS_PER_GROUP_MAX, MIB, WRITELOG_BYTES_MIN
+from qdsmirror.limits import (
+    EXTENTS_MAX,
+    FRAME_BYTES_MAX,
+    GENERATIONS_MAX,
+    KIB,
+    LDSUS_PER_GROUP_MAX,
+    MIB,
+    WRITELOG_BYTES_MIN,
+)
 
 LOG = bytes(range(16))
 OTHER = bytes(16)
@@ -60,9 +69,47 @@ SUPER = Superblock(
 )
 
 
+def ring(*extents: list[int], start: int = 16384, align: int = 4096, base: int = 0) -> Any:
+    return {"start": start, "align": align, "base": base, "extents": list(extents)}
+
+
+#: What no log can have: too little, too much, crooked, one over the other, or beyond its device.
+RINGS = (
+    [16384, 65536, 4096],
+    ring(),
+    ring([0, 16384, 0]),
+    ring([0, 16384, 65536], align=0),
+    ring([0, 0, 65536], start=0),
+    ring([0, 8192, 65536]),
+    ring([0, 16384, 65536 + 1]),
+    ring([0, 16384 + 512, 65536]),
+    ring([0, 16384, 1 << 40]),
+    ring([0, 16384, 32768], [0, 45056, 32768]),
+    ring([0, 16384, 65536], base=-1),
+    ring([0, 16384, 65536], base=0.5),
+    ring([0, 16384, 65536], [1, 8192, 65536]),
+    ring([1, 8192, 65536]),
+    ring(*([0, 16384 + 4096 * (2 * n % 40), 4096] for n in range(20)), *[[0, 1, 1]] * 20),
+)
+#: A good superblock with an extension, and what no extension can be.
+EXTENDED = {
+    "ring": ring([0, 16384, 65536], [1, 8192, 65536]),
+    "extensions": [[1, OTHER.hex(), 128 * KIB, False]],
+}
+EXTENSIONS = (
+    [0, OTHER.hex(), 128 * KIB, False],
+    [16, OTHER.hex(), 128 * KIB, False],
+    [1, "00", 128 * KIB, False],
+    [1, OTHER.hex(), 64 * KIB, False],
+    [1, OTHER.hex(), 128 * KIB, 1],
+    [1, OTHER.hex(), 128.0 * KIB, False],
+    [1, OTHER.hex(), 128 * KIB],
+)
+
+
 def forge(body: bytes, *, slot: int = 0, slot_bytes: int = 8 * KIB, version: int = 1) -> bytes:
     """Make a slot with a right checksum, whatever its body."""
-    head = records._SUPER.pack(b"QDSSUPER", version, slot, 0, len(body), slot_bytes, 1)
+    head = slots._HEADER.pack(b"QDSSUPER", version, slot, 0, len(body), slot_bytes, 1)
     return head + crc32c(body, crc32c(head)).to_bytes(4, "big") + body
 
 
@@ -164,7 +211,10 @@ class SlotTests(SynchronousTestCase):
 
     def test_torn_at_every_sector(self) -> None:
         long = replace(SUPER, reason="r" * 5000)
-        new, old = pack_slot(long, 0), pack_slot(replace(long, reason="s" * 5000), 0)
+        new, old = (
+            pack_slot(long, 0),
+            pack_slot(replace(long, reason="s" * 5000, refresh={"id": "11"}), 0),
+        )
         for at in range(512, len(new.rstrip(b"\0")), 512):
             with self.assertRaisesRegex(CorruptError, "checksum"):
                 parse_slot(new[:at] + old[at:], 0, 8 * KIB)
@@ -202,11 +252,13 @@ class SlotTests(SynchronousTestCase):
     def test_bodies_that_mean_nothing(self) -> None:
         good = SUPER.to_json()
         for change in (
-            {"ring": [16384, 0, 4096]},
-            {"ring": [16384, 65536, 0]},
-            {"ring": [0, 65536, 4096]},
-            {"ring": [16384, 65536 + 1, 4096]},
-            {"ring": [16384, 1 << 40, 4096]},
+            *({"ring": ring} for ring in RINGS),
+            {"extensions": [[2, OTHER.hex(), MIB, False]]},
+            {"extensions": [[1, OTHER.hex(), MIB, False]]},
+            {"role": "journal", **EXTENDED},
+            *({**EXTENDED, "extensions": [row]} for row in EXTENSIONS),
+            {**EXTENDED, "extensions": EXTENDED["extensions"] * 2},
+            {**EXTENDED, "extensions": []},
             {"units": []},
             {"log": "00"},
             {"durable_gsn": -1},
@@ -221,6 +273,27 @@ class SlotTests(SynchronousTestCase):
                 parse_slot(forge(json.dumps({**good, **change}).encode()), 0, 0)
         with self.assertRaises(CorruptError):
             parse_slot(forge(b"[" * 100_000, slot_bytes=512 * KIB), 0, 0)
+
+    def test_with_extensions(self) -> None:
+        found = parse_slot(forge(json.dumps({**SUPER.to_json(), **EXTENDED}).encode()), 0, 0)
+        self.assertEqual(found.extensions, (Extension(1, OTHER, 128 * KIB, False),))
+        self.assertEqual(found.ring.extents, (Extent(0, 16384, 65536), Extent(1, 8192, 65536)))
+        self.assertEqual(found.ring.size, 2 * 65536)
+        self.assertEqual(parse_slot(pack_slot(found, 1), 1, 0), found)
+
+    def test_the_most_that_a_writelog_has_fits_its_least_slot(self) -> None:
+        at = Cursor(1 << 50, 1 << 50, {4095: Point(1 << 50, KEY)})
+        ring = Ring(1 << 40, EXTENTS_MAX << 40, 4096, 1 << 45, tuple(
+            Extent(n % 16, (n + 1) << 40, 1 << 40) for n in range(EXTENTS_MAX)
+        ))  # fmt: skip
+        full = replace(
+            SUPER, ring=ring, device_bytes=1 << 60, tail=at, applied=at, head=at,
+            extensions=tuple(Extension(n, KEY, 1 << 50, True) for n in range(1, 16)),
+            generations=tuple(Generation(KEY, 1 << 50) for _ in range(GENERATIONS_MAX)),
+            units=(BoundUnit(4095, "n" * 64, 1 << 50, "/dev/disk/by-id/" + "x" * 200),),
+            durable_gsn=1 << 50,
+        )  # fmt: skip
+        self.assertEqual(parse_slot(pack_slot(full, 0), 0, SLOT_BYTES[0]), full)
 
     def test_another_version_is_named(self) -> None:
         with self.assertRaisesRegex(CorruptError, "version 2 is unknown here"):

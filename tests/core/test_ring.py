@@ -8,7 +8,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES
 from qdsmirror.core.records import RECORD_HEADER_BYTES, layout
-from qdsmirror.core.ring import Placement, Ring, align_up
+from qdsmirror.core.ring import Place, Placement, Ring, align_up
 from qdsmirror.errors import DeviceError
 from qdsmirror.limits import (
     CONTROL_RECORDS_MIN,
@@ -47,7 +47,7 @@ class RingTests(SynchronousTestCase):
             if step == "free":
                 for start, end in live[:number]:
                     for position in range(start, end, ALIGN):
-                        del owner[ring.physical(position)]
+                        del owner[ring.physical(position).offset]
                     tail = end
                 del live[:number]
                 continue
@@ -55,17 +55,18 @@ class RingTests(SynchronousTestCase):
             need = align_up(number, ALIGN)
             rest = ring.contiguous(head)
             pad = 0 if need <= rest else rest
+            pads = ((head, pad),) if pad else ()
             if placement is None:
                 self.assertGreater(head + pad + need + reserve, tail + ring.size)
                 continue
-            self.assertEqual(placement, Placement(pad, head + pad, need))
+            self.assertEqual(placement, Placement(pads, head + pad, need))
             self.assertLessEqual(placement.end + reserve - tail, ring.size)
-            first = ring.physical(placement.position)
+            first = ring.physical(placement.position).offset
             self.assertLessEqual(first + need, ring.start + ring.size, "wraps")
             if pad:
-                self.assertEqual(ring.physical(placement.position), ring.start)
+                self.assertEqual(ring.physical(placement.position), Place(0, ring.start))
             for position in range(head, placement.end, ALIGN):
-                block = ring.physical(position)
+                block = ring.physical(position).offset
                 self.assertTrue(ring.start <= block < ring.start + ring.size)
                 self.assertNotIn(block, owner, "overwrites a record that is needed")
                 owner[block] = position

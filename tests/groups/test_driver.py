@@ -360,7 +360,7 @@ class RecoveryTests(SynchronousTestCase):
         unit = world.start()
         for number in range(3):
             world.client.write(unit, number * BLOCK, unique(number), fua=True)
-        place = unit.writelog.ring.physical(world.frames[1].end) - BLOCK
+        place = unit.writelog.ring.physical(world.frames[1].end).offset - BLOCK
         world.kill()
         world.log().corrupt(place, b"X")
         failure = self.failureResultOf(world.begin(), CorruptError)
@@ -517,7 +517,7 @@ class AttachmentTests(SynchronousTestCase):
         said = list(watermark.WatermarkParser().feed(world.reactor.adopted[-1].transport.value()))
         self.assertEqual(said[-1][0], watermark.DURABLE)
         self.assertEqual(watermark.parse_durable(said[-1][1]), (1, [(0, unit.durable_end)]))
-        out = OutUnit.from_info(info["units"][0], {GENERATION}, descriptors[0])
+        out = OutUnit.from_info(info["units"][0], {GENERATION}, iter(descriptors))
         frames = out.read_from(out.committed).read(1 << 20, unit.durable_end)
         self.assertEqual([f.header.gsn_first for f in frames], [1])
         self.assertRaises(OSError, os.write, descriptors[0], b"x")
@@ -593,7 +593,7 @@ class AttachmentTests(SynchronousTestCase):
         for descriptor in (*descriptors, end):
             self.addCleanup(os.close, descriptor)
         for index, unit in enumerate(world.group.units):
-            out = OutUnit.from_info(info["units"][index], {GENERATION}, descriptors[index])
+            out = OutUnit.from_info(info["units"][index], {GENERATION}, iter(descriptors[index:]))
             point = unit.framed_point
             found = out.find(Point(point.sequence, point.chain))
             self.assertEqual(found.position, unit.durable_end)

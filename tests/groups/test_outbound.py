@@ -73,13 +73,14 @@ class PmdWorld:
                 "name": f"qds{index}",
                 "size": 64 * KIB,
                 "log": writelog.log.hex(),
-                "ring": [writelog.ring.start, writelog.ring.size, writelog.ring.align],
+                "ring": writelog.ring.to_json(),
+                "devices": [[0, 0]],
                 "tail": Cursor().to_json(),
                 "durable": 0,
             }
-            self.units.append(OutUnit.from_info(info, GENERATION, device.open_shared()))
+            self.units.append(OutUnit.from_info(info, GENERATION, iter([device.open_shared()])))
             test.addCleanup(device.close)
-            test.addCleanup(os.close, self.units[-1].fd)
+            test.addCleanup(os.close, self.units[-1].devices[0][0])
         self.told: list[tuple[int, int, int]] = []
         self.ends: list[list[Committed]] = []
         self.failures: list[CorruptError] = []
@@ -373,7 +374,7 @@ class DamageTests(SynchronousTestCase):
 
     def test_frame_is_checked_before_it_is_sent(self) -> None:
         world = self.damaged()
-        place = world.logs[0].ring.physical(world.frames[3][2]) - 4096
+        place = world.logs[0].ring.physical(world.frames[3][2]).offset - 4096
         world.devices[0].corrupt(place + 300, b"\xee")
         world.begin()
         world.durable()
@@ -401,8 +402,8 @@ class DamageTests(SynchronousTestCase):
 
     def test_writelog_that_cannot_be_read(self) -> None:
         world = self.damaged(2)
-        world.units[1].fd = os.open("/", os.O_RDONLY)
-        self.addCleanup(os.close, world.units[1].fd)
+        world.units[1].devices = {0: (os.open("/", os.O_RDONLY), 0)}
+        self.addCleanup(os.close, world.units[1].devices[0][0])
         world.begin()
         world.durable()
         self.assertEqual(world.link.sent, [])
@@ -473,7 +474,7 @@ class FindTests(SynchronousTestCase):
     def test_damage_on_the_way_is_no_divergence(self) -> None:
         """A refresh must not be told to begin anew because a device has lost something."""
         point = self.world.cursor(6).point(1)
-        place = self.world.logs[1].ring.physical(self.world.frames[3][2]) - 4096
+        place = self.world.logs[1].ring.physical(self.world.frames[3][2]).offset - 4096
         self.world.devices[1].corrupt(place + 300, b"\xee")
         error = self.assertRaises(QdsError, self.unit.find, point)
         self.assertIsInstance(error, CorruptError)
@@ -481,7 +482,7 @@ class FindTests(SynchronousTestCase):
         self.assertIn("checksum", error.message)
 
     def test_device_that_cannot_be_read_is_no_internal_error(self) -> None:
-        self.unit.fd = os.open("/", os.O_RDONLY)
-        self.addCleanup(os.close, self.unit.fd)
+        self.unit.devices = {0: (os.open("/", os.O_RDONLY), 0)}
+        self.addCleanup(os.close, self.unit.devices[0][0])
         error = self.assertRaises(CorruptError, self.unit.find, self.world.cursor(6).point(1))
         self.assertIn("directory", error.message)

@@ -101,8 +101,7 @@ def append(log: Writelog, frame: bytes, *, control: bool = False, durable: int =
     """
     placement = log.place(len(frame), control=control)
     assert placement is not None, "the log is full"
-    for offset, buffers in log.record(placement, len(frame), [frame], durable):
-        log.device.pwritev(buffers, offset)
+    log.write(log.record(placement, len(frame), [frame], durable))
     return placement.position
 
 

@@ -116,8 +116,7 @@ class ReaderTests(SynchronousTestCase):
             )
             assert placement is not None
             self.log.head = placement.end
-            for offset, buffers in self.log.record(placement, len(frame), [frame], 0):
-                self.device.pwritev(buffers, offset)
+            self.log.write(self.log.record(placement, len(frame), [frame], 0))
         cursor = Cursor(self.log.head, self.maker.gsn, dict(self.maker.points))
         found, reader = self.read(cursor)
         self.assertEqual(found, [])
@@ -170,7 +169,7 @@ class ReaderTests(SynchronousTestCase):
         self.device.fdatasync()
         points, gsn, head = dict(self.maker.points), self.maker.gsn, self.log.head
         self.fill([200, 300])
-        lost = self.log.ring.physical(head)
+        lost = self.log.ring.physical(head).offset
         device = self.device.crash(lambda w: [] if w.offset == lost else [(0, len(w.data))])
         self.log = Writelog(device, self.log.superblock)
         found, reader = self.read()
@@ -203,7 +202,7 @@ class ReaderTests(SynchronousTestCase):
 
     def place(self, kind: int, record: int, frame: int, position: int = 0) -> None:
         raw = pack_record(Record(kind, record, frame, position, 0), LOG)
-        self.device.corrupt(self.log.ring.physical(position), raw)
+        self.device.corrupt(self.log.ring.physical(position).offset, raw)
 
     def test_lengths_that_cannot_be(self) -> None:
         size = self.log.ring.size
@@ -212,8 +211,8 @@ class ReaderTests(SynchronousTestCase):
             (FRAME, BLOCK + 1, 200, "wrong length"),
             (FRAME, size + BLOCK, size, "would wrap"),
             (FRAME, (1 << 32) - 1, FRAME_BYTES_MAX, "would wrap"),
-            (PAD, BLOCK, 0, "the pad does not fill"),
-            (PAD, size + BLOCK, 0, "the pad does not fill"),
+            (PAD, BLOCK + 1, 0, "the pad does not fit"),
+            (PAD, size + BLOCK, 0, "the pad does not fit"),
         ):
             self.place(kind, record, frame)
             found, reader = self.read()
@@ -243,7 +242,7 @@ class ReaderTests(SynchronousTestCase):
         device.corrupt(log.ring.start + at, junk)
         sizes: list[int] = []
 
-        def pread(length: int, offset: int) -> bytes:
+        def pread(length: int, number: int, offset: int) -> bytes:
             sizes.append(length)
             return device.pread(length, offset)
 
@@ -271,7 +270,7 @@ class ReaderTests(SynchronousTestCase):
         start = (blocks - 2) * BLOCK
         self.log.head = self.log.durable_tail = start
         self.fill([100] * 4, durable=[0, 0, 0, 2])
-        self.log.device.pwritev([bytes(8)], self.log.ring.physical(start))
+        self.log.device.pwritev([bytes(8)], self.log.ring.physical(start).offset)
         reader = self.log.reader(Cursor(start, 1))
         self.assertEqual(list(reader), [])
         self.assertEqual(reader.look_ahead(), Ahead(2))
@@ -312,7 +311,7 @@ class ReaderTests(SynchronousTestCase):
         ring = Ring(0, 1 << 40)
         read: list[tuple[int, int]] = []
 
-        def pread(length: int, offset: int) -> bytes:
+        def pread(length: int, number: int, offset: int) -> bytes:
             read.append((length, offset))
             return bytes(length)
 

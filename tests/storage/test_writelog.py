@@ -211,7 +211,7 @@ class PlaceTests(SynchronousTestCase):
             for size in (1, 5000, 70_000, 3):
                 frames.append(maker.make(0, [write(0, b"x" * size)]))
                 at = append(log, frames[-1])
-                self.assertEqual(log.ring.physical(at) % max(4096, physical), 0)
+                self.assertEqual(log.ring.physical(at).offset % max(4096, physical), 0)
             device.fdatasync()
             self.assertGreaterEqual(log.superblock.slot_bytes, physical)
             log = Writelog.open(device.crash())

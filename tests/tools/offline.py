@@ -154,7 +154,7 @@ class Site:
     def append(self, name: str, frames: Sequence[bytes]) -> list[int]:
         """Append frames to a fresh log; give the offset of each in the device."""
         with self.log(name) as log:
-            return [log.ring.physical(append(log, frame)) for frame in frames]
+            return [log.ring.physical(append(log, frame)).offset for frame in frames]
 
     # -- commands -----------------------------------------------------------------------------
 
