@@ -62,7 +62,7 @@ class FilesystemTests(TestCase):
         world = World(self, *OPTIONS)
         world.create()
         world.start()
-        world.at("primary", "qdsattach")
+        world.at("primary", "qdsattach", "--via", "fuse")
         return world
 
     def check(self, world: World, image: Path) -> None:
@@ -135,7 +135,7 @@ class FilesystemTests(TestCase):
         after = world.base / "after"
         shutil.copy2(world.device("secondary", "qds0.mirror"), after)
         self.assertGreaterEqual(self.healthy(world, after), (committed + 1) * ROWS)
-        world.at("primary", "qdsattach")
+        world.at("primary", "qdsattach", "--via", "fuse")
         self.assertGreaterEqual(
             self.healthy(world, Path(os.path.realpath(device))), (committed + 1) * ROWS
         )
