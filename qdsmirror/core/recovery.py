@@ -82,13 +82,7 @@ def decide(findings: Sequence[Finding]) -> Recovery:
 
     :raises CorruptError: durable data is missing; names the log and the number.
     """
-    for log in findings:
-        if log.reached.position < log.expected:
-            raise CorruptError(
-                f"writelog of {log.name}: durable up to position {log.expected}, but intact only "
-                f"up to {log.reached.position} ({log.stopped})",
-                hint="the log's device lost or changed data; see qdswlscan(1)",
-            )
+    _check_reached(findings)
     durable = max(log.durable_gsn for log in findings)
     # Below the largest of these floors some log may have been scanned from a later place.
     floor = max(log.applied.gsn for log in findings)
@@ -112,6 +106,30 @@ def decide(findings: Sequence[Finding]) -> Recovery:
             hint="a log's device lost or changed data; see qdswlscan(1)",
         )
     return Recovery(expected, _place_voids(findings, gaps))
+
+
+def abandon(findings: Sequence[Finding], upto: int) -> Recovery:
+    """Decide the recovery of a group of which a writelog is untrusted (rules.md 13).
+
+    Nothing will be framed or sent after the break, so numbers without a frame do not matter.
+
+    :param findings: of the logs that are still needed.
+    :param upto: the break.
+    :raises CorruptError: durable data is missing.
+    """
+    _check_reached(findings)
+    ends = [span.end for log in findings for span in log.ranges]
+    return Recovery(max([upto + 1, *ends, *(log.applied.gsn for log in findings)]), ())
+
+
+def _check_reached(findings: Sequence[Finding]) -> None:
+    for log in findings:
+        if log.reached.position < log.expected:
+            raise CorruptError(
+                f"writelog of {log.name}: durable up to position {log.expected}, but intact only "
+                f"up to {log.reached.position} ({log.stopped})",
+                hint="the log's device lost or changed data; see qdswlscan(1)",
+            )
 
 
 def _place_voids(findings: Sequence[Finding], gaps: Sequence[GsnRange]) -> tuple[Void, ...]:

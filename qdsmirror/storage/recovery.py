@@ -5,17 +5,19 @@ Blocking; the driver runs it in a thread, and qdswlscan(1) runs it with ``check`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
+from qdsmirror.core.failures import Dead, Failed, Untrusted, worst
 from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entries
 from qdsmirror.core.generations import settle
-from qdsmirror.core.records import Cursor, Superblock
-from qdsmirror.core.recovery import Finding, GsnRange, Recovery, decide
-from qdsmirror.errors import BrokenError, CorruptError, MismatchError
+from qdsmirror.core.records import BoundUnit, Cursor, Superblock
+from qdsmirror.core.recovery import Finding, GsnRange, Recovery, abandon, decide
+from qdsmirror.errors import BrokenError, CorruptError, MismatchError, QdsError
 from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.storage.absent import AbsentDevice, absent_log
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.partition import LogDevices
@@ -29,6 +31,8 @@ class OpenUnit:
     """An LDSU's devices, scanned.
 
     :ivar reached: behind the last intact frame of the writelog.
+    :ivar untrusted: the writelog has failed; it is here only if something of it is still needed.
+    :ivar dead: the data device has failed, and is not here.
     """
 
     config: LdsuConfig
@@ -36,6 +40,8 @@ class OpenUnit:
     writelog: Writelog
     finding: Finding
     durable_gsn: int
+    untrusted: Untrusted | None = None
+    dead: Dead | None = None
 
     @property
     def reached(self) -> Cursor:
@@ -67,12 +73,15 @@ def check_binding(superblock: Superblock, config: GroupConfig, role: str, path: 
 def open_units(
     config: GroupConfig,
     open_device: Callable[..., IBlockDevice],
+    known: Failed | None = None,
     pool: Sequence[PoolDevice] = (),
 ) -> list[OpenUnit]:
     """Open, lock, check and scan all devices of a group at the primary.
 
+    A device that has failed for good is not opened; what stands in for it refuses all I/O.
     A writelog device that several LDSUs name is opened once, and divided among them.
 
+    :param known: what is known of failed devices beside what the superblocks say.
     :param pool: the extension devices of the group that could be opened; the caller closes those
         that no writelog has, on an error all.
     :raises DeviceError: a device is missing or in use.
@@ -80,27 +89,73 @@ def open_units(
     :raises CorruptError: a log is not usable.
     """
     units: list[OpenUnit] = []
-    devices = LogDevices(config.ldsus, open_device)
     with closing_on_error() as opened:
+        logs, failed = _open_logs(config, open_device, known or Failed(), pool, opened)
         for ldsu in config.ldsus:
-            device = open_device(
-                ldsu.data_device, writable=True, role=f"data device of {ldsu.name}"
-            )
-            opened.callback(device.close)
-            log_device = devices.open(ldsu, f"writelog of {ldsu.name}")
-            opened.callback(log_device.close)
-            writelog = Writelog.open(log_device, pool)
+            writelog, dead = logs[ldsu.index], failed.dead.get(ldsu.index)
+            if dead is None:
+                role = f"data device of {ldsu.name}"
+                device = open_device(ldsu.data_device, writable=True, role=role)
+                opened.callback(device.close)
+            else:
+                device = _absent_device(ldsu, dead.size)
             _check_unit(writelog.superblock, config, ldsu, device)
-            units.append(_scan(ldsu, device, writelog))
-    try:
-        settle([unit.writelog.superblock for unit in units])
-    except BrokenError as error:
-        close_units(units)
-        raise BrokenError(
-            f"{config.name}: {error.message}",
-            hint=f"initialise all of them together: qdswlinit -g {config.number} --yes",
-        ) from error
+            unit = _scan(ldsu, device, writelog)
+            unit.untrusted, unit.dead = failed.untrusted.get(ldsu.index), dead
+            units.append(unit)
+        superblocks = believed(units)
+        try:
+            if superblocks:
+                settle(superblocks)
+        except BrokenError as error:
+            raise BrokenError(
+                f"{config.name}: {error.message}",
+                hint=f"initialise all of them together: qdswlinit -g {config.number} --yes",
+            ) from error
     return units
+
+
+def believed(units: Sequence[OpenUnit]) -> list[Superblock]:
+    """Give the superblocks of the logs that are trusted."""
+    return [unit.writelog.superblock for unit in units if unit.untrusted is None]
+
+
+def _open_logs(
+    config: GroupConfig,
+    open_device: Callable[..., IBlockDevice],
+    known: Failed,
+    pool: Sequence[PoolDevice],
+    opened: ExitStack,
+) -> tuple[Mapping[int, Writelog], Failed]:
+    """Open the writelogs that are needed, and put together what is known of failed devices."""
+    devices = LogDevices(config.ldsus, open_device)
+    logs: dict[int, Writelog] = {}
+    errors: dict[int, Exception] = {}
+    for ldsu in config.ldsus:
+        log = known.untrusted.get(ldsu.index)
+        if log is not None and log.drained:
+            continue
+        role = f"writelog of {ldsu.name}"
+        try:
+            device = devices.open(ldsu, role)
+            opened.callback(device.close)
+            logs[ldsu.index] = Writelog.open(device, pool, failed=log is not None)
+        except (OSError, QdsError) as error:
+            errors[ldsu.index] = error
+    failed = worst([known, *(Failed.from_json(one.superblock.failures) for one in logs.values())])
+    for ldsu in config.ldsus:
+        log = failed.untrusted.get(ldsu.index)
+        if log is not None and log.drained:
+            unit = BoundUnit(ldsu.index, ldsu.name, log.size, ldsu.data_device)
+            role = f"writelog of {ldsu.name}"
+            logs[ldsu.index] = absent_log(ldsu.writelog_device, role, config.number, unit)
+        elif ldsu.index in errors:
+            raise errors[ldsu.index]
+    return logs, failed
+
+
+def _absent_device(ldsu: LdsuConfig, size: int) -> AbsentDevice:
+    return AbsentDevice(ldsu.data_device, f"data device of {ldsu.name}", size)
 
 
 def close_units(units: Sequence[OpenUnit]) -> None:
@@ -167,9 +222,20 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
 def judge(units: Sequence[OpenUnit]) -> Recovery:
     """Decide what the scans mean for the group.
 
+    Where a writelog is untrusted, nothing is framed any more: then no void ranges are recorded,
+    and what that log has lost, others' frames may follow.
+
     :raises CorruptError: durable data is missing.
     """
-    return decide([unit.finding for unit in units])
+    if not any(_is_absent(unit) for unit in units):
+        plan = decide([unit.finding for unit in units])
+        return plan if not any(unit.untrusted for unit in units) else Recovery(plan.next_gsn, ())
+    needed = [unit.finding for unit in units if not _is_absent(unit)]
+    return abandon(needed, min(unit.untrusted.upto for unit in units if unit.untrusted))
+
+
+def _is_absent(unit: OpenUnit) -> bool:
+    return unit.untrusted is not None and unit.untrusted.drained
 
 
 def replay(unit: OpenUnit) -> int:
@@ -178,9 +244,16 @@ def replay(unit: OpenUnit) -> int:
     Everything found is durable in the writelog by now (rules.md 3), so NO-HIDDEN holds; writing it
     twice changes nothing, so a crash in here does no harm.
 
+    Nothing is replayed onto a dead device (rules.md 16), nor from a log that is not needed.
+
     :returns: frames replayed.
     :raises CorruptError: the log reads differently than a moment ago.
     """
+    if unit.dead is not None:
+        return 0
+    if _is_absent(unit):
+        unit.device.fdatasync()
+        return 0
     count = 0
     reader = unit.writelog.reader(unit.writelog.superblock.applied)
     for found in reader:

@@ -162,18 +162,23 @@ class Writelog:
         self._unsynced = set(self.extensions)
 
     @classmethod
-    def open(cls, device: IBlockDevice, pool: Sequence[PoolDevice] = ()) -> Writelog:
+    def open(
+        cls, device: IBlockDevice, pool: Sequence[PoolDevice] = (), *, failed: bool = False
+    ) -> Writelog:
         """Open an initialised log.
 
         What a killed process left in the page cache is made durable first, and the cache dropped:
         nothing is found that a power cut could still take away (rules.md 3).
 
         :param pool: the extension devices of the group that could be opened.
+        :param failed: it is read for what can still be had of it, page cache included, and never
+            written again (rules.md 13).
         :raises CorruptError: it is not initialised, or both superblocks are damaged.
         :raises DeviceError: the device is smaller than it was, or an extension is missing.
         """
-        device.fdatasync()
-        device.drop_cache()
+        if not failed:
+            device.fdatasync()
+            device.drop_cache()
         superblock = read_superblock(device)
         if device.size < superblock.device_bytes:
             raise DeviceError(
