@@ -1,0 +1,87 @@
+# What is done in the guest; every line that begins with "guest:" is for the test to judge.
+. /run/settings
+export PATH="$BIN:/usr/sbin:/usr/bin:/sbin:/bin" PYTHONPATH="$REPOSITORY" HOME=/run
+primary=$LAB/primary
+place=/run/place
+cd /run || exit
+
+tell() {
+    read -r seconds _ </proc/uptime
+    echo "guest: $*"
+    echo "(at $seconds s)"
+}
+try() { # COMMAND...: on a slow machine a launch may take longer than it allows itself
+    for _ in 1 2 3 4 5; do "$@" && return; done
+    tell "failed $*"
+}
+driver() { cat "$primary/run/dsgrp000.driver.pid" 2>/dev/null; }
+until_file() { # NAME
+    while [ ! -s "$place/$1" ]; do sleep 0.2; done
+}
+
+# The fake kernel of the unit tests promises what this one does.
+python "$REPOSITORY/tests/tools/nbdkernel.py" RealKernelTests 2>&1 | tail -n 1 >/run/contract &
+
+launchrmds --root "$LAB/secondary" &
+launchdriver --root "$primary" &
+launchpmds --root "$primary" &
+wait
+try qdslab start "$LAB"
+tell "contract $(cat /run/contract)"
+tell "started $(uname -r)"
+
+qdsattach --root "$primary" || tell "failed qdsattach"
+device=$primary/dev/qds0
+tell "device $(readlink "$device")"
+mkfs.ext4 -q "$device" && mkdir $place && mount -t ext4 "$device" $place && tell "mounted"
+
+# Three ways of being in the middle of something when the driver dies.
+(
+    for number in $FILES; do
+        seq "${number}00000" "${number}04999" | dd of=$place/part bs=4k conv=fsync 2>/dev/null &&
+            mv $place/part "$place/f$number" || tell "failed to write f$number"
+    done
+    sync
+    touch /run/written
+) &
+(
+    until [ -e /run/written ]; do
+        dd if=/dev/zero of=$place/direct bs=64k count=16 oflag=direct 2>/dev/null ||
+            tell "failed to write directly"
+    done
+) &
+(
+    until [ -e /run/written ]; do
+        dd if="$device" of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null ||
+            tell "failed to read"
+    done
+) &
+for name in $KILL_AT; do
+    until_file "$name"
+    killed=$(driver)
+    kill -9 "$killed" && tell "killed $killed"
+    until [ "$(driver || echo "$killed")" != "$killed" ]; do sleep 0.2; done
+done
+wait
+tell "written"
+
+sync
+umount $place && tell "unmounted"
+qdsdetach --root "$primary" || tell "failed qdsdetach"
+[ -e "$device" ] || [ -e "/sys/block/nbd0/pid" ] || tell "detached"
+tell "reconnected $(grep -c 'connected again' "$primary/var/qds0.keeper.log")"
+cat "$primary/var/qds0.keeper.log"
+qdsinfo --root "$primary" --wait drained --timeout 300 >/dev/null && tell "drained"
+
+data=$primary/devices/qds0.data
+mirror=$LAB/secondary/devices/qds0.mirror
+cmp "$data" "$mirror" && tell "equal"
+e2fsck -f -n "$mirror" >/run/fsck 2>&1 && tell "clean" || cat /run/fsck
+mount -t ext4 -o ro,loop "$mirror" $place
+for number in $FILES; do
+    tell "sum f$number $(sha256sum <"$place/f$number" | cut -d' ' -f1)"
+done
+umount $place
+tell "errors $(dmesg | grep -c -i 'i/o error')"
+dmesg | grep -i -E 'nbd|error' | tail -n 40
+tell "end"
