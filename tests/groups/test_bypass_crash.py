@@ -220,6 +220,8 @@ def in_and_out(story: Story) -> None:
     story.write(1, 1)
     story.bypass("off")
     story.write(0, 4, fua=True)
+    # What it is asked after was written past the writelog.
+    story.flush(1)
     story.write(1, 3)
 
 
