@@ -54,6 +54,7 @@ class DriverGroup:
     :ivar durable_gsn: every GSN up to this one is durable in its writelog.
     :ivar committed_gsn: what the secondary has acknowledged; ``sent_gsn``, ``mirrored_gsn``
         likewise, ``None`` while no pmd has said so.
+    :ivar failed_since: when the first of its devices failed, seconds since 1970; 0 if none has.
     """
 
     log = Logger()
@@ -87,6 +88,7 @@ class DriverGroup:
         self.mirrored_gsn: int | None = None
         self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
+        self.failed_since = 0.0
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self._fd = nbd_listening_fd
         self._listener: Any = None
@@ -308,6 +310,7 @@ class DriverGroup:
 
     def unit_failed(self, path: str, reason: str, error: BaseException) -> None:
         """Learn that a device has failed; a failed sync is remembered for good (rules.md 4)."""
+        self.failed_since = self.failed_since or self.runtime.wall()
         self.notes.append(reason)
         try:
             self._latch.record(path, error)

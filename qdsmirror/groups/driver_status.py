@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from qdsmirror.errors import DeviceFailedError
 from qdsmirror.groups.bypass import ON
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
     age = group.lag.age(group.committed_gsn, written, group.runtime.reactor.seconds())
     link = group.link
     said = {key: link[key] for key in ("state", "reason", "code")}
+    failed = next((reason for unit in group.units for reason in unit.errors), "")
+    driver: dict[str, Any] = {"pid": pid}
+    if failed:
+        driver |= {"state": "failed", "reason": failed, "code": DeviceFailedError.exit_code}
     return {
         "group": group.number,
         "name": group.name,
@@ -26,7 +31,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "operation": config.operation,
         "state": group.state.value,
         "modes": sorted(mode.value for mode in group.modes.modes),
-        "since": group.modes.since,
+        "since": group.failed_since if failed else group.modes.since,
         "reason": group.reason,
         "coherent": group.coherent,
         "generation": group.generation.hex(),
@@ -47,7 +52,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "bypass": group.bypass.status(),
         "verify": None,
-        "driver": {"pid": pid},
+        "driver": driver,
         "pmd": {"pid": link.get("pid"), **said},
         "rmd": {"pid": None, **said},
         "ldsus": [_unit_status(group, unit, age) for unit in group.units],
@@ -57,7 +62,9 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
 
 def _applied(group: DriverGroup) -> int:
     """Give the last GSN up to which every frame is on its data device (synced or not)."""
-    return group.next_gsn - 1 if group.all_applied else group.checkpoints.applied_gsn
+    failed = any(unit.errors for unit in group.units)
+    done = group.all_applied and not failed
+    return group.next_gsn - 1 if done else group.checkpoints.applied_gsn
 
 
 def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, Any]:

@@ -284,8 +284,11 @@ class RemoteGroup:
     def refused(self, error: QdsError) -> None:
         """Learn why a connection did not become a stream."""
         refused = isinstance(error, (IdentityError, ConfigError, BrokenError))
-        self.notes.append(f"refused: {error.message}" if refused else error.message)
-        if self._link is not None:
+        note = f"refused: {error.message}" if refused else error.message
+        if note not in self.notes:
+            self.notes.append(note)
+        if self._link is not None or self.failed:
+            # With a failed device every connection is refused, for that reason only.
             return
         if refused:
             self._say("refused", error.message, error.exit_code)

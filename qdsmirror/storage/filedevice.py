@@ -89,13 +89,13 @@ class FileDevice:
 
         :raises OSError: EIO also where the device ends before.
         """
-        data = os.pread(self._fd, length, offset)
+        data = self._read(length, offset)
         if len(data) == length:
             return data
         pieces = [data]
         got = len(data)
         while got < length:
-            data = os.pread(self._fd, length - got, offset + got)
+            data = self._read(length - got, offset + got)
             if not data:
                 raise OSError(errno.EIO, f"read past the end at byte {offset + got}", self.path)
             pieces.append(data)
@@ -140,7 +140,7 @@ class FileDevice:
         self._check_range(offset, total)
         self._note((offset, total))
         if len(buffers) <= limits.DEVICE_IOV_MAX:
-            written = os.pwritev(self._fd, buffers, offset)
+            written = self._write(buffers, offset)
             if written == total:
                 return
         else:
@@ -265,6 +265,21 @@ class FileDevice:
                 raise
             return self.size
 
+    def _read(self, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            # Who is told of it does not always know which of several devices it was.
+            error.filename = self.path
+            raise
+
+    def _write(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> int:
+        try:
+            return os.pwritev(self._fd, buffers, offset)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or offset + length > self.size:
             raise OSError(errno.ENOSPC, f"range {offset}+{length} exceeds the device", self.path)
@@ -275,7 +290,7 @@ class FileDevice:
         pending = _skip([memoryview(buffer) for buffer in buffers if len(buffer)], written)
         position = offset + written
         while pending:
-            count = os.pwritev(self._fd, pending[: limits.DEVICE_IOV_MAX], position)
+            count = self._write(pending[: limits.DEVICE_IOV_MAX], position)
             if count == 0:
                 raise OSError(errno.EIO, f"nothing could be written at byte {position}", self.path)
             pending = _skip(pending, count)
