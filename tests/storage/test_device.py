@@ -22,7 +22,7 @@ from qdsmirror.errors import DeviceError, DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage import filedevice, ioctl
 from qdsmirror.storage.device import FileDevice, open_device, open_shared
-from qdsmirror.storage.identity import identify
+from qdsmirror.storage.identity import file_system_of, identify
 from tests.fakes import MemoryDevice, at_random, everything, nothing
 
 SIZE = 1 << 20
@@ -513,7 +513,7 @@ class OpenTests(TestCase):
         device.pwritev([b"x" * (4 << 20)], 0)
         if device.pread_nowait(4096, 2 << 20) is None:
             raise SkipTest("a file system with RWF_NOWAIT is missing")
-        if filedevice._file_system(os.fstat(device.fileno()).st_dev) == "tmpfs":
+        if file_system_of(os.fstat(device.fileno()).st_dev) == "tmpfs":
             raise SkipTest("a temporary directory on a disk is missing")
         device.fdatasync()
         device.drop_cache()
