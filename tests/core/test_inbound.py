@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import frames
-from qdsmirror.core.frames import NUMBERS_END, REFRESH_BEGIN, VOID, Entry
+from qdsmirror.core.frames import BREAK, NUMBERS_END, REFRESH_BEGIN, SWITCH, VOID, Entry
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.records import BEGINNING, Cursor, Generation
 from qdsmirror.errors import DivergedError, ProtocolError, QdsError
@@ -96,6 +96,50 @@ class IntakeTests(SynchronousTestCase):
         ):
             self.maker.points, self.maker.gsn = dict(good), gsn
             self.refuse(self.maker.make(0, [write(0, b"2")], **changes), DivergedError, text)
+
+    def test_a_switch_leads_to_another_generation(self) -> None:
+        self.intake.check(self.maker.make(0, [write(0, b"1")]))
+        self.maker.generation = OTHER_GENERATION
+        good, gsn = dict(self.maker.points), self.maker.gsn
+
+        def again(kind: int = SWITCH, control: bytes = GENERATION) -> bytes:
+            self.maker.points, self.maker.gsn = dict(good), gsn
+            return self.maker.make(0, kind=kind, control=control)
+
+        self.refuse(again(control=OTHER_GENERATION), DivergedError, "another generation")
+        self.refuse(again(control=bytes(16)), DivergedError, "another generation")
+        self.refuse(again(BREAK), DivergedError, "another generation")
+        self.intake.check(again())
+        new = Generation(OTHER_GENERATION, 2)
+        self.assertEqual(self.intake.generations, (Generation(GENERATION, 1), new))
+        self.intake.check(self.maker.make(1, [write(0, b"2")]))
+        # Neither back to the one before, nor to itself.
+        self.refuse(
+            self.maker.make(0, kind=SWITCH, control=GENERATION), DivergedError, "generation"
+        )
+        self.maker.gsn -= 1
+        self.maker.generation = GENERATION
+        self.refuse(
+            self.maker.make(0, kind=SWITCH, control=OTHER_GENERATION), DivergedError, "generation"
+        )
+
+    def test_a_generation_that_was_listed_before_its_first_frame_came(self) -> None:
+        known = [Generation(GENERATION, 1), Generation(OTHER_GENERATION, 3)]
+        self.intake = Intake(Cursor(), SIZES, known)
+        self.intake.check(self.maker.make(0, [write(0, b"1")]))
+        self.intake.check(self.maker.make(0, [write(0, b"2")]))
+        good, gsn = dict(self.maker.points), self.maker.gsn
+        for generation, kind, control in (
+            (GENERATION, BREAK, bytes(16)),
+            (OTHER_GENERATION, BREAK, bytes(16)),
+            (OTHER_GENERATION, SWITCH, bytes(16)),
+        ):
+            self.maker.points, self.maker.gsn = dict(good), gsn
+            self.maker.generation = generation
+            self.refuse(self.maker.make(0, kind=kind, control=control), DivergedError, "generation")
+        self.maker.points, self.maker.gsn = dict(good), gsn
+        self.intake.check(self.maker.make(0, kind=SWITCH, control=GENERATION))
+        self.assertEqual(self.intake.generations, tuple(known))
 
     def test_a_blank_secondary_takes_the_first_generation_only(self) -> None:
         self.intake = Intake(Cursor(), SIZES, [])

@@ -366,7 +366,7 @@ class SwitchTests(Case):
             turns += 1
             self.switch("on")
         self.assertIsInstance(refused[0].value, DegradedError)
-        self.assertGreaterEqual(turns, 2)
+        self.assertGreaterEqual(turns, 3)
         world.client.write(unit, 0, unique(777))
         self.assertEqual(world.data().content()[:BLOCK], unique(777))
         # The secondary is back: there is room again.

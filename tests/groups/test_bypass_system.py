@@ -107,6 +107,9 @@ class BypassTests(TestCase):
         yield sites.drained()
         sites.assert_equal()
         self.assertEqual(sites.client.errors, {})
+        # What lay before the break was sent: the history was continued, not replaced.
+        journal = sites.rmd.mirror.journal  # type: ignore[union-attr]
+        self.assertEqual(len(journal.superblock.generations), 2)
 
     @inlineCallbacks
     def test_every_daemon_may_come_and_go_in_bypass(self) -> Steps:
