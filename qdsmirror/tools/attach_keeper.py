@@ -90,7 +90,10 @@ class Keeper:
         self._kernel.resend_soon(self.index)
         if not wait(lambda: self._kernel.is_ready(self.index, export.size), READY_SECONDS):
             self._kernel.disconnect(self.index)
-            raise DeviceError(f"{self._kernel.node(self.index)} does not come up", hint="dmesg")
+            raise DeviceError(
+                f"{self._kernel.node(self.index)} does not come up",
+                hint="see what the kernel says: dmesg; or use qdsattach --via fuse",
+            )
         self._say(f"{self._kernel.node(self.index)} made")
 
     def adopt(self, index: int) -> None:

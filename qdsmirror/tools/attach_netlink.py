@@ -162,8 +162,10 @@ class KernelNbd:
             self._socket.bind(FAMILY, NbdMessage)
         except (NetlinkError, OSError) as error:
             self._socket.close()
+            code = error.code if isinstance(error, NetlinkError) else error.errno
             raise DeviceError(
-                f"the kernel's nbd driver does not answer: {error}", hint="modprobe nbd"
+                f"the kernel's nbd driver does not answer: {os.strerror(code or 0)}",
+                hint="modprobe nbd",
             ) from None
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class GuestTests(TestCase):
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         # The guest cannot write what it compiles, and would do it anew for every process.
-        for name in ("qdsmirror", "twisted", "tests/tools"):
+        for name in ("qdsmirror", "twisted"):
             compileall.compile_dir(REPOSITORY / name, quiet=2)
         settings = {
             "LAB": str(lab),

@@ -338,3 +338,4 @@ class DriverTests(TestCase):
         self.patch(attach_netlink, "FAMILY", "qds-none")
         error = self.assertRaises(DeviceError, KernelNbd)
         self.assertEqual(error.hint, "modprobe nbd")
+        self.assertTrue(str(error).endswith(os.strerror(errno.ENOENT)), str(error))
