@@ -231,6 +231,10 @@ class Refresh:
 
     def _found(self, unit: DriverUnit, span: int, hole: int) -> None:
         """Send a long hole as one entry; read anything else."""
+        if self._phase != CHUNKS:
+            # Stopped meanwhile, and with the driver perhaps the workers.
+            self._release(unit)
+            return
         chunk = min(_chunk_cap(unit), span)
         if hole >= chunk:
             self._take_turn(unit, hole, None, None)

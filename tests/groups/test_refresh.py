@@ -252,3 +252,19 @@ class BeginTests(SynchronousTestCase):
             world.commit()
         self.assertIsNone(world.group.refresh_job)
         self.assertEqual(job.status()["remaining_bytes"], 0)
+
+
+class StopTests(SynchronousTestCase):
+    def test_the_driver_stops_while_a_refresh_looks_for_a_hole(self) -> None:
+        world = RefreshWorld(self, size=512 * KIB, log=MIB, stepped=True)
+        world.begin_work()
+        world.refresh()
+        reads = world.steps["qds0 read"]
+        while not reads.waiting:
+            self.assertTrue(any(worker.step() for worker in world.steps.values()))
+        stopped = world.group.stop()
+        while any(worker.step() for name, worker in world.steps.items() if name != "qds0 read"):
+            pass
+        # Its worker takes no jobs any more.
+        world.settle()
+        self.successResultOf(stopped)
