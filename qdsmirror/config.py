@@ -238,7 +238,9 @@ def _judge(group: GroupConfig, source: Source) -> None:
     seen: dict[tuple[str, str], tuple[str, ...]] = {}
     for key, host, path in group.devices():
         other = seen.setdefault((host, path), key)
-        if other != key:
+        # Writelogs may share a device: each has a part of it.
+        shared = other[-1] == key[-1] == "writelog_device"
+        if other != key and not shared:
             source.complain(key, f"{path} is {'.'.join(other)} of the same host already")
 
 

@@ -294,7 +294,8 @@ class GroupTests(RootedTestCase):
         second = "[[qds1]]\ndata_device = %s\nwritelog_device = %s\nmirror_device = %s\n"
         for values, key, other in (
             (("/dev/d0", "/w1", "/m1"), "ldsus.qds1.data_device", "ldsus.qds0.data_device"),
-            (("/d1", "/dev/w0", "/m1"), "ldsus.qds1.writelog_device", "ldsus.qds0.writelog_device"),
+            (("/d1", "/dev/d0", "/m1"), "ldsus.qds1.writelog_device", "ldsus.qds0.data_device"),
+            (("/dev/w0", "/w1", "/m1"), "ldsus.qds1.data_device", "ldsus.qds0.writelog_device"),
             (("/d1", "/w1", "/dev//./d0"), "ldsus.qds1.mirror_device", "ldsus.qds0.mirror_device"),
             (("/d1", "/d1", "/m1"), "ldsus.qds1.writelog_device", "ldsus.qds1.data_device"),
             (("/d1", "/w1", "//dev/j0"), "ldsus.qds1.mirror_device", "secondary.journal_device"),
@@ -302,6 +303,11 @@ class GroupTests(RootedTestCase):
             text = GROUP + second % values
             line = 13 + ["data", "writelog", "mirror"].index(key.split(".")[2].split("_")[0])
             self.one_problem(text, line, key, other)
+
+    def test_writelogs_share_a_device(self) -> None:
+        text = GROUP + "[[qds1]]\ndata_device = /d1\nwritelog_device = /dev/w0\n"
+        group = self.group(text + "mirror_device = /m1\n")
+        self.assertEqual([ldsu.writelog_device for ldsu in group.ldsus], ["/dev/w0"] * 2)
 
     def test_same_path_on_different_hosts(self) -> None:
         text = GROUP.replace("/dev/j0", "/dev/w0")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qdsmirror.core.extension import EXTENSION_MAGIC, EXTENSION_SLOT_BYTES
 from qdsmirror.core.records import SLOT_BYTES, SUPER_MAGIC
 from qdsmirror.interfaces import IBlockDevice
 
-#: What a writelog or journal of ours is called.
+#: What a writelog, a journal or an extension of ours is called.
 OWN_NAME = "qdsmirror"
 
 _KIB = 1024
@@ -74,12 +75,12 @@ class _View:
 def probe_signature(device: IBlockDevice) -> str | None:
     """Name what a device holds: a file system, a partition table, a RAID or volume, or our own.
 
-    :return: e.g. ``ext4``, ``LVM2 PV``, ``GPT``; ``qdsmirror`` for a writelog or journal of ours;
-        ``None`` where nothing is recognised.
+    :return: e.g. ``ext4``, ``LVM2 PV``, ``GPT``; ``qdsmirror`` for a writelog, journal or extension
+        of ours; ``None`` where nothing is recognised.
     :raises OSError: the device cannot be read.
     """
     view = _View(device)
-    if view.has(0, SUPER_MAGIC):
+    if view.has(0, SUPER_MAGIC) or view.has(0, EXTENSION_MAGIC):
         # What follows are payloads, which may look like anything.
         return OWN_NAME
     for recognise in _RECOGNISERS:
@@ -90,9 +91,14 @@ def probe_signature(device: IBlockDevice) -> str | None:
 
 
 def _second_slot(device: IBlockDevice) -> bool:
-    """Tell whether a log of ours is left whose first superblock is gone."""
-    places = [place for place in SLOT_BYTES if place + 4096 <= device.size]
-    return any(device.pread(4096, place).startswith(SUPER_MAGIC) for place in places)
+    """Tell whether a log or an extension of ours is left whose first slot is gone."""
+    places = [(place, SUPER_MAGIC) for place in SLOT_BYTES]
+    places += [(place, EXTENSION_MAGIC) for place in EXTENSION_SLOT_BYTES]
+    return any(
+        device.pread(4096, place).startswith(magic)
+        for place, magic in places
+        if place + 4096 <= device.size
+    )
 
 
 def _by_magic(view: _View) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.core.records import BoundUnit, Generation, layout
 from qdsmirror.errors import ConfigError, DeviceError
+from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -23,6 +24,7 @@ from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.partition import divide
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog, ring_bytes_for
 from qdsmirror.tools import cli
@@ -31,11 +33,15 @@ from qdsmirror.tools.client import ControlClient
 
 @dataclass
 class _Log:
-    """A log to be made: on which device, for which LDSUs."""
+    """A log to be made: on which device, for which LDSUs.
+
+    :ivar whole: what ``device`` is, or a part of.
+    """
 
     group: GroupConfig
     role: str
-    device: FileDevice
+    whole: FileDevice
+    device: IBlockDevice
     units: list[BoundUnit] = field(default_factory=list)
 
     def check_size(self) -> None:
@@ -53,6 +59,12 @@ class _Log:
             raise DeviceError(
                 f"{device.role} {device.path}: {error.message}", hint=error.hint
             ) from error
+        if device.size < WRITELOG_BYTES_MIN:
+            raise DeviceError(
+                f"{device.role} has {device.size} bytes of {device.path}; a log needs "
+                f"{WRITELOG_BYTES_MIN} at least",
+                hint="give a larger device",
+            )
         needed = ring.start + ring_bytes_for(FRAME_BYTES_MAX, ring.align)
         if self.role == "journal" and device.size < needed:
             raise DeviceError(
@@ -156,12 +168,10 @@ def _forget_failures(paths: Paths, number: int, daemon: str) -> None:
 
 
 def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
-    for log in logs:
+    for whole in {log.whole.path: log.whole for log in logs}.values():
         # A log that runs out of space under load would fail its LDSU.
-        with cli.naming(
-            f"{log.device.role} {log.device.path}: cannot allocate its {log.device.size} bytes"
-        ):
-            log.device.preallocate()
+        with cli.naming(f"{whole.role} {whole.path}: cannot allocate its {whole.size} bytes"):
+            whole.preallocate()
     generations: dict[tuple[int, str], bytes] = {}
     made = []
     for log in logs:
@@ -188,6 +198,11 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
 
 def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Log]:
     logs = []
+    users: dict[str, list[str]] = {}
+    for ldsu in group.ldsus:
+        users.setdefault(ldsu.writelog_device, []).append(f"writelog of {ldsu.name}")
+    parts: dict[str, Iterator[IBlockDevice]] = {}
+    wholes: dict[str, FileDevice] = {}
     for ldsu in group.ldsus:
         data = devices.open(ldsu.data_device, f"data device of {ldsu.name}")
         if probe_signature(data) == OWN_NAME:
@@ -195,8 +210,13 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
                 f"data device {data.path} of {ldsu.name} holds a writelog or journal",
                 hint=f"name the right device in {group.path}",
             )
-        log = devices.open(ldsu.writelog_device, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
-        _check_unused(log, f"writelog of {ldsu.name}", consent)
+        path = ldsu.writelog_device
+        if path not in parts:
+            whole = devices.open(path, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
+            _check_unused(whole, f"writelog of {ldsu.name}", consent)
+            wholes[path] = whole
+            parts[path] = iter(divide(whole, users[path]) if len(users[path]) > 1 else [whole])
+        log = next(parts[path])
         if log.size < WRITELOG_BYTES_WARN:
             print(
                 f"warning: writelog {log.path} has only {log.size} bytes; "
@@ -204,7 +224,7 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
                 file=sys.stderr,
             )
         unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)
-        logs.append(_Log(group, "writelog", log, [unit]))
+        logs.append(_Log(group, "writelog", wholes[path], log, [unit]))
     return logs
 
 
@@ -218,14 +238,18 @@ def _journal(group: GroupConfig, devices: _Devices, consent: bool) -> _Log:
         )
     journal = devices.open(group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
     _check_unused(journal, f"journal of {group.name}", consent)
-    return _Log(group, "journal", journal, units)
+    return _Log(group, "journal", journal, journal, units)
 
 
 def _check_unused(device: FileDevice, role: str, consent: bool) -> None:
     found = probe_signature(device)
     if found is None or consent:
         return
-    what = "a writelog or journal of qdsmirror" if found == OWN_NAME else f"something: {found}"
+    what = (
+        "a writelog or journal of qdsmirror, or an extension"
+        if found == OWN_NAME
+        else f"something: {found}"
+    )
     raise DeviceError(
         f"{role} {device.path} already holds {what}",
         hint="if it may be overwritten, say so with --yes",

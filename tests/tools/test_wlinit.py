@@ -10,9 +10,12 @@ from typing import Any
 
 from twisted.trial.unittest import SkipTest, TestCase
 
+from qdsmirror.config import load_groups
 from qdsmirror.core.records import BoundUnit
 from qdsmirror.limits import FRAME_BYTES_MAX, KIB, MIB, WRITELOG_BYTES_MIN
+from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
+from qdsmirror.storage.recovery import close_units, open_units
 from qdsmirror.tools.wlinit import main
 from tests.tools.offline import DATA, LOG, Site, json_error, stable_of
 
@@ -43,6 +46,35 @@ class MakeTests(TestCase):
         after = site.content()
         for name in ("data0", "data1", "mirror0", "mirror1", "journal0"):
             self.assertEqual(after[name], before[name], name)
+
+    def share(self, site: Site) -> None:
+        """Let both LDSUs name the first one's writelog device."""
+        path = site.paths.group_config(0)
+        path.write_text(
+            path.read_text().replace(str(site.device("log1")), str(site.device("log0")))
+        )
+
+    def test_writelogs_that_share_a_device(self) -> None:
+        site = Site(self)
+        site.make("log0", 2 * LOG)
+        self.share(site)
+        code, output, errors = site.run(main)
+        self.assertEqual((code, errors), (0, ""))
+        half = LOG // 4096 * 4096
+        line = f"dsgrp000: writelog {site.device('log0')} initialised, {half} bytes"
+        self.assertEqual(output.splitlines(), [line] * 2)
+        (config,) = load_groups(site.paths)
+        units = open_units(config, open_device)
+        self.addCleanup(close_units, units)
+        self.assertEqual([u.writelog.superblock.units[0].name for u in units], ["qds0", "qds1"])
+        self.assertEqual([u.writelog.superblock.device_bytes for u in units], [half] * 2)
+
+    def test_a_device_that_is_too_small_for_two(self) -> None:
+        site = Site(self)
+        self.share(site)
+        site.device("log0").unlink()
+        site.make("log0", 2 * WRITELOG_BYTES_MIN)
+        site.refused(main, 1, str(site.device("log0")), "a log needs")
 
     def test_journal_at_the_secondary(self) -> None:
         site = Site(self, "beta")
