@@ -16,7 +16,6 @@ from typing import Any
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.core.records import BoundUnit, Generation, layout
 from qdsmirror.errors import ConfigError, DeviceError
-from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -24,7 +23,7 @@ from qdsmirror.storage.device import open_device
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.partition import divide
+from qdsmirror.storage.partition import Partition, divide
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog, ring_bytes_for
 from qdsmirror.tools import cli
@@ -41,7 +40,7 @@ class _Log:
     group: GroupConfig
     role: str
     whole: FileDevice
-    device: IBlockDevice
+    device: FileDevice | Partition
     units: list[BoundUnit] = field(default_factory=list)
 
     def check_size(self) -> None:
@@ -201,7 +200,7 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
     users: dict[str, list[str]] = {}
     for ldsu in group.ldsus:
         users.setdefault(ldsu.writelog_device, []).append(f"writelog of {ldsu.name}")
-    parts: dict[str, Iterator[IBlockDevice]] = {}
+    parts: dict[str, Iterator[FileDevice | Partition]] = {}
     wholes: dict[str, FileDevice] = {}
     for ldsu in group.ldsus:
         data = devices.open(ldsu.data_device, f"data device of {ldsu.name}")
