@@ -301,7 +301,8 @@ class Bypass:
             raise DegradedError(
                 f"{group.name}: the secondary must first commit what was written before the "
                 "bypass: its writelogs have no room for another refresh",
-                hint="bring the secondary back; see qdsinfo",
+                hint="bring the secondary back; if it lost the history, initialise the writelogs "
+                f"anew (qdswlinit -g {group.number} --yes) and refresh",
             )
         return generations
 

@@ -52,7 +52,7 @@ class BitmapTests(SynchronousTestCase):
     @given(
         st.lists(
             st.tuples(
-                st.integers(0, SIZE - 1), st.one_of(st.integers(1, 4 * CHUNK), st.just(SIZE))
+                st.integers(0, SIZE - 1), st.one_of(st.integers(1, 40 * CHUNK), st.just(SIZE))
             ),
             max_size=8,
         )
@@ -83,3 +83,11 @@ class BitmapTests(SynchronousTestCase):
         self.assertEqual(bitmap.dirty_bytes, self.SIZE)
         bitmap.clear()
         self.assertEqual(bitmap.dirty_bytes, 0)
+
+    def test_every_short_range(self) -> None:
+        for first in range(9):
+            for count in range(1, 26):
+                bitmap = self.bitmap()
+                bitmap.mark([(first * CHUNK, count * CHUNK)])
+                found = [n for n in range(40) if bitmap.is_marked(n * CHUNK)]
+                self.assertEqual(found, list(range(first, first + count)))

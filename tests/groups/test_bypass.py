@@ -349,30 +349,31 @@ class SwitchTests(Case):
         self.world.start()
         self.assertEqual(self.world.group.units[0].dirty.dirty_bytes, 0)
 
-    def test_the_reserve_does_not_run_out_for_what_must_follow(self) -> None:
-        world = self.world = overflowing(self)
-        unit = world.start()
-        for number in range(100):
-            world.client.write(unit, number * BLOCK, unique(number))
-        world.settle()
-        turns = 0
-        while True:
-            asked = world.group.switch_bypass("off")
+    def test_a_break_leaves_room_for_what_must_follow(self) -> None:
+        for more in range(3):
+            world = self.world = overflowing(self, log=256 * KIB + more * 4 * KIB)
+            unit = world.start()
+            for number in range(100):
+                world.client.write(unit, number * BLOCK, unique(number))
             world.settle()
-            refused: list[Any] = []
-            asked.addErrback(refused.append)
-            if refused:
-                break
-            turns += 1
-            self.switch("on")
-        self.assertIsInstance(refused[0].value, DegradedError)
-        self.assertGreaterEqual(turns, 3)
-        world.client.write(unit, 0, unique(777))
-        self.assertEqual(world.data().content()[:BLOCK], unique(777))
-        # The secondary is back: there is room again.
-        world.attach()
-        ends = [Committed(0, unit.durable_end, *unit.durable_point)]
-        world.commit(ends=ends)
-        world.settle()
-        self.switch("off")
-        self.mirror_all()
+            self.assertEqual(world.group.bypass.phase, "on")
+            for turn in range(20):
+                asked = world.group.switch_bypass("off")
+                world.settle()
+                refused: list[Any] = []
+                asked.addErrback(refused.append)
+                if refused:
+                    break
+                could = unit.writelog.control_room(120) >= 2
+                self.switch("on")
+                self.assertEqual(unit.writelog.control_room(120) >= 2, could, turn)
+            self.assertIsInstance(refused[0].value, DegradedError)
+            self.assertIn("qdswlinit", refused[0].value.hint)
+            world.client.write(unit, 0, unique(777))
+            self.assertEqual(world.data().content()[:BLOCK], unique(777))
+            # The secondary is back: there is room again.
+            world.attach()
+            world.commit(ends=[Committed(0, unit.durable_end, *unit.durable_point)])
+            world.settle()
+            self.switch("off")
+            self.mirror_all()
