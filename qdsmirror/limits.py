@@ -108,6 +108,8 @@ SCAN_AHEAD_BYTES = 2 * UNAPPLIED_BYTES_MAX
 #: waits so long for room in a full writelog before that counts as an overflow.
 OVERFLOW_WAIT_SECONDS = 1.0
 OVERFLOW_AGAIN_SECONDS = 10.0
+#: Of the reason that superblocks keep of a failed device.
+FAILURE_REASON_CHARS_MAX = 200
 #: Payload and read bytes of unanswered requests, for all connections of one child.
 REQUEST_BUDGET_BYTES = 32 * MIB
 #: Without anyone waiting for durability, a commit follows a write this soon ...
@@ -188,6 +190,9 @@ LAUNCH_RETRY_SECONDS_MAX = 5.0
 CHANNEL_MESSAGE_BYTES_MAX = 64 * KIB
 CHANNEL_MESSAGES_MAX = 1024
 CHANNEL_DESCRIPTORS_MAX = 4
+#: Lines of the log that may wait for it; and how long an ending process waits for them.
+LOG_QUEUE_BYTES = 256 * KIB
+LOG_END_SECONDS = 1.0
 #: What is kept of the reason for a failure that travels from a child to its master.
 REASON_CHARACTERS_MAX = 1024
 

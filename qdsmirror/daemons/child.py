@@ -23,7 +23,7 @@ from twisted.logger import Logger
 
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig
-from qdsmirror.daemons import logs
+from qdsmirror.daemons import logs, memory
 from qdsmirror.daemons.channel import Channel
 from qdsmirror.daemons.hosting import Factory, Hosting
 from qdsmirror.groups.runtime import Runtime
@@ -33,12 +33,10 @@ from qdsmirror.storage.latch import FailureLatch
 
 _log = Logger()
 
-_PR_SET_IO_FLUSHER = 57
 # mallopt(3), glibc.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MALLOC_KEPT_BYTES = 8 * limits.MIB
-_OOM_SCORE = b"-1000"
 #: A worker thread that holds the interpreter delays the reactor by at most this.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 #: Where processors are short the application's writes come first: the writelog absorbs the rest.
@@ -110,11 +108,13 @@ class _Child:
         groups: dict[int, int | None],
         factory: Factory,
         failures: int | None,
+        protection: memory.Protection | None,
     ) -> None:
         from twisted.internet import reactor
 
         self._reactor: Any = reactor
         self._groups = groups
+        self._protection = protection
         self._hosting = Hosting(
             role,
             paths,
@@ -139,6 +139,9 @@ class _Child:
         return self.exit_code
 
     def _begin(self) -> None:
+        assert self._channel is not None
+        if self._protection is not None:
+            self._channel.send({"memory": self._protection.to_json()})
         self._hosting.start(self._groups.items()).addCallback(lambda _: _freeze())
 
     def _report(self, number: int, state: str, reason: str, code: int) -> None:
@@ -191,18 +194,6 @@ def _keep_large_buffers() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, _MALLOC_KEPT_BYTES)
 
 
-def _protect_from_memory_pressure() -> None:
-    """Let the kernel reclaim memory through us without waiting for us (rules.md 20)."""
-    try:
-        with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
-            file.write(_OOM_SCORE)
-    except OSError as error:
-        _log.debug("oom_score_adj stays as it is: {error}", error=error)
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        _log.debug("no PR_SET_IO_FLUSHER: {error}", error=os.strerror(ctypes.get_errno()))
-
-
 def _descriptors(text: str) -> dict[str, int]:
     """Parse ``NAME=FD,...``."""
     pairs = (one.partition("=") for one in text.split(","))
@@ -232,16 +223,26 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for one in arguments.fds.values():
         os.set_inheritable(one, False)
+    # Before there are threads: they inherit it.
+    protection = memory.protect() if arguments.role in ("driver", "pmd") else None
     logs.begin(arguments.role)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     os.nice(_NICE[arguments.role])
     _keep_large_buffers()
-    if arguments.role in ("driver", "pmd"):
-        _protect_from_memory_pressure()
+    if protection is not None and protection.refused:
+        _log.info(
+            "not all that protects from a shortage of memory was granted: {why}",
+            why="; ".join(protection.refused),
+        )
     groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}
     paths = Paths.of(arguments.root)
     child = _Child(
-        arguments.role, paths, groups, factories[arguments.role], arguments.fds.get("failures")
+        arguments.role,
+        paths,
+        groups,
+        factories[arguments.role],
+        arguments.fds.get("failures"),
+        protection,
     )
     return child.run(socket.socket(fileno=arguments.fds["channel"]))
 

@@ -8,6 +8,8 @@ ports, factories and the reactor are left out.
 
 from __future__ import annotations
 
+import atexit
+import io
 import os
 import sys
 from functools import partial
@@ -24,6 +26,8 @@ from twisted.logger import (
     formatTime,
     globalLogBeginner,
 )
+
+from qdsmirror.daemons.logwriter import LogWriter
 
 #: The masters, by which twistd's command line says what it runs.
 DAEMONS = ("qdsdriver", "qdspmd", "qdsrmd")
@@ -45,11 +49,11 @@ def line(name: str, event: LogEvent) -> str | None:
     return f"{formatTime(event.get('log_time'))} {name}[{os.getpid()}]: {words}{body}\n"
 
 
-def observer(name: str, output: TextIO) -> ILogObserver:
+def observer(name: str, output: Any) -> ILogObserver:
     """Make the observer that writes a process's lines.
 
     :param name: of the process, ``qdsdriver``, ``driver`` …
-    :param output: where to.
+    :param output: where to: a text file, or a :class:`LogWriter`.
     """
     enough = LogLevelFilterPredicate(LogLevel.info)
     for namespace in _FOREIGN:
@@ -60,7 +64,18 @@ def observer(name: str, output: TextIO) -> ILogObserver:
 def twistd() -> ILogObserver:
     """Make the observer for ``twistd -n --logger=qdsmirror.daemons.logs.twistd qdsdriver``."""
     name = next((one for one in sys.argv[1:] if one in DAEMONS), "twistd")
-    return observer(name, sys.stderr)
+    return observer(name, _unblocked(sys.stderr))
+
+
+def _unblocked(stream: TextIO) -> Any:
+    """Give what writes to a stream's descriptor without ever waiting for it."""
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        return stream
+    writer = LogWriter(descriptor)
+    atexit.register(writer.finish)
+    return writer
 
 
 def begin(name: str) -> None:
@@ -68,4 +83,6 @@ def begin(name: str) -> None:
 
     :param name: of the process.
     """
-    globalLogBeginner.beginLoggingTo([observer(name, sys.stderr)], redirectStandardIO=False)
+    globalLogBeginner.beginLoggingTo(
+        [observer(name, _unblocked(sys.stderr))], redirectStandardIO=False
+    )

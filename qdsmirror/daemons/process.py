@@ -73,12 +73,17 @@ class Setting:
 
 
 class Child(ProcessProtocol):
-    """One child process, through all its lives."""
+    """One child process, through all its lives.
+
+    :ivar memory: what protects it from a shortage of memory (daemons.memory), as it has told;
+        ``None`` where nothing is asked for.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.groups: dict[int, GroupState] = {}
         self.state = "stopped"
         self.restarts = 0
+        self.memory: dict[str, Any] | None = None
         self._setting = setting
         self._reactor = setting.reactor
         self._process: IProcessTransport | None = None
@@ -140,6 +145,7 @@ class Child(ProcessProtocol):
         ]
         descriptors = {named[name]: here for name, here in inherited.items()}
         self.state = "starting"
+        self.memory = None
         self._fork(arguments, descriptors)
         self._channel = Channel(self._reactor, ours, self._received, _ignore_end)
 
@@ -303,6 +309,9 @@ class Child(ProcessProtocol):
             ended = self._handshakes.pop(message["handshake"], None)
             if ended is not None:
                 ended()
+            return
+        if "memory" in message:
+            self.memory = message["memory"]
             return
         number = int(message.get("group", -1))
         if "failed" in message:

@@ -153,6 +153,7 @@ class Supervisor:
                 "state": child.state,
                 "restarts": child.restarts,
                 "groups": sorted(child.groups),
+                "memory": child.memory,
             }
             for child in self.children
         ]

@@ -84,6 +84,10 @@ class SupervisionTests(MasterCase):
         status = await self.call("qdsdriver", "Status")
         self.assertEqual(status["pid"], os.getpid())
         self.assertEqual([one["groups"] for one in status["children"]], [[0], [3]])
+        for one in status["children"]:
+            self.assertEqual(
+                sorted(one["memory"]), ["io_flusher", "locked", "oom_score_adj", "refused"]
+            )
         group = await self.call("dsgrp003.driver", "Status")
         self.assertEqual(group["group"], 3)
         pids = [self.world.pid(0, "driver"), self.world.pid(3, "driver")]

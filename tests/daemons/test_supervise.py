@@ -153,6 +153,18 @@ class SuperviseTests(SynchronousTestCase):
         expected = ["child", "pmd", "--root", str(self.root), "--groups", "5", "--fds", "channel=3"]
         self.assertEqual(self.last.arguments, expected)
 
+    def test_what_protects_a_child_is_in_the_status(self) -> None:
+        supervisor = self.make(0)
+        self.assertIsNone(supervisor.status()["children"][0]["memory"])
+        told = {"io_flusher": False, "locked": True, "oom_score_adj": 0, "refused": ["no"]}
+        self.last.channel.send(dump_json({"memory": told}))
+        self.reactor.read()
+        self.assertEqual(supervisor.status()["children"][0]["memory"], told)
+        # Its successor has to tell for itself.
+        self.last.end(1)
+        self.reactor.advance(limits.CHILD_RESTART_SECONDS_MAX)
+        self.assertIsNone(supervisor.status()["children"][0]["memory"])
+
     def test_back_off_doubles_up_to_its_bound(self) -> None:
         self.make(0)
         delay = limits.CHILD_RESTART_SECONDS_MIN

@@ -1,0 +1,129 @@
+"""What a child asks of the kernel against a shortage of memory, granted and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from qdsmirror.daemons import memory
+from qdsmirror.limits import MIB
+
+_PROGRAM = """
+import ctypes, json, sys, threading
+from qdsmirror.daemons.memory import protect
+import qdsmirror.groups.driver
+found = protect()
+flushers, done = [], threading.Event()
+def ask():
+    flushers.append(ctypes.CDLL(None).prctl(58, 0, 0, 0, 0))
+for _ in range(8):
+    threading.Thread(target=done.wait, daemon=True).start()
+thread = threading.Thread(target=ask); thread.start(); thread.join()
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({
+    **found.to_json(), "flusher_in_thread": flushers[0],
+    "locked_kib": int(status["VmLck"].split()[0]), "resident_kib": int(status["VmRSS"].split()[0]),
+}))
+"""
+
+
+class GrantedTests(SynchronousTestCase):
+    """In a process of its own: locking trial's memory would be no kindness."""
+
+    def run_one(self) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, timeout=60
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def test_what_is_said_is_so(self) -> None:
+        found = self.run_one()
+        self.assertEqual(bool(found["locked_kib"]), found["locked"], found)
+        self.assertEqual(found["flusher_in_thread"] == 1, found["io_flusher"], found)
+        asked = (found["io_flusher"], found["locked"], found["oom_score_adj"] == -1000)
+        self.assertEqual(len(found["refused"]), asked.count(False), found)
+
+    def test_locking_costs_no_memory_that_is_not_used(self) -> None:
+        found = self.run_one()
+        if not found["locked"]:
+            raise SkipTest("the right to lock memory (CAP_IPC_LOCK or no limit) is missing")
+        self.assertLess(found["resident_kib"] * 1024, 80 * MIB)
+
+    def test_io_flusher(self) -> None:
+        found = self.run_one()
+        if not found["io_flusher"]:
+            raise SkipTest(f"CAP_SYS_RESOURCE is missing: {found['refused']}")
+        self.assertEqual(found["flusher_in_thread"], 1)
+
+
+class RefusedTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.asked: list[tuple[str, tuple[int, ...]]] = []
+        self.answers = {"prctl": -1, "mlockall": 0}
+
+        def answering(name: str) -> Any:
+            def call(*arguments: int) -> int:
+                self.asked.append((name, arguments))
+                return self.answers[name]
+
+            return call
+
+        library = SimpleNamespace(**{name: answering(name) for name in self.answers})
+        self.patch(memory.ctypes, "CDLL", lambda *_, **__: library)
+        self.patch(memory.ctypes, "get_errno", lambda: 1)
+        place = Path(self.mktemp())
+        place.mkdir()
+        self.score = place / "oom_score_adj"
+        self.score.write_text("7\n")
+        self.status = place / "status"
+        self.status.write_text("Name:\tx\nCapEff:\t0000000000000000\n")
+        self.patch(memory, "_OOM_SCORE_ADJ", self.score)
+        self.patch(memory, "_STATUS", self.status)
+        self.limit = resource.RLIM_INFINITY
+        self.patch(memory.resource, "getrlimit", lambda _: (self.limit, self.limit))
+
+    def test_each_is_asked_for_whatever_the_others_said(self) -> None:
+        found = memory.protect()
+        self.assertEqual(self.asked, [("prctl", (57, 1, 0, 0, 0)), ("mlockall", (7,))])
+        self.assertEqual(self.score.read_text(), "-1000")
+        self.assertEqual(found[:3], (False, True, -1000))
+        self.assertEqual(found.refused, ("PR_SET_IO_FLUSHER: Operation not permitted",))
+
+    def test_nothing_is_locked_under_a_limit(self) -> None:
+        self.limit = 8 * MIB
+        found = memory.protect()
+        self.assertFalse(found.locked)
+        self.assertNotIn("mlockall", [name for name, _ in self.asked])
+        self.assertIn(f"RLIMIT_MEMLOCK is {8 * MIB} bytes", found.refused[-1])
+
+    def test_a_limit_does_not_bind_who_has_the_capability(self) -> None:
+        self.limit = 8 * MIB
+        self.status.write_text(f"CapEff:\t{1 << 14:016x}\n")
+        self.assertTrue(memory.protect().locked)
+
+    def test_the_score_that_holds_is_told(self) -> None:
+        if os.geteuid() == 0:
+            # Root writes to any file, so a directory stands for one that cannot be written.
+            self.patch(memory, "_OOM_SCORE_ADJ", Path(tempfile.gettempdir()))
+            found = memory.protect()
+            self.assertIsNone(found.oom_score_adj)
+        else:
+            self.score.chmod(0o444)
+            found = memory.protect()
+            self.assertEqual(found.oom_score_adj, 7)
+        self.assertTrue(any("oom_score_adj -1000" in line for line in found.refused))
+
+    def test_a_score_that_holds_already_is_left(self) -> None:
+        self.score.write_text("-1000\n")
+        self.score.chmod(0o444)
+        self.assertEqual(memory.protect().oom_score_adj, -1000)
