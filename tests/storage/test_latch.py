@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from twisted.trial.unittest import TestCase
@@ -47,6 +48,32 @@ class LatchTests(TestCase):
     def test_cannot_be_written(self) -> None:
         latch = FailureLatch(self.path / "missing" / "x.state")
         self.assertRaises(QdsError, latch.record, "/dev/a", DeviceFailedError("EIO"))
+
+    def test_written_whole_before_it_has_its_name_and_then_the_name(self) -> None:
+        """A power cut leaves the file as it was or as it shall be."""
+        FailureLatch(self.path).record("/dev/a", DeviceFailedError("fdatasync: EIO"))
+        calls: list[tuple[str, bool, bytes]] = []
+        fsync, replace = os.fsync, os.replace
+
+        def synced(fd: int) -> None:
+            mode = os.fstat(fd).st_mode
+            # Through another descriptor: this one is for writing only.
+            content = b"" if stat.S_ISDIR(mode) else Path(f"/proc/self/fd/{fd}").read_bytes()
+            calls.append(("sync", stat.S_ISDIR(mode), content))
+            fsync(fd)
+
+        def replaced(old: Path, new: Path) -> None:
+            self.assertNotIn(b"/dev/b", self.path.read_bytes())
+            calls.append(("rename", False, old.read_bytes()))
+            replace(old, new)
+
+        self.patch(os, "fsync", synced)
+        self.patch(os, "replace", replaced)
+        FailureLatch(self.path).record("/dev/b", DeviceFailedError("fdatasync: EIO"))
+        self.assertEqual([call[:2] for call in calls],
+                         [("sync", False), ("rename", False), ("sync", True)])  # fmt: skip
+        self.assertEqual(calls[0][2], calls[1][2])
+        self.assertEqual(self.path.read_bytes(), calls[1][2])
 
 
 class MemoryTests(TestCase):
