@@ -77,19 +77,16 @@ def detach(paths: Paths, state: Attached) -> None:
     :raises DeviceError: it is in use; nothing was taken away then.
     """
     with contextlib.ExitStack() as stack:
-        kernel, index = None, None
+        kernel = None
         with contextlib.suppress(DeviceError):  # without the driver there is no device of it
             kernel = stack.enter_context(_kernel())
-            index = _index(kernel, state.uri, state)
+        index = None if kernel is None else _index(kernel, state.uri, state)
         if kernel is not None and index is not None:
-            node = str(kernel.node(index))
-            refuse_in_use(state.name, node)
-            _flush(state.name, node)
+            refuse_in_use(state.name, str(kernel.node(index)))
+            _flush(state.name, str(kernel.node(index)))
         _end_keeper(paths, state.name)
-        if kernel is not None and index is not None:
-            kernel.disconnect(index)
-            if not wait(lambda: not kernel.is_connected(index), GONE_SECONDS):
-                raise DeviceError(f"{state.name}: {node} is still open", hint=f"fuser {node}")
+        if kernel is not None:
+            _disconnect(kernel, state)
     unlink(state)
     forget(paths, state.name)
 
@@ -126,6 +123,17 @@ def _index(kernel: KernelNbd, uri: str, state: Attached | None) -> int | None:
         recorded = int(Path(state.node).name.removeprefix("nbd"))
         index = recorded if kernel.is_of(recorded, uri) else None
     return index
+
+
+def _disconnect(kernel: KernelNbd, state: Attached) -> None:
+    # Looked for again: a keeper that was just starting may have made it only now.
+    index = _index(kernel, state.uri, state)
+    if index is None:
+        return
+    kernel.disconnect(index)
+    if not wait(lambda: not kernel.is_connected(index), GONE_SECONDS):
+        node = kernel.node(index)
+        raise DeviceError(f"{state.name}: {node} is still open", hint=f"fuser {node}")
 
 
 def _flush(name: str, node: str) -> None:

@@ -78,12 +78,15 @@ class KeeperTests(NbdTestCase):
         self.addCleanup(keeper.close)
         return keeper
 
-    def keep(self, keeper: Keeper) -> threading.Thread:
+    def keep(self, keeper: Keeper) -> None:
         thread = threading.Thread(target=keeper.keep, daemon=True)
         thread.start()
+        self.thread = thread
+        self.patch(attach_keeper, "NOTICE_SECONDS", attach_keeper.NOTICE_SECONDS)
         self.addCleanup(thread.join, nbdkernel.WAIT_SECONDS)
         self.addCleanup(self.kernel._end, keeper.index)
-        return thread
+        # There is no notice to wait for when the test ends.
+        self.addCleanup(setattr, attach_keeper, "NOTICE_SECONDS", 0.0)
 
     def attached(self) -> tuple[Keeper, nbdkernel.FakeDevice]:
         keeper = self.keeper()
@@ -175,11 +178,11 @@ class KeeperTests(NbdTestCase):
     def test_it_ends_when_the_device_is_disconnected(self) -> None:
         keeper = self.keeper()
         keeper.attach()
-        thread = self.keep(keeper)
+        self.keep(keeper)
         with self.kernel.open_closing() as kernel:
             kernel.disconnect(0)
-        thread.join(nbdkernel.WAIT_SECONDS)
-        self.assertFalse(thread.is_alive())
+        self.thread.join(nbdkernel.WAIT_SECONDS)
+        self.assertFalse(self.thread.is_alive())
         self.assertIn("disconnected by somebody else", self.said[-1])
 
     def test_what_the_kernel_refuses(self) -> None:
@@ -289,6 +292,17 @@ class CommandTests(NbdTestCase):
         self.assertEqual(self.keeper(), state.keeper)
         self.assertTrue((self.kernel.sys_block / "nbd0" / "pid").exists())
         self.patch(attach_nbd, "refuse_in_use", lambda name, node: None)
+
+    def test_a_device_that_comes_up_while_it_is_detached(self) -> None:
+        """As when qdsattach is interrupted: its keeper may be at any point then."""
+        state = Attached("qds0", self.uri, "nbd", 0, "", str(self.paths.dev / "qds0"))
+        write_state(self.paths, state)
+        keeper = Keeper(self.kernel.open(), self.uri, 60, lambda text: None)
+        self.addCleanup(keeper.close)
+        self.patch(attach_nbd, "_end_keeper", lambda paths, name: keeper.attach())
+        attach.detach(self.paths, "qds0")
+        self.assertTrue((self.kernel.sys_block / "nbd0").exists())
+        self.assertFalse((self.kernel.sys_block / "nbd0" / "pid").exists())
 
     def test_a_keeper_that_does_not_start(self) -> None:
         self.patch(attach_nbd, "KEEPER", "tests.tools.no_such_module")

@@ -16,7 +16,7 @@ try() { # COMMAND...: on a slow machine a launch may take longer than it allows 
 }
 driver() { cat "$primary/run/dsgrp000.driver.pid" 2>/dev/null; }
 until_file() { # NAME
-    while [ ! -s "$place/$1" ]; do sleep 0.2; done
+    until [ -s "$place/$1" ] || [ -e /run/written ]; do sleep 0.2; done
 }
 
 # The fake kernel of the unit tests promises what this one does.
@@ -47,13 +47,13 @@ mkfs.ext4 -q "$device" && mkdir $place && mount -t ext4 "$device" $place && tell
 (
     until [ -e /run/written ]; do
         dd if=/dev/zero of=$place/direct bs=64k count=16 oflag=direct 2>/dev/null ||
-            tell "failed to write directly"
+            { tell "failed to write directly"; sleep 1; }
     done
 ) &
 (
     until [ -e /run/written ]; do
         dd if="$device" of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null ||
-            tell "failed to read"
+            { tell "failed to read"; sleep 1; }
     done
 ) &
 for name in $KILL_AT; do
