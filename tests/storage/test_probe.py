@@ -11,6 +11,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.core.records import SLOT_BYTES, SUPER_MAGIC
 from qdsmirror.storage.device import open_device
+from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.probe import probe_signature
 from tests.fakes import MemoryDevice
 from tests.storage.test_device import make_file
@@ -122,6 +123,13 @@ class HandMadeTests(TestCase):
         self.expect("qdsmirror", device((0, OWN_SLOT)))
         for place in SLOT_BYTES:
             self.expect("qdsmirror", device((place, OWN_SLOT)))
+
+    def test_own_extension(self) -> None:
+        made = MemoryDevice(MIB)
+        header = PoolDevice.initialise(made, 0).header
+        self.expect("qdsmirror", made)
+        made.corrupt(0, bytes(header.slot_bytes))
+        self.expect("qdsmirror", made)
 
     def test_own_payloads_may_look_like_anything(self) -> None:
         self.expect("qdsmirror", device((0, OWN_SLOT), (0x10040, b"_BHRfS_M")))
