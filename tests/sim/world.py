@@ -837,8 +837,8 @@ def _watched_frame(world: World, original: Any) -> Any:
 def _essence(writes: Any) -> list[tuple[int, bytes]]:
     """Give what must be on the platters: not what fills up a block."""
     *pads, (at, pieces) = writes
-    essence = [(where, bytes(pad[0][:RECORD_HEADER_BYTES])) for where, pad in pads]
-    return [*essence, (at, b"".join(pieces[:-1]))]
+    essence = [(where.offset, bytes(pad[0][:RECORD_HEADER_BYTES])) for where, pad in pads]
+    return [*essence, (at.offset, b"".join(pieces[:-1]))]
 
 
 def _watched_send_frames(world: World, original: Any) -> Any:

@@ -51,20 +51,21 @@ def content(count: int) -> bytes:
 class World:
     """A log that is filled frame by frame, as the driver and the rmd do it."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, *, numbered: bool = True) -> None:
         self.device = MemoryDevice(WRITELOG_BYTES_MIN)
         self.log = initialise(self.device, role=role, sizes=(BLOCK,))
         self.maker = FrameMaker()
         self.at = [Cursor()]
-        #: Frames that are durable; in a journal the GSN in the frames says nothing of it.
         self.durable = 0
         self.named = 0
-        self.role = role
+        self.numbered = numbered and role == "writelog"
+        #: In a journal the GSN in the frames is the primary's, and says nothing of it.
+        self.foreign = 99 if role == "journal" else 0
 
     def append(self) -> None:
         """Append a frame that names what is durable before it."""
         number = len(self.at) - 1
-        gsn = self.durable if self.role == "writelog" else number
+        gsn = self.durable if self.numbered else self.foreign
         frame = self.maker.make(0, [write(16 * number, payload(number))], durable=gsn)
         append(self.log, frame, durable=self.at[self.durable].position)
         self.named = max(self.named, self.durable)
@@ -221,6 +222,20 @@ class DamageTests(SynchronousTestCase):
                 lost = State(bytes(image), state.ring, state.applied, 4)
                 bits = list(range(at, at + 8 * RECORD, 5))
                 self.assertEqual(self.outcomes(lost, recover, iter(bits)), bits, role)
+
+    def test_durable_in_its_log_but_not_yet_in_the_group(self) -> None:
+        # Another log of the group lags: no number tells that these frames were durable, and yet
+        # they may have been answered as such.
+        world = World("writelog", numbered=False)
+        for number in range(FRAMES):
+            world.append()
+            if number == 3:
+                world.sync()
+        state = world.state(0)
+        for record in range(4):
+            at = 8 * (state.ring + BLOCK * record)
+            bits = list(range(at, at + 8 * RECORD, 7))
+            self.assertEqual(self.outcomes(state, self.recover_writelog, iter(bits)), bits)
 
     def test_torn_ends_are_no_damage(self) -> None:
         # The converse: whatever a power cut leaves of what was not durable is no corruption.
