@@ -319,6 +319,18 @@ class ReaderTests(SynchronousTestCase):
         self.assertEqual(sum(length for length, _ in read), SCAN_AHEAD_BYTES)
         self.assertLessEqual(max(length for length, _ in read), logreader.READ_BYTES)
 
+    def test_the_look_ahead_comes_all_the_way_round(self) -> None:
+        ring = self.log.ring
+        for blocks in (1, ring.size // BLOCK // 2, ring.size // BLOCK - 1):
+            device = MemoryDevice(SIZE)
+            self.log = initialise(device)
+            at = 3 * BLOCK + blocks * BLOCK
+            raw = pack_record(Record(FRAME, BLOCK, 0, at, 4 * BLOCK), LOG)
+            device.corrupt(ring.physical(at).offset, raw)
+            reader = self.log.reader(Cursor(3 * BLOCK, 1))
+            self.assertEqual(list(reader), [])
+            self.assertEqual(reader.look_ahead(), Ahead(0, 4 * BLOCK), blocks)
+
     def test_void_frames_are_read(self) -> None:
         append(self.log, self.maker.make(0, kind=VOID, gsns=5), control=True)
         _, reader = self.read()

@@ -221,6 +221,53 @@ class SurvivalTests(SynchronousTestCase):
         with self.assertRaisesRegex(CorruptError, "writelog of qds0: durable up to position 4096"):
             judge(group.open())
 
+    def test_a_superblock_knows_what_another_log_holds_durably(self) -> None:
+        group = Group(2)
+        for ldsu in (0, 1):
+            group.append(ldsu, group.maker.make(ldsu, [write(0, b"x")]))
+        group.sync()
+        # The power is cut before the other log's superblock says so too.
+        group.logs[0].update(both=True, durable_gsn=2)
+        self.assertEqual(judge(group.open()).next_gsn, 3)
+        group.devices["/log1"].corrupt(group.logs[1].ring.start + 60, b"\xff")
+        with self.assertRaisesRegex(CorruptError, "GSN 2 was durable"):
+            judge(group.open())
+
+    def test_a_later_record_knows_how_far_its_log_is_durable(self) -> None:
+        """Though the group is not: another LDSU's earlier frame keeps its number back."""
+        group = Group(2)
+        made = [group.maker.make(ldsu, [write(0, b"x")]) for ldsu in (0, 1, 1)]
+        append(group.logs[1], made[1])
+        append(group.logs[1], made[2], durable=group.logs[1].head)
+        group.sync()
+        self.assertEqual([v.range.first for v in judge(group.open()).voids], [1])
+        group.devices["/log1"].corrupt(group.logs[1].ring.start + 60, b"\xff")
+        with self.assertRaisesRegex(CorruptError, "qds1: durable up to position 4096"):
+            judge(group.open())
+
+    def test_looks_at_nothing_that_is_applied(self) -> None:
+        """What waits only for the secondary costs a start no time (RECOVER)."""
+        group = Group(1)
+        log = group.logs[0]
+        for _ in range(8):
+            group.append(0, group.maker.make(0, [write(0, b"x")]))
+        reader = log.reader(Cursor())
+        applied = [reader.read(4096) for _ in range(6)][-1][-1].end
+        log.update(both=True, applied=reader.cursor, head=reader.cursor)
+        device = group.devices["/log0"]
+        read: list[int] = []
+        pread = device.pread
+
+        def watched(length: int, offset: int) -> bytes:
+            read.append(offset)
+            return pread(length, offset)
+
+        device.pread = watched  # type: ignore[method-assign]
+        (unit,) = group.open()
+        self.assertEqual([span.first for span in unit.finding.ranges], [7, 8])
+        ring = [offset for offset in read if offset >= log.ring.start]
+        self.assertEqual(ring[0], log.ring.physical(applied).offset)
+
 
 class ReplayTests(SynchronousTestCase):
     def setUp(self) -> None:
