@@ -11,7 +11,7 @@ the generation before (rules.md 7).  What a crash interrupts is completed at the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
@@ -21,7 +21,7 @@ from qdsmirror.core.frames import BREAK, HEADER_BYTES, SWITCH
 from qdsmirror.core.generations import Settled, grown
 from qdsmirror.core.records import Generation
 from qdsmirror.core.states import Event
-from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
+from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.limits import OVERFLOW_AGAIN_SECONDS, OVERFLOW_WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -56,13 +56,22 @@ class Bypass:
     def resume(self, settled: Settled) -> None:
         """Take up what the superblocks say."""
         if settled.bypass is not None:
-            self.state = dict(settled.bypass)
-            self.phase = ON
+            self.begin(settled.bypass)
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Be in bypass: it is durable."""
+        self.state = dict(state)
+        self._become(ON)
 
     @property
     def reason(self) -> str:
         """Why the group is in bypass; "" while it is not."""
         return str(self.state["reason"]) if self.state is not None else ""
+
+    @property
+    def since(self) -> float:
+        """Since when, in seconds since 1970, whatever was restarted since."""
+        return float(self.state["since"]) if self.state is not None else 0.0
 
     def status(self) -> dict[str, Any] | None:
         """Give the ``bypass`` object of ``qdsinfo --json``."""
@@ -88,7 +97,7 @@ class Bypass:
             self._waits.remove(wait)
             fired.callback(None)
 
-    def _until(self, happened: Callable[[], bool]) -> Deferred[None]:
+    def until(self, happened: Callable[[], bool]) -> Deferred[None]:
         """Fire when something is so.
 
         :param happened: may act as well; raises QdsError where it can never be so.
@@ -108,7 +117,7 @@ class Bypass:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        return self._until(lambda: self.phase in (OFF, ON))
+        return self.until(lambda: self.phase in (OFF, ON))
 
     # -- overflow -------------------------------------------------------------------------------
 
@@ -125,7 +134,6 @@ class Bypass:
             group.checkpoints.running
             or unit.committed_end > unit.writelog.durable_tail
             or unit.applied_end <= unit.committed_end
-            or self._failed()
         ):
             return
         now = group.runtime.reactor.seconds()
@@ -158,17 +166,8 @@ class Bypass:
 
     # -- entering -------------------------------------------------------------------------------
 
-    def _failed(self) -> str:
-        return next((error for unit in self._group.units for error in unit.errors), "")
-
-    def _check_devices(self) -> None:
-        failed = self._failed()
-        if failed:
-            raise DeviceFailedError(
-                f"{self._group.name}: no way into or out of bypass while a device has failed: "
-                f"{failed}",
-                hint="replace it and start the driver again",
-            )
+    def _check_logs(self) -> None:
+        self._group.failures.check_logs("way into or out of bypass")
 
     def switch(self, to: str) -> Deferred[dict[str, Any]]:
         """Do what ``qdsbypass`` asks for: ``on`` or ``off``.
@@ -198,7 +197,7 @@ class Bypass:
                 if self.phase == ON
                 else f"watch it with qdsinfo -g {group.number}",
             )
-        self._check_devices()
+        self._check_logs()
         yield self._enter(reason)
         return self.status()
 
@@ -211,15 +210,15 @@ class Bypass:
         self.log.warn("{group}: entering bypass: {reason}", group=group.name, reason=reason)
         try:
             # What is being recorded of the mirror comes first.
-            yield self._until(lambda: not group.checkpoints.recording)
+            yield self.until(lambda: not group.checkpoints.recording)
             group.coherence.end_for_bypass()
             yield self._frame_break(bypass)
             for unit in group.units:
                 unit.hasten()
-            yield self._until(self._is_all_applied)
+            yield self.until(self._is_all_applied)
             if group.coherent:
                 yield gatherResults([unit.clear_dirty() for unit in group.units])
-                self._check_devices()
+                self._check_logs()
             yield group.checkpoints.record_everywhere(
                 bypass=state,
                 refresh=None,
@@ -231,8 +230,7 @@ class Bypass:
             # Nothing was written past the writelogs: whatever was recorded, they hold it all.
             self._resume_framing()
             raise
-        self.state = state
-        self._become(ON)
+        self.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), reason)
         group.tell_refresh(None)
         for unit in group.units:
@@ -259,7 +257,8 @@ class Bypass:
     def _is_all_applied(self) -> bool:
         """Whether everything framed is durable, applied and synced, and the superblocks say so."""
         group = self._group
-        self._check_devices()
+        self._check_logs()
+        group.failures.check_recorded()
         checkpoints = group.checkpoints
         if checkpoints.running or any(unit.has_frames for unit in group.units):
             return False
@@ -291,7 +290,8 @@ class Bypass:
                 if self.phase == OFF
                 else f"watch it with qdsinfo -g {group.number}",
             )
-        self._check_devices()
+        self._check_logs()
+        group.failures.check_data("way out of bypass")
         first = group.units[0]
         new = Generation(os.urandom(16), group.next_gsn)
         upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
@@ -316,9 +316,10 @@ class Bypass:
         group = self._group
         self.phase = LEAVING
         try:
-            yield self._until(lambda: not any(unit.direct.busy for unit in group.units))
+            yield self.until(self._is_all_written)
             yield self.sync()
-            self._check_devices()
+            self._check_logs()
+            group.failures.check_data("way out of bypass")
             yield group.checkpoints.record_everywhere(
                 bypass=None, generations=generations, **changes
             )
@@ -328,6 +329,11 @@ class Bypass:
                 unit.go_direct()
             raise
         yield self._begin_generation(generations)
+
+    def _is_all_written(self) -> bool:
+        """Whether every direct write is answered; one whose bits cannot be durable never is."""
+        self._check_logs()
+        return not any(unit.direct.busy for unit in self._group.units)
 
     @inlineCallbacks
     def _begin_generation(self, generations: tuple[Generation, ...]) -> Any:
@@ -340,10 +346,9 @@ class Bypass:
         first.when_free(lambda: mark.append(first.append_control(SWITCH, generations[-2].id)))
         # Until it is durable nothing else may be: a void range cannot begin a generation.
         try:
-            yield self._until(lambda: self._is_durable(mark))
-        except QdsError as error:
-            for unit in group.units:
-                unit.refuse(f"bypass could not be left: {error.message}")
+            yield self.until(lambda: self._is_durable(mark))
+        except QdsError:
+            # A writelog has failed, and so bypass is entered again.
             self._become(OFF)
             raise
         self._left_at = group.runtime.reactor.seconds()
@@ -355,13 +360,13 @@ class Bypass:
         self._resume_framing()
 
     def _is_durable(self, mark: list[UnitFrame | None]) -> bool:
-        self._check_devices()
+        self._check_logs()
         frame = mark[0] if mark else None
         return frame is not None and frame.gsn_last <= self._group.durable_gsn
 
     def sync(self) -> Deferred[Any]:
         """Make every direct write durable."""
-        return gatherResults([self._sync_unit(unit) for unit in self._group.units])
+        return gatherResults([self._sync_unit(u) for u in self._group.units if not u.dead])
 
     def _sync_unit(self, unit: DriverUnit) -> Deferred[None]:
         synced: Deferred[None] = Deferred()

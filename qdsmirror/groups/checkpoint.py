@@ -61,7 +61,7 @@ class Checkpoints:
             or unit.applied_sequence > unit.synced_sequence
             for unit in self._group.units
             # A checkpoint leaves a failed one as it is: asking again would not end.
-            if not unit.errors
+            if not unit.log_failed and (unit.exempt or not unit.dead)
         ):
             self.take()
 
@@ -76,7 +76,7 @@ class Checkpoints:
         unsynced = [
             unit
             for unit in self._group.units
-            if unit.applied_sequence > unit.synced_sequence and not unit.errors
+            if unit.applied_sequence > unit.synced_sequence and not unit.dead
         ]
         _each(unsynced, self._sync_unit, self._synced)
 
@@ -104,7 +104,7 @@ class Checkpoints:
         changed = [
             unit
             for unit in self._group.units
-            if not unit.errors
+            if not unit.log_failed
             and (
                 unit.writelog.superblock.tail.position != _tail_end(unit)
                 or unit.writelog.superblock.applied.position != unit.applied_end
@@ -165,6 +165,8 @@ class Checkpoints:
     def record_everywhere(self, **changes: Any) -> Deferred[None]:
         """Write changes to both slots of every superblock; fires when all are durable.
 
+        But for those of writelogs that have failed.
+
         :param changes: fields of :class:`Superblock`; a callable is asked for each LDSU's value.
         """
         finished: Deferred[None] = Deferred()
@@ -191,7 +193,7 @@ class Checkpoints:
             self._group.bypass.poke()
 
         self.recording += 1
-        _each(self._group.units, write, finish)
+        _each([unit for unit in self._group.units if not unit.log_failed], write, finish)
         return finished
 
 

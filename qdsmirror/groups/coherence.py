@@ -9,7 +9,7 @@ from twisted.logger import Logger
 
 from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event
-from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError, UsageError
+from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.groups.bypass import OFF
 from qdsmirror.groups.refresh import Refresh
 
@@ -53,12 +53,8 @@ class Coherence:
         if group.bypass.phase != OFF:
             left: dict[str, Any] = yield self.leave_bypass()
             return left
-        failed = next((error for unit in group.units for error in unit.errors), "")
-        if failed:
-            raise DeviceFailedError(
-                f"{group.name}: no refresh while a device has failed: {failed}",
-                hint="replace it and start the driver again",
-            )
+        group.failures.check_logs("refresh")
+        group.failures.check_data("refresh")
         if self.job is not None:
             raise DegradedError(
                 f"{group.name}: a refresh is running already",

@@ -25,12 +25,13 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
 
     :raises MismatchError: another device stands under a path.
     """
+    used = [unit for unit in opened if unit.untrusted is None and unit.dead is None]
 
     def incoherent(reason: str) -> None:
-        for unit in opened:
+        for unit in used:
             unit.writelog.update(both=True, coherent=False, reason=reason, refresh=None)
 
-    bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in opened]
+    bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in used]
     for text in take_over(bound, group.config, incoherent):
         group.log.error("{group}: {text}", group=group.name, text=text)
 

@@ -44,12 +44,12 @@ class Direct:
     def take(self, requests: Sequence[Request]) -> None:
         """Take writes, trims, zeroes and flushes, in order."""
         self._queue.extend(requests)
-        self._go_on()
+        self.go_on()
 
     def release(self) -> None:
         """Answer the flushes held: everything answered before them is durable by now."""
         held, self.held = self.held, []
-        _answer(held)
+        answer_all(held)
 
     def drop(self) -> list[Request]:
         """Give up what is not under way; the caller answers it."""
@@ -58,22 +58,25 @@ class Direct:
         self.held = []
         return dropped
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Take the next batch, unless one is under way."""
         if self._running:
             return
         self._drop_dead()
-        if not self._queue or self._unit.errors:
+        unit = self._unit
+        if not self._queue or unit.refusal or (unit.log_failed and not unit.unlogged):
             return
         self._running = True
         batch = list(self._queue)
         self._queue.clear()
         entries = [_entry(request) for request in batch if request.command != nbd.CMD_FLUSH]
-        dirty = self._unit.dirty
+        dirty = unit.dirty
         changed = dirty.mark((entry.offset, entry.length) for entry in entries)
-        if changed:
+        # Of a failed writelog's LDSU everything counts as dirty.
+        if changed and not unit.unlogged:
             blocks = [(number, dirty.block(number)) for number in changed]
-            self._unit.run_on_log(
-                partial(write_blocks, self._unit.writelog.device, dirty.area, blocks),
+            unit.run_on_log(
+                partial(write_blocks, unit.writelog.device, dirty.area, blocks),
                 partial(self._marked, batch, entries),
             )
         else:
@@ -96,7 +99,9 @@ class Direct:
     ) -> None:
         unit = self._unit
         if error is not None:
-            self._fail("writelog", unit.config.writelog_device, batch, error)
+            self._running = False
+            self._queue.extendleft(reversed(batch))
+            unit.fail("writelog", unit.config.writelog_device, error)
             return
         late = [request for request in batch if self._needs_sync(request)]
 
@@ -116,18 +121,15 @@ class Direct:
 
     def _written(self, batch: list[Request], _result: None, error: BaseException | None) -> None:
         if error is not None:
-            self._fail("data device", self._unit.config.data_device, batch, error)
+            self._running = False
+            for request in batch:
+                request.connection.answer_error(request, errno.EIO, str(error))
+            self._unit.fail("data device", self._unit.config.data_device, error)
             return
         self._running = False
-        _answer(batch)
-        self._go_on()
+        answer_all(batch)
+        self.go_on()
         self._unit.group.bypass.poke()
-
-    def _fail(self, what: str, path: str, batch: list[Request], error: BaseException) -> None:
-        self._running = False
-        for request in batch:
-            request.connection.answer_error(request, errno.EIO, str(error))
-        self._unit.fail(what, path, error)
 
 
 def _entry(request: Request) -> Entry:
@@ -141,7 +143,8 @@ def _entry(request: Request) -> Entry:
     return Entry(offset, length, frames.ZEROES if kept else frames.TRIM, None)
 
 
-def _answer(requests: Sequence[Request]) -> None:
+def answer_all(requests: Sequence[Request]) -> None:
+    """Answer requests with success, each connection's at once."""
     answers: dict[INbdConnection, list[Request]] = {}
     for request in requests:
         answers.setdefault(request.connection, []).append(request)

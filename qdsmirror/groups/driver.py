@@ -32,7 +32,9 @@ from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
 from qdsmirror.groups.devices import leave_devices, take_over_devices
 from qdsmirror.groups.driver_status import driver_status
+from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.refresh import Refresh
+from qdsmirror.groups.restart import failures_found, go_on_past, known_failures, replay_all
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import IGroup
@@ -40,7 +42,7 @@ from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
 from qdsmirror.storage.bitmap import read_bitmap
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units, replay
+from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units
 
 _ERRORS_KEPT = 8
 
@@ -90,6 +92,7 @@ class DriverGroup:
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self.failed_since = 0.0
         self._latch = latch or FailureLatch(paths.state_file(config.number))
+        self.failures = Failures(self, self._latch)
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
@@ -104,11 +107,10 @@ class DriverGroup:
     @inlineCallbacks
     def start(self) -> Any:
         """Recover every device, then serve the LDSUs."""
-        for ldsu in self.config.ldsus:
-            self._latch.check((ldsu.data_device, ldsu.writelog_device))
+        known = known_failures(self, self._latch)
         pool = self.runtime.reactor.getThreadPool()
         opened: list[OpenUnit] = yield deferToThreadPool(
-            self.runtime.reactor, pool, open_units, self.config, self.runtime.open_device
+            self.runtime.reactor, pool, open_units, self.config, self.runtime.open_device, known
         )
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
@@ -123,7 +125,7 @@ class DriverGroup:
         self._serving = True
         self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())
         if self.bypass.phase == ON:
-            self.modes.happen(Event.BYPASS_BEGUN, self.runtime.wall(), self.bypass.reason)
+            self.modes.happen(Event.BYPASS_BEGUN, self.bypass.since, self.bypass.reason)
         elif self.refresh_job is not None:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()
@@ -133,20 +135,17 @@ class DriverGroup:
         """Replay, record void ranges, and write every superblock (blocking)."""
         plan = judge(opened)
         take_over_devices(self, opened)
-        for found in opened:
-            replayed = replay(found)
-            if replayed:
-                self.log.info(
-                    "{group} {unit}: replayed {count} frames",
-                    group=self.name, unit=found.config.name, count=replayed,
-                )  # fmt: skip
+        replay_all(self, opened, self._latch)
+        if any(one.untrusted for one in opened):
+            go_on_past(self, opened, plan, self._latch)
+            return
         superblocks = [unit.writelog.superblock for unit in opened]
         settled = settle(superblocks)
         self.generation = settled.generations[-1].id
         self.durable_gsn = self.checkpoints.applied_gsn = plan.next_gsn - 1
         self.committed_gsn = max(s.tail.gsn for s in superblocks) - 1
         self.next_gsn = plan.next_gsn
-        self.units = [self._unit(one) for one in opened]
+        self.units = [self.make_unit(one) for one in opened]
         for void in plan.voids:
             self.log.warn(
                 "{group}: GSN {first} to {last} were lost before they were durable; recorded as "
@@ -167,17 +166,25 @@ class DriverGroup:
                 "reason": settled.reason,
                 "refresh": None,
             }
+        failed = failures_found(opened)
+        if failed:
+            self._latch.record_group(failed)
+            common["failures"] = failed.to_json()
         for unit in self.units:
             unit.writelog.update(both=True, **common | self.checkpoints.cursors(unit))
         if awaits_switch(settled.generations, self.next_gsn):
             self._switch(settled.generations[-2].id)
+        self.failures.resume(failed)
         self.lag.framed(self.committed_gsn + 1, self.runtime.reactor.seconds())
 
-    def _unit(self, opened: OpenUnit) -> DriverUnit:
+    def make_unit(self, opened: OpenUnit) -> DriverUnit:
+        """Make an LDSU of its devices (blocking)."""
         area = opened.writelog.superblock.bitmap
         assert area is not None, "a writelog has a dirty bitmap"
         device = opened.writelog.device
-        dirty = DirtyBitmap(area, opened.device.size, read_bitmap(device, area))
+        # All is dirty where the bitmap has failed with its writelog.
+        stored = read_bitmap(device, area) if opened.untrusted is None else None
+        dirty = DirtyBitmap(area, opened.device.size, stored)
         return DriverUnit(
             self, opened.config, opened.device, opened.writelog, opened.reached, dirty
         )
@@ -199,6 +206,7 @@ class DriverGroup:
         if self.refresh_job is not None:
             self.refresh_job.stop()
         yield self.bypass.stop()
+        yield self.failures.stop()
         # With a full writelog they would wait for a secondary that may never come.
         for unit in self.units:
             unit.leave()
@@ -244,6 +252,7 @@ class DriverGroup:
             self._unapplied_bytes < UNAPPLIED_BYTES_MAX
             and self._serving
             and self.bypass.phase == OFF
+            and not self.failures.stops_framing
         )
 
     @property
@@ -302,6 +311,15 @@ class DriverGroup:
             waiting, self._idle = self._idle, []
             for idle in waiting:
                 idle.callback(None)
+
+    def last_sendable(self) -> int:
+        """Give the last GSN below all that a failed writelog has not made durable (rules.md 13)."""
+        before = self.durable_gsn
+        for frame in self._undurable:
+            if frame.unit.log_failed and not frame.durable:
+                return before
+            before = frame.gsn_last
+        return self.next_gsn - 1
 
     def note_error(self, text: str) -> None:
         """Keep an error for ``qdsinfo`` and the log."""
@@ -364,6 +382,11 @@ class DriverGroup:
         """
         if not self._serving:
             raise QdsError(f"{self.name}: the driver does not serve this group yet")
+        if self.failures.restarted:
+            raise QdsError(
+                f"{self.name}: nothing is sent: {self.bypass.reason}",
+                hint="see RECOVERY in qdsmirror-architecture(7)",
+            )
         if self._pmd is not None:
             self._pmd.close()
         ours, theirs = socket.socketpair()

@@ -25,7 +25,7 @@ from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.core.ring import Placement
 from qdsmirror.groups import bypass
-from qdsmirror.groups.direct import Direct
+from qdsmirror.groups.direct import Direct, answer_all
 from qdsmirror.groups.reading import Reading
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
 from qdsmirror.limits import (
@@ -86,6 +86,10 @@ class DriverUnit:
     """An LDSU: an NBD export over a data device and a writelog.
 
     :ivar errors: what has failed, for ``qdsinfo``; empty while all is well.
+    :ivar refusal: why every request is answered with an error; empty while none is.
+    :ivar log_failed: why the writelog is not used any more; empty while it is.
+    :ivar unlogged: the failed writelog is durably recorded as such: writes go past it.
+    :ivar dead: the data device has failed; ``exempt``: that is durable, so nothing waits for it.
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
     """
@@ -112,6 +116,8 @@ class DriverUnit:
         self.preferred_block = max(4096, device.physical_block)
         self.writelog = writelog
         self.errors: list[str] = []
+        self.refusal = self.log_failed = ""
+        self.unlogged = self.dead = self.exempt = False
         self.connections: set[INbdConnection] = set()
         self.pending = PendingIndex()
         self.payload_cap = writelog.ring.payload_cap
@@ -140,6 +146,8 @@ class DriverUnit:
         self._appended: deque[UnitFrame] = deque()
         self._durable: deque[UnitFrame] = deque()
         self._flushes: deque[tuple[int, Request]] = deque()
+        #: Answered once what a failed writelog was to hold is safe.
+        self._late: list[Request] = []
         self._urgent = False
         self._leaving = False
         self._reset(reached)
@@ -185,8 +193,8 @@ class DriverUnit:
         past: list[Request] = []
         for request in requests:
             command = request.command
-            if self.errors:
-                request.connection.answer_error(request, errno.EIO, self.errors[0])
+            if self.refusal:
+                request.connection.answer_error(request, errno.EIO, self.refusal)
             elif command == nbd.CMD_READ:
                 self.reading.read(request)
             elif command == nbd.CMD_BLOCK_STATUS:
@@ -218,9 +226,7 @@ class DriverUnit:
             while self._pump_again:
                 # Whoever makes room from within (a checkpoint that ends at once) asks again.
                 self._pump_again = False
-                while (
-                    self._queue and not self._appending and not self.errors and self.group.may_frame
-                ):
+                while self._queue and not self._appending and self.group.may_frame:
                     if not self._append_batch():
                         break
         finally:
@@ -385,8 +391,14 @@ class DriverUnit:
             self._appended.append(frame)
             self.fail("writelog", self.config.writelog_device, error)
             self._give_turns()
+            self.group.bypass.poke()
             return
         self._appended.append(frame)
+        if self.log_failed:
+            frame.waiting.extend(finished)
+            self._give_turns()
+            self.group.bypass.poke()
+            return
         now: dict[INbdConnection, list[Request]] = {}
         for request in finished:
             if self.group.always_durable or request.flags & nbd.CMD_FLAG_FUA:
@@ -415,9 +427,9 @@ class DriverUnit:
 
         To be called when no append is under way (see :meth:`when_free`).
 
-        :returns: ``None`` while there is no room, or when the LDSU has failed.
+        :returns: ``None`` while there is no room, or when a writelog has failed.
         """
-        if self.errors:
+        if self.group.failures.stops_framing:
             return None
         placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
         if placement is None:
@@ -524,7 +536,7 @@ class DriverUnit:
 
         :returns: ``None`` while there is no room, or when the LDSU has failed.
         """
-        if self.errors:
+        if self.errors or self.group.failures.stops_framing:
             return None
         size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
         placement = self.writelog.place(size)
@@ -545,7 +557,7 @@ class DriverUnit:
 
     def _commit(self) -> None:
         """Make what is appended durable: at once if somebody waits, else in company."""
-        if self._committing or not self._appended or self.errors:
+        if self._committing or not self._appended or self.log_failed:
             return
         if self._urgent or self.group.hurry:
             if self._commit_call is not None:
@@ -561,7 +573,7 @@ class DriverUnit:
 
     def _commit_later(self) -> None:
         self._commit_call = None
-        if not self._committing and self._appended and not self.errors:
+        if not self._committing and self._appended and not self.log_failed:
             self._commit_now()
 
     def _commit_now(self) -> None:
@@ -574,6 +586,7 @@ class DriverUnit:
         self._committed_at = self.group.runtime.reactor.seconds()
         if error is not None:
             self.fail("writelog", self.config.writelog_device, error)
+            self.group.bypass.poke()
             return
         answers: dict[INbdConnection, list[Request]] = {}
         frame = None
@@ -601,11 +614,14 @@ class DriverUnit:
     # -- applying -----------------------------------------------------------------------------
 
     def _apply(self) -> None:
-        if self._applying or not self._durable or self.errors:
+        if self._applying or not self._durable or (self.dead and not self.exempt):
             return
         self._applying = True
         batch = list(self._durable)
         self._durable.clear()
+        if self.exempt:
+            self._applied(batch, None, None)
+            return
         self._apply_worker.run(
             partial(apply_entries, self.device, [e for f in batch for e in f.entries]),
             partial(self._applied, batch),
@@ -616,18 +632,24 @@ class DriverUnit:
         if error is not None:
             self._durable.extendleft(reversed(batch))
             self.fail("data device", self.config.data_device, error)
+            self._apply()
             return
         for frame in batch:
             self.pending.remove(frame.entries)
             frame.entries = ()
             frame.applied = True
         self.applied_sequence = batch[-1].sequence
+        if self.exempt:
+            self.synced_sequence = self.applied_sequence
         self.group.was_applied(sum(frame.weight for frame in batch))
         self._apply()
 
     # -- reading ------------------------------------------------------------------------------
 
     def _flush(self, request: Request) -> None:
+        if self.log_failed:
+            self._flushes.append((self._sequence - 1, request))
+            return
         if not self._appended and not self._appending:
             request.connection.answer([request])
             return
@@ -655,21 +677,18 @@ class DriverUnit:
         )
 
     def fail(self, what: str, path: str, error: BaseException) -> None:
-        """Latch a failure: nothing more is acknowledged on this LDSU (invariant LOUD)."""
-        reason = f"{what} {path} failed: {error}"
-        self.errors.append(reason)
-        self.log.error("{group} {unit}: {reason}", group=self.group.name, unit=self.name,
-                       reason=reason)  # fmt: skip
-        self.refuse(reason)
-        self.group.unit_failed(path, reason, error)
+        """Latch a failure: see :class:`qdsmirror.groups.failures.Failures`."""
+        self.group.failures.happened(self, what, path, error)
 
     def refuse(self, reason: str) -> None:
-        """Answer what waits, and all that comes, with an error."""
-        if reason not in self.errors:
-            self.errors.append(reason)
+        """Answer what waits, and all that comes, with an error (invariant LOUD)."""
+        if self.refusal:
+            return
+        self.refusal = reason
         waiting = [r for f in self._appended for r in f.waiting]
-        waiting += [r for _, r in self._flushes]
+        waiting += [*self._late, *(r for _, r in self._flushes)]
         waiting += [*self._queue, *self._held, *self.direct.drop()]
+        self._late.clear()
         self._flushes.clear()
         self._queue.clear()
         self._held.clear()
@@ -678,12 +697,40 @@ class DriverUnit:
         for request in waiting:
             request.connection.answer_error(request, errno.EIO, reason)
 
+    def be_exempt(self) -> None:
+        """Count everything as applied: it is durable that the data device is dead (rules.md 16)."""
+        self.exempt = True
+        self.synced_sequence = self.applied_sequence
+        self._apply()
+        self.group.checkpoints.take()
+
+    @property
+    def is_on_log(self) -> bool:
+        """Whether the writelog's device is at work on a frame."""
+        return self._appending or self._committing
+
+    def write_past_log(self) -> None:
+        """Write to the data device what the failed writelog was to hold, in order (rules.md 13)."""
+        for frame in self._appended:
+            self._late.extend(frame.waiting)
+            frame.waiting = []
+        self._durable.extend(self._appended)
+        self._appended.clear()
+        self._apply()
+
+    def answer_drained(self) -> None:
+        """Answer what waited for the failed writelog: all of it is safe without."""
+        waiting = [*self._late, *(request for _, request in self._flushes)]
+        self._late.clear()
+        self._flushes.clear()
+        answer_all(waiting)
+
     @property
     def busy(self) -> bool:
         """Whether something accepted is not yet applied."""
         return bool(
-            not self.errors
-            and (self._queue or self._held or self.has_frames or self.direct.busy)
+            not self.refusal
+            and (self._queue or self._held or self._late or self.has_frames or self.direct.busy)
         )  # fmt: skip
 
     def close(self) -> list[Any]:

@@ -5,6 +5,7 @@ Blocking; the driver runs it in a thread, and qdswlscan(1) runs it with ``check`
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entrie
 from qdsmirror.core.generations import settle
 from qdsmirror.core.records import BoundUnit, Cursor, Superblock
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, abandon, decide
-from qdsmirror.errors import BrokenError, CorruptError, MismatchError, QdsError
+from qdsmirror.errors import (
+    BrokenError,
+    CorruptError,
+    DeviceFailedError,
+    MismatchError,
+    QdsError,
+)
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.absent import AbsentDevice, absent_log
 from qdsmirror.storage.apply import apply_entries
@@ -24,6 +31,17 @@ from qdsmirror.storage.partition import LogDevices
 from qdsmirror.storage.writelog import Writelog
 
 _ON_PRIMARY_ALREADY = frozenset((REFRESH, REFRESH_ZEROES))
+
+
+class DataDeviceError(OSError):
+    """A data device has failed while a writelog was replayed onto it.
+
+    :ivar cause: how.
+    """
+
+    def __init__(self, cause: OSError | DeviceFailedError) -> None:
+        super().__init__(getattr(cause, "errno", None) or errno.EIO, str(cause))
+        self.cause = cause
 
 
 @dataclass
@@ -100,8 +118,10 @@ def open_units(
             else:
                 device = _absent_device(ldsu, dead.size)
             _check_unit(writelog.superblock, config, ldsu, device)
-            unit = _scan(ldsu, device, writelog)
-            unit.untrusted, unit.dead = failed.untrusted.get(ldsu.index), dead
+            lost = failed.untrusted.get(ldsu.index)
+            scan = _unscanned if lost is not None and lost.drained else _scan
+            unit = scan(ldsu, device, writelog)
+            unit.untrusted, unit.dead = lost, dead
             units.append(unit)
         superblocks = believed(units)
         try:
@@ -219,6 +239,13 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
     return OpenUnit(ldsu, device, writelog, finding, durable)
 
 
+def _unscanned(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUnit:
+    """Give the LDSU of a writelog that is not there."""
+    start = writelog.superblock.applied
+    finding = Finding(ldsu.index, ldsu.name, start, start.position, start, 0, (), 0)
+    return OpenUnit(ldsu, device, writelog, finding, 0)
+
+
 def judge(units: Sequence[OpenUnit]) -> Recovery:
     """Decide what the scans mean for the group.
 
@@ -248,26 +275,37 @@ def replay(unit: OpenUnit) -> int:
 
     :returns: frames replayed.
     :raises CorruptError: the log reads differently than a moment ago.
+    :raises DataDeviceError: the data device failed.
     """
     if unit.dead is not None:
         return 0
     if _is_absent(unit):
-        unit.device.fdatasync()
         return 0
     count = 0
     reader = unit.writelog.reader(unit.writelog.superblock.applied)
     for found in reader:
         if found.header.kind == ENTRIES:
-            apply_entries(
-                unit.device,
-                (
-                    e
-                    for e in entries(found.header, found.frame)
-                    if e.kind not in _ON_PRIMARY_ALREADY
-                ),
-            )
+            with _naming_the_data_device():
+                apply_entries(
+                    unit.device,
+                    (
+                        e
+                        for e in entries(found.header, found.frame)
+                        if e.kind not in _ON_PRIMARY_ALREADY
+                    ),
+                )
         count += 1
     if reader.position != unit.reached.position:
         raise CorruptError(f"{unit.writelog.device.path}: reads differently than a moment ago")
-    unit.device.fdatasync()
+    with _naming_the_data_device():
+        unit.device.fdatasync()
     return count
+
+
+@contextmanager
+def _naming_the_data_device() -> Iterator[None]:
+    """Tell an error of the data device from one of the writelog."""
+    try:
+        yield
+    except (OSError, DeviceFailedError) as error:
+        raise DataDeviceError(error) from error

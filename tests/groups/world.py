@@ -25,6 +25,7 @@ from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.paths import Paths
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.writelog import Writelog, read_superblock
 from tests.fakes import Choice, ImmediateWorker, MemoryDevice, StepWorker
 
@@ -231,6 +232,7 @@ class DriverWorld:
     :ivar steps: the workers by name ("qds0 writelog", "... commit", "... data", "... read"), when
         they are stepped.
     :ivar frames: what the present driver framed.
+    :ivar latch: what the group is given; by default its state file cannot be written.
     """
 
     def __init__(
@@ -264,6 +266,7 @@ class DriverWorld:
             )
         self.host = HostConfig("alpha", Path("c"), Path("k"), Path("a"))
         self.paths = Paths.of("/tmp/qds-no-such-root")
+        self.latch: FailureLatch | None = None
         self._descriptors: list[int] = []
         test.addCleanup(self._close)
 
@@ -292,7 +295,9 @@ class DriverWorld:
             wall=lambda: 1_790_000_000.0 + self.reactor.seconds(),
             listen=lambda *_: FakeListener(),
         )
-        self.group = DriverGroup(self.config, self.host, self.paths, self.reactor, -1, runtime)
+        self.group = DriverGroup(
+            self.config, self.host, self.paths, self.reactor, -1, runtime, self.latch
+        )
         framed = self.group.framed
 
         def keep(frame: UnitFrame) -> None:

@@ -1,0 +1,283 @@
+"""What a primary's group makes of a failed device (rules.md 13, 16).
+
+A failed writelog: framing stops.  That the log is not to be trusted is made durable in the other
+superblocks and in the state file.  What the log held or was to hold is then written past it to the
+data device, and synced.  When that is durable too, the group goes on in bypass for good: nothing
+after the break is ever sent, and only new writelogs and a full refresh lead out.
+
+A failed data device: its LDSU answers errors.  Once that is durable everywhere, it counts as
+applied, so that the group and its tail go on.
+
+Where it cannot be recorded: errors, and no second try.  What a crash interrupts is completed at the
+next start (:mod:`qdsmirror.groups.restart`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks, succeed
+from twisted.logger import Logger
+
+from qdsmirror.core.failures import Dead, Failed, Untrusted
+from qdsmirror.core.states import Event
+from qdsmirror.errors import DeviceFailedError, QdsError
+from qdsmirror.groups.bypass import ENTERING, OFF, ON
+from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+    from qdsmirror.groups.unit import DriverUnit
+    from qdsmirror.storage.latch import FailureLatch
+
+WRITELOG, DATA_DEVICE = "writelog", "data device"
+
+
+class Failures:
+    """The failed devices of a group.
+
+    :ivar recorded: what is durable of them.
+    :ivar stops_framing: a writelog has failed: nothing may be framed any more.
+    :ivar restarted: a writelog failed before this start, so that it is not there to be sent.
+    """
+
+    log = Logger()
+
+    def __init__(self, group: DriverGroup, latch: FailureLatch) -> None:
+        self._group = group
+        self._latch = latch
+        self.recorded = Failed()
+        self.stops_framing = False
+        self.restarted = False
+        #: What could not be recorded.
+        self._refused: Failed | None = None
+        self._since: dict[tuple[str, int], tuple[str, float]] = {}
+        self._drained: set[int] = set()
+        self._working = False
+
+    def happened(self, unit: DriverUnit, what: str, path: str, error: BaseException) -> None:
+        """Learn that a device has failed, for good (invariant LOUD)."""
+        group = self._group
+        if unit.log_failed if what == WRITELOG else unit.dead:
+            return
+        reason = f"{what} {path} failed: {error}"
+        self._since[what, unit.index] = (
+            reason[:FAILURE_REASON_CHARS_MAX], group.runtime.wall(),
+        )  # fmt: skip
+        self.log.error("{group} {unit}: {reason}", group=group.name, unit=unit.name, reason=reason)
+        unit.errors.append(reason)
+        if what == WRITELOG:
+            unit.log_failed = reason
+            self.stops_framing = True
+        else:
+            unit.dead = True
+            unit.refuse(reason)
+        group.unit_failed(path, reason, error)
+        if not self._working:
+            self._work()
+
+    def stop(self) -> Deferred[None]:
+        """Fire when nothing is half-way: the driver stops."""
+        return (
+            self._group.bypass.until(lambda: not self._working) if self._working else succeed(None)
+        )
+
+    def check_logs(self, doing: str) -> None:
+        """Check that every writelog is as it should be.
+
+        :param doing: what is not possible otherwise.
+        :raises DeviceFailedError: one has failed.
+        """
+        group = self._group
+        failed = next((unit.log_failed for unit in group.units if unit.log_failed), "")
+        if failed:
+            raise DeviceFailedError(
+                f"{group.name}: no {doing} while a writelog has failed: {failed}",
+                hint=f"replace it, run qdswlinit -g {group.number} --yes, then qdsrefresh "
+                f"-g {group.number} --full",
+            )
+
+    def check_data(self, doing: str) -> None:
+        """Check that every data device is as it should be.
+
+        :param doing: what is not possible otherwise.
+        :raises DeviceFailedError: one has failed.
+        """
+        group = self._group
+        failed = next((unit.errors[0] for unit in group.units if unit.dead), "")
+        if failed:
+            raise DeviceFailedError(
+                f"{group.name}: no {doing} while a data device has failed: {failed}",
+                hint="replace it; see RECOVERY in qdsmirror-architecture(7)",
+            )
+
+    def check_recorded(self) -> None:
+        """Check that no failed data device is in the way of the others.
+
+        :raises DeviceFailedError: one is, since its failure could not be recorded.
+        """
+        if self._refused is not None and not self._working:
+            self.check_data("way on")
+
+    # -- recording ------------------------------------------------------------------------------
+
+    def resume(self, recorded: Failed) -> None:
+        """Take up what the start has found, and has made durable."""
+        self.recorded = recorded
+        for index, log in recorded.untrusted.items():
+            unit = self._group.units[index]
+            unit.errors.append(log.reason)
+            unit.log_failed = log.reason
+            unit.unlogged = True
+            self._since[WRITELOG, index] = (log.reason, log.since)
+            self._drained.add(index)
+            self.restarted = self.stops_framing = True
+        for index, device in recorded.dead.items():
+            unit = self._group.units[index]
+            unit.errors.append(device.reason)
+            unit.dead = unit.exempt = True
+            unit.refusal = device.reason
+            self._since[DATA_DEVICE, index] = (device.reason, device.since)
+
+    def _wanted(self) -> Failed:
+        """Give what should be durable by now."""
+        upto = self._break()
+        untrusted: dict[int, Untrusted] = {}
+        dead: dict[int, Dead] = {}
+        for unit in self._group.units:
+            if unit.log_failed:
+                reason, since = self._since[WRITELOG, unit.index]
+                drained = unit.index in self._drained
+                untrusted[unit.index] = Untrusted(reason, since, upto, drained, unit.size)
+            if unit.dead:
+                dead[unit.index] = Dead(*self._since[DATA_DEVICE, unit.index], unit.size)
+        return Failed(untrusted, dead)
+
+    def _break(self) -> int:
+        """Give the last GSN that may be sent: below the failed logs' first non-durable frame."""
+        group = self._group
+        before = [log.upto for log in self.recorded.untrusted.values()]
+        return min([group.last_sendable(), *before])
+
+    @inlineCallbacks
+    def _work(self) -> Any:
+        self._working = True
+        group = self._group
+        try:
+            while self._wanted() != self.recorded or not self._is_drained_durably():
+                if self._wanted() == self._refused:
+                    break
+                yield self._go_on()
+        except QdsError as error:
+            self._give_up(error.message)
+        except Exception:  # noqa: BLE001 - whatever it is, nothing may go on as if it were well
+            self.log.failure("{group}: a failed device cannot be dealt with", group=group.name)
+            self._give_up("internal error")
+        finally:
+            self._working = False
+        group.bypass.poke()
+        group.note_idle()
+
+    def _is_drained_durably(self) -> bool:
+        return all(log.drained for log in self.recorded.untrusted.values())
+
+    @inlineCallbacks
+    def _go_on(self) -> Any:
+        """Do the next step; whatever fails meanwhile is seen after it."""
+        group = self._group
+        yield group.bypass.until(lambda: not any(u.log_failed and u.is_on_log for u in group.units))
+        wanted = self._wanted()
+        if wanted != self.recorded:
+            yield self._record(wanted)
+            for unit in group.units:
+                if unit.index in self.recorded.dead and not unit.exempt:
+                    unit.be_exempt()
+            return
+        yield self._drain()
+
+    @inlineCallbacks
+    def _record(self, wanted: Failed, **more: Any) -> Any:
+        """Make it durable in the state file and in the superblocks; tell whether it is.
+
+        :raises QdsError: the state file cannot be written.
+        """
+        self._latch.record_group(wanted)
+        try:
+            yield self._group.checkpoints.record_everywhere(failures=wanted.to_json(), **more)
+        except QdsError:
+            # Another writelog has failed, and is to be recorded first.
+            return False
+        self.recorded = wanted
+        return True
+
+    def _give_up(self, why: str) -> None:
+        group = self._group
+        self._refused = self._wanted()
+        group.note_error(f"a failed device cannot be recorded: {why}")
+        if self.stops_framing:
+            for unit in group.units:
+                failed = next((one.log_failed for one in group.units if one.log_failed), "")
+                unit.refuse(f"{failed}; that cannot be recorded: {why}")
+
+    # -- a writelog ------------------------------------------------------------------------------
+
+    @inlineCallbacks
+    def _drain(self) -> Any:
+        """Put on the data devices what the writelogs hold, and go on past them."""
+        group = self._group
+        bypass = group.bypass
+        yield bypass.until(lambda: bypass.phase in (OFF, ON))
+        if bypass.phase == OFF:
+            bypass.phase = ENTERING
+            group.coherence.end_for_bypass()
+        for unit in group.units:
+            unit.hasten()
+            if unit.log_failed and unit.index in self.recorded.untrusted:
+                unit.write_past_log()
+        yield bypass.until(self._is_drained)
+        if self._wanted() != self.recorded:
+            return
+        lost = self.recorded.untrusted
+        reason = "; ".join(log.reason for log in lost.values())
+        state = bypass.state or {"id": os.urandom(16).hex(), "since": group.runtime.wall()}
+        state = {**state, "reason": f"{reason}: new writelogs and a full refresh are needed"}
+        drained = {index: replace(log, drained=True) for index, log in lost.items()}
+        done = yield self._record(
+            replace(self.recorded, untrusted=drained),
+            bypass=state,
+            refresh=None,
+            coherent=group.coherent,
+            reason=group.coherence.reason,
+            **group.checkpoints.each_cursor(),
+        )
+        if done:
+            self._drained.update(drained)
+            self._go_past(state)
+
+    def _is_drained(self) -> bool:
+        """Whether all that was framed is on the data devices, synced, or something failed anew."""
+        group = self._group
+        if self._wanted() != self.recorded:
+            return True
+        if group.checkpoints.running or any(unit.has_frames for unit in group.units):
+            return False
+        if all(unit.applied_sequence == unit.synced_sequence for unit in group.units):
+            return True
+        group.checkpoints.take()
+        return False
+
+    def _go_past(self, state: dict[str, Any]) -> None:
+        group = self._group
+        for unit in group.units:
+            if unit.log_failed:
+                unit.unlogged = True
+                unit.answer_drained()
+        group.bypass.begin(state)
+        group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), state["reason"])
+        group.tell_refresh(None)
+        for unit in group.units:
+            unit.full_since = None
+            unit.go_direct()
+            unit.direct.go_on()

@@ -1,0 +1,139 @@
+"""Starts a primary's group over devices that have failed before (rules.md 13, 16).
+
+Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qdsmirror.core.failures import Dead, Failed, Untrusted
+from qdsmirror.core.frames import NUMBERS_END
+from qdsmirror.core.generations import settle
+from qdsmirror.core.recovery import Recovery
+from qdsmirror.errors import QdsError
+from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
+from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.recovery import DataDeviceError, OpenUnit, believed, replay
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.driver import DriverGroup
+
+
+def known_failures(group: DriverGroup, latch: FailureLatch) -> Failed:
+    """Give what is known of a group's failed devices before any is opened.
+
+    :raises BrokenError: the state file cannot be read.
+    """
+    known, failed = latch.group(), latch.failures()
+    try:
+        latch.keep()
+    except QdsError:
+        pass  # the memory that told us of them holds; its owner says so at its end
+    now = group.runtime.wall()
+    untrusted, dead = dict(known.untrusted), dict(known.dead)
+    for ldsu in group.config.ldsus:
+        log, data = failed.get(ldsu.writelog_device), failed.get(ldsu.data_device)
+        # A crash came between the failure and its recording: then nothing has gone past the log.
+        if log is not None and ldsu.index not in untrusted:
+            reason = _shorten(f"writelog {ldsu.writelog_device} failed: {log}")
+            untrusted[ldsu.index] = Untrusted(reason, now, NUMBERS_END - 1, False, 0)
+        if data is not None and ldsu.index not in dead:
+            reason = _shorten(f"data device {ldsu.data_device} failed: {data}")
+            dead[ldsu.index] = Dead(reason, now, 0)
+    return Failed(untrusted, dead)
+
+
+def replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch) -> None:
+    """Replay every writelog; a data device that fails in it is dead from now on."""
+    for found in opened:
+        try:
+            replayed = replay(found)
+        except DataDeviceError as error:
+            path = found.config.data_device
+            reason = _shorten(f"data device {path} failed: {error.cause}")
+            group.log.error("{group}: {reason}", group=group.name, reason=reason)
+            found.dead = Dead(reason, group.runtime.wall(), found.device.size)
+            try:
+                latch.record(path, error.cause)
+                latch.record_group(failures_found(opened))
+            except QdsError as unrecorded:
+                raise error.cause from unrecorded
+            continue
+        if replayed:
+            group.log.info(
+                "{group} {unit}: replayed {count} frames",
+                group=group.name, unit=found.config.name, count=replayed,
+            )  # fmt: skip
+
+
+def failures_found(opened: Sequence[OpenUnit]) -> Failed:
+    """Give what is known of a group's failed devices once everything was replayed."""
+    upto = max(one.durable_gsn for one in opened)
+    return Failed(
+        {
+            one.config.index: replace(
+                one.untrusted,
+                upto=min(upto, one.untrusted.upto),
+                drained=True,
+                size=one.device.size,
+            )
+            for one in opened
+            if one.untrusted is not None
+        },
+        {
+            one.config.index: replace(one.dead, size=one.device.size)
+            for one in opened
+            if one.dead is not None
+        },
+    )
+
+
+def go_on_past(
+    group: DriverGroup, opened: Sequence[OpenUnit], plan: Recovery, latch: FailureLatch
+) -> None:
+    """Begin in bypass, without the writelogs that have failed; everything was replayed by now.
+
+    :raises QdsError: that cannot be recorded.
+    """
+    superblocks = believed(opened)
+    failed = failures_found(opened)
+    upto = min(log.upto for log in failed.untrusted.values())
+    group.durable_gsn = upto
+    group.checkpoints.applied_gsn = plan.next_gsn - 1
+    group.next_gsn = plan.next_gsn
+    group.units = [group.make_unit(one) for one in opened]
+    readable = superblocks or [one.writelog.superblock for one in opened]
+    group.committed_gsn = min(upto, max(s.tail.gsn for s in readable) - 1)
+    bypass = next((s.bypass for s in readable if s.bypass is not None), None)
+    if readable[0].generations:
+        settled = settle(readable)
+        group.generation = settled.generations[-1].id
+        group.coherence.resume(settled._replace(refreshes=[]))
+    else:
+        group.coherence.reason = "what is known of the mirror was in a writelog that has failed"
+    first = min(failed.untrusted.values(), key=lambda log: log.since)
+    state = bypass or {"id": os.urandom(16).hex(), "since": first.since}
+    reasons = "; ".join(log.reason for log in failed.untrusted.values())
+    state = {**state, "reason": f"{reasons}: new writelogs and a full refresh are needed"}
+    latch.record_group(failed)
+    group.failures.resume(failed)
+    for unit in group.units:
+        if not unit.log_failed:
+            unit.writelog.update(
+                both=True,
+                failures=failed.to_json(),
+                bypass=state,
+                refresh=None,
+                coherent=group.coherence.coherent,
+                reason=group.coherence.reason,
+                **group.checkpoints.cursors(unit),
+            )
+    group.bypass.begin(state)
+
+
+def _shorten(reason: str) -> str:
+    return reason[:FAILURE_REASON_CHARS_MAX]
