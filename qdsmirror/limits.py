@@ -100,8 +100,11 @@ INLINE_RETRY_SECONDS_MAX = 10.0
 INLINE_BURST_SECONDS_MAX = 0.01
 
 # -- driver -----------------------------------------------------------------------------------
-#: Answered or framed, not yet durable and applied; beyond it framing waits.
+#: Answered or framed, not yet durable and applied, by all groups of one child; beyond it framing
+#: waits ...
 UNAPPLIED_BYTES_MAX = 32 * MIB
+#: ... but each group may have so much, whatever the others have.
+UNAPPLIED_SHARE_BYTES = MIB
 #: Behind the end of a scan, so far is looked for frames that were written later (rules.md 6).
 SCAN_AHEAD_BYTES = 2 * UNAPPLIED_BYTES_MAX
 #: While the link is up, or has just been given the chance to free the log by a refresh, a write

@@ -226,6 +226,7 @@ class DriverGroup:
         if self._pmd is not None:
             self._pmd.close()
         yield gatherResults([d for unit in self.units for d in unit.close()])
+        self.runtime.unapplied.leave(self)
         yield leave_devices(self)
         for unit in self.units:
             unit.device.close()
@@ -251,6 +252,7 @@ class DriverGroup:
         return (
             self._unapplied_bytes < UNAPPLIED_BYTES_MAX
             and self._serving
+            and self.runtime.unapplied.has_room(self)
             and self.bypass.phase == OFF
             and not self.failures.stops_framing
         )
@@ -272,6 +274,7 @@ class DriverGroup:
         self._undurable.append(frame)
         self.checkpoints.framed(frame)
         self._unapplied_bytes += frame.weight
+        self.runtime.unapplied.take(self, frame.weight)
 
     def appended(self) -> None:
         """Learn that an append has ended."""
@@ -295,15 +298,21 @@ class DriverGroup:
         """Learn that frames of this many payload bytes are on their data device."""
         blocked = not self.may_frame
         self._unapplied_bytes -= weight
-        if blocked and self.may_frame:
-            if self.refresh_job is not None:
-                self.refresh_job.poke()
-            for unit in self.units:
-                unit.pump()
+        self.runtime.unapplied.give(self, weight)
+        if blocked:
+            self.frame_again()
         if self.checkpoints.due:
             self.checkpoints.take()
         self.bypass.poke()
         self.note_idle()
+
+    def frame_again(self) -> None:
+        """Frame what waits, if that may go on: there is room again."""
+        if self.may_frame:
+            if self.refresh_job is not None:
+                self.refresh_job.poke()
+            for unit in self.units:
+                unit.pump()
 
     def note_idle(self) -> None:
         """Tell who waits for the group to have nothing under way."""

@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.core.clienthello import server_name_for
 from qdsmirror.core.nbd_requests import Budget
+from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.interfaces import IBlockDevice, IWorker
 from qdsmirror.limits import HANDSHAKE_SECONDS
 from qdsmirror.net.control import attach_to_driver
@@ -49,6 +50,7 @@ class Runtime:
     :ivar read_worker: for application reads, several at once.
     :ivar wall: seconds since 1970, for people only.
     :ivar budget: bytes of unanswered requests, shared by all groups of a child.
+    :ivar unapplied: bytes framed and not yet applied, of all groups of a child.
     :ivar listen: serves LDSUs to clients; as :func:`qdsmirror.net.nbd.listen_nbd`.
     :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.control.attach_to_driver`.
     :ivar endpoint: from reactor, host and group, the way of a pmd to its secondary.
@@ -63,6 +65,7 @@ class Runtime:
     read_worker: Callable[[str], IWorker]
     wall: Callable[[], float] = time.time
     budget: Budget = field(default_factory=Budget)
+    unapplied: Unapplied = field(default_factory=Unapplied)
     listen: Callable[..., Any] = listen_nbd
     attach: Callable[..., Any] = attach_to_driver
     endpoint: Callable[[Any, HostConfig, GroupConfig], IStreamClientEndpoint] = tls_endpoint
