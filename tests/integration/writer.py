@@ -105,6 +105,7 @@ class Writer:
     :param first: the first number to write.
     :param promises: the descriptor of a file, see above; -1 for none.
     :param always: whether an answer is a promise.
+    :param rate: writes a second at most; 0 for as many as are answered.
     """
 
     def __init__(
@@ -116,10 +117,14 @@ class Writer:
         first: int = 1,
         promises: int = -1,
         always: bool = False,
+        rate: float = 0.0,
     ) -> None:
         self.layout = Layout(len(exports), slots)
         self.depth = depth
+        self.first = first
         self.number = first - 1
+        self.rate = rate
+        self.started = time.monotonic()
         self.promises = promises
         self.always = always
         self.flushes = 0
@@ -170,10 +175,22 @@ class Writer:
         if numbers and self.promises >= 0:
             os.write(self.promises, (" ".join(map(str, sorted(numbers))) + "\n").encode())
 
-    def hear(self) -> None:
-        """Take what the server says, or make new connections; wait for something of it."""
-        events = self.selector.select(STUCK_SECONDS)
+    def _due(self) -> float:
+        """Give how long it is until the next write may be issued at this rate."""
+        if not self.rate:
+            return 0.0
+        at = self.started + (self.number + 1 - self.first) / self.rate
+        return max(0.0, at - time.monotonic())
+
+    def hear(self, wait: float = 0.0) -> None:
+        """Take what the server says, or make new connections.
+
+        :param wait: how long to wait for something of it at most; 0 is until it must be stuck.
+        """
+        events = self.selector.select(wait or STUCK_SECONDS)
         if not events:
+            if wait:
+                return
             raise TimeoutError(f"no answer for {STUCK_SECONDS:.0f} s")
         for key, _ in events:
             connection = key.data
@@ -191,11 +208,11 @@ class Writer:
     def run(self, stop: int) -> None:
         self.selector.register(stop, selectors.EVENT_READ, None)
         while True:
-            while self.issue():
+            while not (due := self._due()) and self.issue():
                 pass
             if any(key.data is None for key, _ in self.selector.select(0)):
                 break
-            self.hear()
+            self.hear(due)
         self.selector.unregister(stop)
         for device in range(self.layout.devices):
             self._flush(device)
@@ -219,6 +236,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--first", type=int, default=1, help="the first number")
     parser.add_argument("--promises", help="where to note what must survive a power cut")
     parser.add_argument("--always", action="store_true", help="every answer is a promise")
+    parser.add_argument("--rate", type=float, default=0.0, help="writes a second, at most")
     chosen = parser.parse_args(arguments)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     promises = os.open(chosen.promises, flags, 0o600) if chosen.promises else -1
@@ -230,6 +248,7 @@ def main(arguments: Sequence[str]) -> int:
         chosen.first,
         promises,
         chosen.always,
+        chosen.rate,
     )
     try:
         writer.run(sys.stdin.fileno())
