@@ -176,13 +176,14 @@ class DataDeviceTests(SynchronousTestCase):
         self.stop(world)
 
     def test_none_for_an_ldsu_that_failed(self) -> None:
-        world = DriverWorld(self, size=SIZE, ldsus=2)
-        unit = world.start()
-        world.data(0).fail("pwritev")
-        world.client.write(unit, 0, unique(1))
-        self.stop(world)
-        self.assertIsNone(self.superblock(world, 0).fingerprints)
-        self.assertIsNotNone(self.superblock(world, 1).fingerprints)
+        for method in ("pwritev", "fdatasync"):
+            world = DriverWorld(self, size=SIZE, ldsus=2)
+            unit = world.start()
+            world.data(0).fail(method)
+            world.client.write(unit, 0, unique(1))
+            self.stop(world)
+            self.assertIsNone(self.superblock(world, 0).fingerprints)
+            self.assertIsNotNone(self.superblock(world, 1).fingerprints, method)
 
     # -- identity -------------------------------------------------------------------------------
 
