@@ -1,8 +1,9 @@
 """The keeper of one attached LDSU: it gives the kernel's device a new connection when one ends.
 
 ``python -m qdsmirror.tools.attach_keeper NAME URI``: qdsattach starts it.  It makes the device,
-says so in one line on standard output, and stays until it is told to end (SIGTERM) or somebody
-disconnects the device.  Its end alone leaves the device as it is.
+says so in one line on standard output, and stays until it is told to end (SIGTERM) or the device
+is disconnected: by somebody else, or by itself when the driver was away for too long.  Its end
+alone leaves the device as it is.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Keeper:
     :param dead_seconds: how long the device waits for a new connection.
     :param say: is told what an administrator may want to read.
     :param sleep: waits for some seconds between two tries.
+    :param monotonic: the time in seconds.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Keeper:
         dead_seconds: int,
         say: Callable[[str], None],
         sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kernel = kernel
         self._uri = uri
         self._dead_seconds = dead_seconds
         self._say = say
         self._sleep = sleep
+        self._monotonic = monotonic
         # Before the device is there, so that no end of its connection is missed.
         self._events: LinkEvents = kernel.watch()
         self._connection: socket.socket | None = None
@@ -109,9 +113,9 @@ class Keeper:
     def keep(self) -> None:
         """Replace connections as they end; return when the device is no more."""
         while self._kernel.is_connected(self.index):
-            if self._wait_for_end(_LOOK_SECONDS):
-                self._reconnect()
-        self._say(f"{self._kernel.node(self.index)} was disconnected by somebody else")
+            if self._wait_for_end(_LOOK_SECONDS) and not self._reconnect():
+                break
+        self._say(f"{self._kernel.node(self.index)} is disconnected")
 
     def _wait_for_end(self, seconds: float) -> bool:
         """Wait until a connection ends, and until the kernel has noticed; tell whether one did.
@@ -140,12 +144,13 @@ class Keeper:
         ended = self._events.ended()
         return ended is None or self.index in ended
 
-    def _reconnect(self) -> None:
-        """Try until the device has a new connection, or is no more."""
+    def _reconnect(self) -> bool:
+        """Try until the device has a new connection, or is no more; tell which."""
         self._say("the connection to the device driver has ended")
-        begun = time.monotonic()
+        begun = self._monotonic()
         pause = RETRY_SECONDS_MIN
         said = ""
+        stuck = True
         while self._kernel.is_connected(self.index):
             try:
                 self._offer()
@@ -153,11 +158,19 @@ class Keeper:
                 if error.message != said:
                     said = error.message
                     self._say(said)
-                self._sleep(pause)
-                pause = min(2 * pause, RETRY_SECONDS_MAX)
             else:
-                self._say(f"connected again after {time.monotonic() - begun:.1f} s")
-                return
+                self._say(f"connected again after {self._monotonic() - begun:.1f} s")
+                return True
+            # The kernel itself fails what has come since, after this time; but what was under way
+            # already would wait for ever.
+            stuck = stuck and self._kernel.is_under_way(self.index)
+            if stuck and self._monotonic() - begun >= self._dead_seconds:
+                self._say(f"no connection for {self._dead_seconds} s: requests under way fail now")
+                self._kernel.disconnect(self.index)
+                return False
+            self._sleep(pause)
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
+        return False
 
     def _offer(self) -> None:
         """Negotiate a connection and hand it over."""

@@ -279,6 +279,11 @@ class KernelNbd:
                 return int(number)
         return None
 
+    def is_under_way(self, index: int) -> bool:
+        """Tell whether the driver has requests that were sent and are not answered."""
+        counts = _read(self._sys_block / f"nbd{index}" / "inflight") or ""
+        return any(count != "0" for count in counts.split())
+
     def resend_soon(self, index: int) -> None:
         """Let requests of an ended connection be sent again after :data:`RESEND_SECONDS`."""
         path = self._sys_block / f"nbd{index}" / "queue" / "io_timeout"

@@ -74,7 +74,9 @@ class KeeperTests(NbdTestCase):
 
     def keeper(self) -> Keeper:
         kernel = self.kernel.open()
-        keeper = Keeper(kernel, self.uri, 300, self.said.append, self.pause)
+        keeper = Keeper(
+            kernel, self.uri, 300, self.said.append, self.pause, lambda: sum(self.pauses)
+        )
         self.addCleanup(keeper.close)
         return keeper
 
@@ -130,6 +132,33 @@ class KeeperTests(NbdTestCase):
         refused = [text for text in self.said if "no NBD server answers" in text]
         self.assertEqual(len(refused), 1, self.said)
 
+    def inflight(self, text: str) -> None:
+        (self.kernel.sys_block / "nbd0" / "inflight").write_text(text)
+
+    def test_requests_that_were_under_way_fail_in_the_end(self) -> None:
+        self.attached()
+        self.inflight("       0        2\n")
+        self.server.stop()
+        self.thread.join(nbdkernel.WAIT_SECONDS)
+        self.assertFalse((self.kernel.sys_block / "nbd0" / "pid").exists())
+        self.assertTrue(300 <= sum(self.pauses) <= 301, self.pauses)
+        self.assertIn("no connection for 300 s", self.said[-2])
+
+    def test_a_device_without_requests_waits_on(self) -> None:
+        """What comes later is failed by the kernel, each request after its own time."""
+        _, device = self.attached()
+        self.inflight("       0        0\n")
+
+        def go_on() -> None:
+            self.inflight("       3        0\n")
+            if sum(self.pauses) > 1000 and not self.server.path.exists():
+                self.server.start()
+
+        self.between_tries = go_on
+        self.server.stop()
+        self.kernel.until(lambda: device.taken == 2)
+        self.assertGreater(sum(self.pauses), 1000)
+
     def test_the_kernel_notices_first(self) -> None:
         """Offered before that, the new connection would be dropped without a word."""
         self.patch(attach_keeper, "NOTICE_SECONDS", nbdkernel.WAIT_SECONDS)
@@ -183,7 +212,7 @@ class KeeperTests(NbdTestCase):
             kernel.disconnect(0)
         self.thread.join(nbdkernel.WAIT_SECONDS)
         self.assertFalse(self.thread.is_alive())
-        self.assertIn("disconnected by somebody else", self.said[-1])
+        self.assertIn("is disconnected", self.said[-1])
 
     def test_what_the_kernel_refuses(self) -> None:
         for code, text in ((errno.EPERM, "root only"), (errno.EINVAL, "the kernel refuses")):
