@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from twisted.internet.defer import inlineCallbacks
-from twisted.trial.unittest import TestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from qdsmirror.groups import primary as primary_module
+from qdsmirror.net.handshake import RebasePosition
+from tests.fakes import nothing
 from tests.groups.site import MIB, Sites, Steps
+from tests.groups.test_remote import JOURNAL, MIRROR, RemoteWorld
+from tests.groups.world import unique
+from tests.storage.logworld import GENERATION, OTHER_GENERATION
 
 BLOCK = 4096
 
@@ -68,3 +73,43 @@ class ReplacedSecondaryTests(TestCase):
         yield sites.start_driver()
         assert sites.driver is not None
         self.assertFalse(sites.driver.coherent)
+
+
+class RebaseTests(SynchronousTestCase):
+    """A history is replaced when nothing of the old one is under way any more."""
+
+    def test_what_is_being_applied_comes_first(self) -> None:
+        world = RemoteWorld(self)
+        group = world.start()
+        world.deliver(world.connect(), world.frame())
+        world.step(JOURNAL)
+        self.assertEqual(len(world.steps[MIRROR].waiting), 1)
+        group.supersede()
+        done = group.rebase(
+            [
+                RebasePosition(
+                    index=index,
+                    generation=OTHER_GENERATION,
+                    predecessor=GENERATION,
+                    next_sequence=9,
+                    chain=b"C" * 16,
+                    next_gsn=20,
+                    refresh_id=b"R" * 16,
+                )
+                for index in range(2)
+            ]
+        )
+        self.assertNoResult(done)
+        self.assertEqual(world.superblock.generation, GENERATION)
+        world.step(MIRROR)
+        self.successResultOf(done)
+        self.assertEqual(world.block(0, 1), unique(1))
+        world.settle()
+        world.reactor.advance(group.config.tunables.metadata_seconds)
+        world.settle()
+        # The old history's end does not come back.
+        self.assertEqual((group.committed_gsn, group.mirrored_gsn), (19, 19))
+        self.assertEqual(world.superblock.generation, OTHER_GENERATION)
+        self.assertEqual(world.superblock.applied.gsn, 20)
+        world.crash(nothing)
+        self.assertEqual(world.start().position(0).next_sequence, 9)

@@ -290,6 +290,23 @@ class FileDeviceTests(DeviceContract, TestCase):
             self.device.pread(65536, 0), b"x" * 512 + bytes(12288) + b"x" * (65536 - 12800)
         )
 
+    def test_zero_never_asks_for_a_plain_discard(self) -> None:
+        """Only a trim may make a hole, and of no range may the old content come back."""
+        asked: list[int] = []
+
+        def refuse(_fd: int, mode: int, *_: object) -> None:
+            asked.append(mode)
+            raise OSError(errno.EOPNOTSUPP, "no")
+
+        self.patch(ioctl, "fallocate", refuse)
+        zero = ioctl.FALLOC_FL_ZERO_RANGE | ioctl.FALLOC_FL_KEEP_SIZE
+        hole = ioctl.FALLOC_FL_PUNCH_HOLE | ioctl.FALLOC_FL_KEEP_SIZE
+        self.device.zero(0, 4096, unmap=False)
+        self.assertEqual(asked, [zero])
+        self.device.zero(0, 4096, unmap=True)
+        # FALLOC_FL_NO_HIDE_STALE (4) would make it one that a block device need not heed.
+        self.assertEqual(asked[1:], [hole, zero])
+
     def test_zero_without_space(self) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.ENOSPC, "full")

@@ -252,6 +252,72 @@ class ReplayTests(SynchronousTestCase):
         )
         self.assertEqual(power.calls[coherent + 1], ("/journal", "fdatasync"))
 
+    def test_the_marks_keep_their_order_within_a_batch(self) -> None:
+        """As the rmd applies what a burst has brought: all at once."""
+        site, prefixes = filled()
+        mirror = site.open()
+        reader = site.journal.reader(Cursor(), contiguous=True)
+        changes = [change_of(found.header, found.frame) for found in reader]
+        seen: list[bool] = []
+
+        def watch(device: MemoryDevice) -> None:
+            inner = device.pwritev
+
+            def watched(buffers: Any, offset: int) -> None:
+                if b"r" * 512 in buffers:
+                    journal = site.devices["/journal"].durable()
+                    found = read_superblock(MemoryDevice(SIZE, content=journal))
+                    seen.append(found.coherent)
+                    self.assertEqual(found.refresh, {"id": ONE.hex()})
+                inner(buffers, offset)
+
+            device.pwritev = watched  # type: ignore[method-assign]
+
+        watch(site.devices["/mirror0"])
+        mirror.journal.update(both=True, coherent=True, reason="")
+        mirror.apply(changes)
+        self.assertEqual(seen, [False])
+        for slot in (0, 8 * KIB):
+            copy = site.copy()
+            copy.devices["/journal"].corrupt(slot, bytes(8 * KIB))
+            self.assertTrue(copy.superblock.coherent, "the end mark is in both slots")
+            self.assertIsNone(copy.superblock.refresh)
+        # What stands before the end mark is durable by then; what follows it need not be.
+        self.assertEqual(site.contents()[0][4096:4608], b"r" * 512)
+
+    def test_a_checkpoint_tells_how_far_the_journal_is_durable(self) -> None:
+        site, _ = filled(refresh=False)
+        mirror = site.open()
+        reader = site.journal.reader(Cursor(), contiguous=True)
+        first = reader.read(4096)
+        upto = reader.cursor
+        mirror.apply([change_of(found.header, found.frame) for found in first])
+        rest = list(reader)
+        self.assertGreater(len(rest), 2)
+        mirror.checkpoint(upto, reader.cursor)
+        superblock = site.superblock
+        self.assertEqual((superblock.tail, superblock.applied), (upto, upto))
+        self.assertEqual(superblock.head, reader.cursor)
+        last = site.journal.ring.start + reader.position - 4096
+        site.devices["/journal"].corrupt(last + 60, b"\xff")
+        with self.assertRaisesRegex(CorruptError, f"durable up to position {reader.position}"):
+            site.open().replay()
+
+    def test_a_journal_that_changes_meanwhile(self) -> None:
+        site, _ = filled(refresh=False)
+        mirror = site.open()
+        scan = mirror.scan
+
+        def changing() -> Any:
+            found = scan()
+            site.devices["/journal"].corrupt(site.journal.ring.start + 4096 + 60, b"\xff")
+            return found
+
+        mirror.scan = changing  # type: ignore[method-assign]
+        with self.assertRaisesRegex(CorruptError, "reads differently than a moment ago"):
+            mirror.replay()
+        self.assertEqual(site.superblock.applied, Cursor())
+
     def test_the_end_of_another_refresh_proves_nothing(self) -> None:
         for kinds in (
             [(REFRESH_END, ONE)],

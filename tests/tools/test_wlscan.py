@@ -206,6 +206,12 @@ class PrimaryTests(ScanTestCase):
         for argv in ([], ["--check"]):
             self.site.refused(main, 4, str(self.site.device("data1")), "has failed", argv=argv)
 
+    def test_a_failed_writelog_is_not_believed(self) -> None:
+        self.filled()
+        self.site.latch("log1")
+        for argv in ([], ["--check"]):
+            self.site.refused(main, 4, str(self.site.device("log1")), "has failed", argv=argv)
+
     def test_a_data_device_that_cannot_be_written(self) -> None:
         self.filled()
 
