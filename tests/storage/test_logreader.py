@@ -230,6 +230,13 @@ class ReaderTests(SynchronousTestCase):
         found, reader = self.read()
         self.assertEqual((found, reader.position), ([], self.log.ring.size))
 
+    def test_a_pad_that_filled_an_extent_which_was_joined_since(self) -> None:
+        self.place(PAD, 2 * BLOCK, 0)
+        self.log.head = 2 * BLOCK
+        frames = self.fill([100])
+        found, reader = self.read()
+        self.assertEqual((found, reader.position), (frames, 3 * BLOCK))
+
     @settings(max_examples=100, deadline=None)
     @given(st.integers(0, 33 * BLOCK - 300), st.binary(min_size=1, max_size=300))
     def test_arbitrary_bytes_in_the_ring(self, at: int, junk: bytes) -> None:
