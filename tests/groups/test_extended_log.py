@@ -7,11 +7,14 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from qdsmirror.core.records import Cursor
 from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage.extension import PoolDevice
+from qdsmirror.storage.partition import divide
 from tests.fakes import MemoryDevice
 from tests.groups.world import GENERATION, DriverWorld, unique
+from tests.storage.logworld import FrameMaker, append, initialise, write
 
 SIZE = 256 * 1024
 
@@ -80,3 +83,27 @@ class ExtendedLogTests(SynchronousTestCase):
         after, position = self.read(new)
         self.assertEqual(position, self.unit.durable_end)
         self.assertGreater(after, before + 20)
+
+
+class SharedLogTests(SynchronousTestCase):
+    def test_the_pmd_reads_its_part_of_a_shared_device(self) -> None:
+        device = MemoryDevice(2 * SIZE)
+        self.addCleanup(device.close)
+        log = initialise(divide(device, ["one", "two"])[1])
+        maker = FrameMaker()
+        append(log, maker.make(0, [write(0, b"x" * 512)]))
+        (shared,) = log.open_shared()
+        self.addCleanup(os.close, shared.fd)
+        info = {
+            "index": 0,
+            "name": "qds0",
+            "size": SIZE,
+            "log": log.log.hex(),
+            "ring": log.ring.to_json(),
+            "devices": [[shared.number, shared.shift]],
+            "tail": Cursor().to_json(),
+            "durable": log.head,
+        }
+        out = OutUnit.from_info(info, {maker.generation}, iter([shared.fd]))
+        (found,) = out.read_from(out.committed).read(1 << 20, out.durable)
+        self.assertEqual(found.header.gsn_first, 1)
