@@ -266,7 +266,9 @@ class DirectTests(Case):
         self.world.start()
         self.assertEqual(self.world.group.state, "bypass")
         self.assertTrue(self.world.group.coherent)
-        self.assertEqual(self.world.group.status()["bypass"]["dirty_bytes"], CHUNK)
+        status = self.world.group.status()
+        self.assertEqual(status["bypass"]["dirty_bytes"], CHUNK)
+        self.assertEqual(status["since"], status["bypass"]["since"])
 
 
 class SwitchTests(Case):

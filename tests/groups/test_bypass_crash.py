@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import nbd
@@ -90,9 +89,16 @@ class Story:
     :ivar possible: content that may be found, likewise.
     """
 
-    def __init__(self, test: SynchronousTestCase, overflow: str = "block") -> None:
+    def __init__(
+        self,
+        test: SynchronousTestCase,
+        overflow: str = "block",
+        source: random.Random | None = None,
+    ) -> None:
         self.test = test
-        self.world = DriverWorld(test, ldsus=LDSUS, size=SIZE, log=192 * KIB)
+        self.source = source
+        stepped = source is not None
+        self.world = DriverWorld(test, ldsus=LDSUS, size=SIZE, log=192 * KIB, stepped=stepped)
         self.world.config = replace(self.world.config, on_overflow=overflow)
         for index in range(LDSUS):
             log = Writelog.open(self.world.log(index))
@@ -101,7 +107,22 @@ class Story:
         self.possible: dict[tuple[int, int], set[bytes]] = {}
         self.waiting: dict[Request, tuple[tuple[int, int], bytes]] = {}
         self.numbers = iter(range(1, 10_000))
-        self.asked: list[Deferred[Any]] = []
+        self.asked_writes: dict[Request, tuple[tuple[int, int], bytes]] = {}
+        self.asked_flushes: dict[Request, list[Request]] = {}
+
+    def note_answers(self) -> None:
+        """Take what was answered since: a write with FUA is a promise at once."""
+        client = self.world.client
+        for request, kept in list(self.asked_writes.items()):
+            if request in client.done:
+                del self.asked_writes[request]
+                self.waiting[request] = kept
+                if request.flags & nbd.CMD_FLAG_FUA:
+                    self._promise([request])
+        for request, before in list(self.asked_flushes.items()):
+            if request in client.done:
+                del self.asked_flushes[request]
+                self._promise([one for one in before if one in self.waiting])
 
     def write(self, ldsu: int, block: int, fua: bool = False, trim: bool = False) -> None:
         unit = self.world.group.units[ldsu]
@@ -111,29 +132,30 @@ class Story:
         # Whatever was promised of it may be replaced from now on.
         self.promised.pop(place, None)
         self.waiting = {r: one for r, one in self.waiting.items() if one[0] != place}
+        for asked in [r for r, one in self.asked_writes.items() if one[0] == place]:
+            del self.asked_writes[asked]
         command = nbd.CMD_TRIM if trim else nbd.CMD_WRITE
         flags = nbd.CMD_FLAG_FUA if fua else 0
         client = self.world.client
         request = client.ask(unit, command, place[1], BLOCK, None if trim else data, flags)
+        self.asked_writes[request] = (place, data)
         self.settle()
-        if request in client.done:
-            self.waiting[request] = (place, data)
-            if fua:
-                self._promise([request])
+        self.note_answers()
 
     def flush(self, ldsu: int) -> None:
         client = self.world.client
         before = [r for r in self.waiting if self.waiting[r][0][0] == ldsu]
         request = client.flush(self.world.group.units[ldsu])
+        self.asked_flushes[request] = before
         self.settle()
-        if request in client.done:
-            self._promise(before)
+        self.note_answers()
 
     def _promise(self, requests: list[Request]) -> None:
         for request in requests:
             place, data = self.waiting.pop(request)
             self.promised[place] = data
-            self.possible[place] = {data}
+            if not any(one[0] == place for one in self.asked_writes.values()):
+                self.possible[place] = {data}
 
     def bypass(self, to: str) -> None:
         asked = self.world.group.switch_bypass(to)
@@ -141,14 +163,33 @@ class Story:
         self.settle()
 
     def settle(self) -> None:
-        for _ in range(5):
+        """Let things happen; from a source of chance: some, in any order that can be."""
+        if self.source is None:
+            for _ in range(5):
+                self.world.reactor.advance(0.01)
+            return
+        for _ in range(self.source.randrange(12)):
+            self._step()
+
+    def _step(self) -> bool:
+        assert self.source is not None
+        ready = [worker for worker in self.world.steps.values() if worker.waiting]
+        if not ready:
+            self.world.reactor.advance(0.002)
+        return bool(ready) and self.source.choice(ready).step()
+
+    def settle_all(self) -> None:
+        """Let everything happen that can happen by itself."""
+        for _ in range(3):
+            while self.source is not None and self._step():
+                pass
             self.world.reactor.advance(0.01)
 
     def all_committed(self) -> None:
         """Let the secondary have committed all that is durable."""
         ends = [Committed(u.index, u.durable_end, *u.durable_point) for u in self.world.group.units]
         self.world.commit(ends=ends)
-        self.settle()
+        self.settle_all()
 
     # -- what must hold ------------------------------------------------------------------------
 
@@ -187,19 +228,20 @@ class Story:
         group = self.world.group
         self.world.attach()
         self.write(0, 50)
-        if group.bypass.phase == "on":
-            self.bypass("off")
-        elif group.refresh_job is None and not group.coherent:
+        if group.bypass.phase == "off" and group.refresh_job is None and not group.coherent:
             group.refresh("full")
         self.write(1, 51)
         for _ in range(50):
-            self.settle()
+            self.settle_all()
             far.receive(self.world)
             self.all_committed()
+            if group.bypass.phase == "on":
+                self.bypass("off")
+                continue
             if group.coherent and group.durable_gsn == group.next_gsn - 1:
                 break
         self.test.assertTrue(group.coherent, group.status())
-        self.settle()
+        self.settle_all()
         far.receive(self.world)
         for index in range(LDSUS):
             near = self.world.data(index).content()
@@ -285,6 +327,31 @@ class CrashTests(SynchronousTestCase):
     def test_some_of_it_has(self) -> None:
         for seed in range(3):
             self.cut_everywhere(in_and_out, "block", at_random(random.Random(seed)))
+
+    def test_in_any_order_of_what_the_workers_do(self) -> None:
+        power = Power(self)
+        phases = set()
+        for seed in range(60):
+            source = random.Random(seed)
+            story = Story(self, "bypass", source)
+            power.limit, power.count = None, 0
+            self.started(story)
+            power.count, power.limit = 0, source.randrange(90)
+            (in_and_out if seed % 3 else overflow)(story)
+            if seed % 2:
+                story.settle_all()
+            story.note_answers()
+            power.limit = None
+            story.world.crash(at_random(source))
+            self.started(story)
+            far = story.check()
+            phases.add(story.world.group.state.value)
+            story.go_on(far)
+        self.assertEqual(phases, {"accumulating", "bypass", "refresh"})
+
+    def started(self, story: Story) -> None:
+        begun = story.world.begin()
+        self.successResultOf(begun)
 
     def test_overflow(self) -> None:
         phases = self.cut_everywhere(overflow, "bypass", at_random(random.Random(9)))
