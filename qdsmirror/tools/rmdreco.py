@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.errors import ConfigError, QdsError
+from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
@@ -63,7 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recover(paths: Paths, group: GroupConfig) -> dict[str, Any]:
     used = (group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus))
-    FailureLatch(paths.state_file(group.number)).check(used)
+    latch = FailureLatch(paths.state_file(group.number))
+    latch.check(used)
+    try:
+        return _replay(group)
+    except DeviceFailedError as error:
+        # The kernel reports the next sync as good, to the rmd too (rules.md 4).
+        latch.record(error.path, error)
+        raise
+
+
+def _replay(group: GroupConfig) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         frames = mirror.replay()

@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.errors import BrokenError, ConfigError, CorruptError, QdsError
+from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceFailedError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.recovery import close_units, judge, open_units, replay
+from qdsmirror.storage.recovery import (
+    DataDeviceError,
+    close_units,
+    judge,
+    open_units,
+    replay,
+)
 from qdsmirror.tools import cli
 
 
@@ -67,16 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str, Any]:
     latch = FailureLatch(paths.state_file(group.number))
-    if host == group.primary_host:
-        cli.refuse_beside_daemon(paths, group, "driver")
-        for ldsu in group.ldsus:
-            latch.check((ldsu.data_device, ldsu.writelog_device))
+    try:
+        if host == group.primary_host:
+            cli.refuse_beside_daemon(paths, group, "driver")
+            for ldsu in group.ldsus:
+                latch.check((ldsu.data_device, ldsu.writelog_device))
+            with cli.naming(group.name):
+                return _scan_primary(group, check)
+        cli.refuse_beside_daemon(paths, group, "rmd")
+        latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
         with cli.naming(group.name):
-            return _scan_primary(group, check)
-    cli.refuse_beside_daemon(paths, group, "rmd")
-    latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
-    with cli.naming(group.name):
-        return _scan_secondary(group)
+            return _scan_secondary(group)
+    except DeviceFailedError as error:
+        # The kernel reports the next sync as good, to a daemon too (rules.md 4).
+        latch.record(error.path, error)
+        raise
 
 
 def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
@@ -104,7 +115,10 @@ def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
         if not check and not refused:
             for unit in units:
                 with cli.naming(unit.config.data_device):
-                    replay(unit)
+                    try:
+                        replay(unit)
+                    except DataDeviceError as error:
+                        raise error.cause from error
     finally:
         close_units(units)
     return {

@@ -206,6 +206,23 @@ class PrimaryTests(ScanTestCase):
         for argv in ([], ["--check"]):
             self.site.refused(main, 4, str(self.site.device("data1")), "has failed", argv=argv)
 
+    def test_a_failed_sync_is_remembered(self) -> None:
+        self.filled()
+        inner, failing = os.fdatasync, str(self.site.device("data1"))
+
+        def fdatasync(fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}") == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            inner(fd)
+
+        self.patch(os, "fdatasync", fdatasync)
+        code, _, errors = self.site.run(main)
+        self.assertEqual(code, 1)
+        self.assertIn(failing, errors)
+        # The kernel calls the next one good.
+        self.patch(os, "fdatasync", inner)
+        self.site.refused(main, 4, failing, "has failed")
+
     def test_a_failed_writelog_is_not_believed(self) -> None:
         self.filled()
         self.site.latch("log1")
