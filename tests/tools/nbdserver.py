@@ -25,24 +25,29 @@ class NbdServer:
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        # A client's thread may start it again as soon as it sees that it is being stopped.
+        self._lock = threading.Lock()
         self.start()
 
     def start(self) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(self.path))
-        self._listener.listen()
-        self._thread(self._accept, self._listener)
+        with self._lock:
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.bind(str(self.path))
+            self._listener.listen()
+            self._thread(self._accept, self._listener)
 
     def stop(self) -> None:
         """End, and end every connection; idempotent."""
-        if self._listener is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
-            self._listener = None
-            os.unlink(self.path)
-        self.hang_up()
-        for thread in self._threads:
-            thread.join(WAIT_SECONDS)
+        with self._lock:
+            if self._listener is not None:
+                self._listener.shutdown(socket.SHUT_RDWR)
+                self._listener.close()
+                self._listener = None
+                os.unlink(self.path)
+            self.hang_up()
+            for thread in self._threads:
+                thread.join(WAIT_SECONDS)
+            self._threads.clear()
 
     def hang_up(self) -> None:
         """End every connection."""
