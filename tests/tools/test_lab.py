@@ -59,6 +59,15 @@ class CreateTests(TestCase):
         self.assertEqual(made.create(Plan(1, 1, 4 * MIB, 2 * MIB, 3 * MIB, 1575)), 1575)
         self.assertEqual(load_group(made.paths["primary"], 0).port, 1575)
 
+    def test_overflow_is_chosen(self) -> None:
+        for options, policy in (([], "block"), (["--overflow", "bypass"], "bypass")):
+            place = directory(self) / "lab"
+            sizes = ["--size", "4M", "--writelog", "2M", "--journal", "3M"]
+            self.assertEqual(captured(self, lab.main, "create", str(place), *sizes, *options)[0], 0)
+            for site in SITES:
+                group = load_group(Lab(place).paths[site], 0)
+                self.assertEqual(group.on_overflow, policy)
+
     def test_not_empty(self) -> None:
         place = directory(self)
         (place / "mine").touch()
