@@ -298,6 +298,26 @@ class SeveralTests(RecoverTestCase):
         self.assertEqual(told["error"]["code"], "corrupt")
         self.assertIn(str(self.site.device("journal0")), told["error"]["message"])
 
+    def test_the_first_groups_failure_is_the_exit_status(self) -> None:
+        offsets = [self.fill(0), self.fill(1)]
+        pwritev = FileDevice.pwritev
+        for corrupt, unwritable, expected in ((0, "mirror2", 4), (1, "mirror0", 1)):
+            self.durable_head(corrupt)
+            at = offsets[corrupt][0] + 300
+            whole = self.site.device(f"journal{corrupt}").read_bytes()[at : at + 1]
+            self.site.put(f"journal{corrupt}", at, b"\xee")
+
+            def failing(device: FileDevice, *args: Any, name: str = unwritable) -> None:
+                if device.path.endswith(name):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                pwritev(device, *args)
+
+            self.patch(FileDevice, "pwritev", failing)
+            code, output, errors = self.site.run(main)
+            self.patch(FileDevice, "pwritev", pwritev)
+            self.assertEqual((code, output, len(errors.splitlines())), (expected, "", 2))
+            self.site.put(f"journal{corrupt}", at, whole)
+
     def test_a_device_that_cannot_be_written_does_not_either(self) -> None:
         self.fill(0)
         self.fill(1)
