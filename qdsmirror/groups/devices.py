@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
-from twisted.python.failure import Failure
 
+from qdsmirror.errors import QdsError
 from qdsmirror.storage.binding import Bound, seal, take_over
 from qdsmirror.storage.recovery import OpenUnit
 
@@ -39,13 +39,17 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
 def leave_devices(group: DriverGroup) -> Deferred[None]:
     """Record what the data devices hold, where all went well; never fails."""
     bound = [Bound(u.writelog, u.index, u.device) for u in group.units if not u.errors]
+
+    def record() -> None:
+        for one in bound:
+            try:
+                seal([one])
+            except (OSError, QdsError) as error:
+                group.log.warn(
+                    "{group}: changes of {path} while it is stopped will not be noticed: {why}",
+                    group=group.name, path=one.device.path, why=error,
+                )  # fmt: skip
+
     reactor = group.runtime.reactor
-    done: Deferred[None] = deferToThreadPool(reactor, reactor.getThreadPool(), seal, bound)
-
-    def failed(failure: Failure) -> None:
-        group.log.warn(
-            "{group}: changes made while it is stopped will not be noticed: {why}",
-            group=group.name, why=failure.getErrorMessage(),
-        )  # fmt: skip
-
-    return done.addErrback(failed)
+    done: Deferred[None] = deferToThreadPool(reactor, reactor.getThreadPool(), record)
+    return done

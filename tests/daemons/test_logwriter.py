@@ -83,6 +83,8 @@ class LogWriterTests(SynchronousTestCase):
     def test_the_last_lines_come_before_the_end(self) -> None:
         program = (
             "from qdsmirror.daemons import logs; from twisted.logger import Logger\n"
+            # The writing thread gets its turn only where the main one waits.
+            "import sys; sys.setswitchinterval(100)\n"
             "logs.begin('rmd'); [Logger('qdsmirror').info('line {n}', n=n) for n in range(50)]"
         )
         done = subprocess.run(

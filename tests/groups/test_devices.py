@@ -185,6 +185,14 @@ class DataDeviceTests(SynchronousTestCase):
             self.assertIsNone(self.superblock(world, 0).fingerprints)
             self.assertIsNotNone(self.superblock(world, 1).fingerprints, method)
 
+    def test_one_that_cannot_be_recorded_does_not_keep_the_others_from_it(self) -> None:
+        world = DriverWorld(self, size=SIZE, ldsus=2)
+        world.start()
+        world.data(0).fail("pread")
+        self.stop(world)
+        self.assertIsNone(self.superblock(world, 0).fingerprints)
+        self.assertIsNotNone(self.superblock(world, 1).fingerprints)
+
     # -- identity -------------------------------------------------------------------------------
 
     def bind(self, world: DriverWorld, *names: str) -> None:
