@@ -51,10 +51,11 @@ class NbdServer:
 
     def hang_up(self) -> None:
         """End every connection."""
-        for connection in self._connections:
+        # A client that is fast may be back before the last one is ended: it is none of these.
+        ended, self._connections = self._connections, []
+        for connection in ended:
             hang_up(connection)
             connection.close()
-        self._connections.clear()
 
     def _thread(self, work: object, *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)  # type: ignore[arg-type]
