@@ -150,6 +150,8 @@ class FaultTests(TestCase):
         self.assertEqual(told[role]["code"], code, (case, told))
         self.assertIn(path, told[role]["reason"], case)
         self.assertIn(path, world.log(f"qds{role}"), case)
+        if case.kind == "data" and code == FAILED:
+            return  # the mirror gets all the same, so a wait for that ends well (rules.md 16)
         awaited = "drained" if site == "primary" else "connected"
         done = world.ask(site, "qdsinfo", "-g", str(case.number), "--wait", awaited)
         self.assertEqual(done.returncode, code, (case, done.stderr))
@@ -234,11 +236,22 @@ class FaultTests(TestCase):
                     f"another {name}",
                 )
 
-    def assert_settled(self, world: PowerWorld, case: Case) -> None:
-        """A failed sync is latched; whatever else failed is good again."""
+    def restarted(self, world: PowerWorld, case: Case) -> dict[str, Any] | None:
+        """Give the status of a group once its new child serves it, or has given it up."""
         told = self.status(world, case, case.site)
+        role = "driver" if case.site == "primary" else "rmd"
+        return told if told["state"] != "setup" or told[role].get("state") == "failed" else None
+
+    def assert_settled(self, world: PowerWorld, case: Case) -> None:
+        """What has failed at the primary stays so, a failed sync is latched; the rest is good."""
+        told = world.until(lambda: self.restarted(world, case), f"{case} to be told")
         if case.site == "primary" and told["state"] == "bypass":
             self.assertIn(case.device, told["reason"], case)
+            return
+        if case.kind == "data" and not case.is_harmless:
+            self.assertIn(case.device, told["reason"], case)
+            self.assertEqual(told["driver"]["state"], "failed", case)
+            self.assertEqual(list(self.attempt(world, case)), [errno.EIO] * 3, case)
             return
         if case.is_latched:
             self.assert_loud(world, case, case.site, BROKEN)

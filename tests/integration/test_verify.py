@@ -63,7 +63,10 @@ class VerifyTests(TestCase):
         for name in source.sample(VICTIMS, len(VICTIMS)):
             before = world.info()["gsn"]
             world.until(
-                lambda b=before: (world.info()["gsn"] or b)["written"] != b["written"], "writes"
+                lambda b=before: (
+                    fio.poll() is not None or (world.info()["gsn"] or b)["written"] != b["written"]
+                ),
+                "writes",
             )
             time.sleep(source.uniform(0.0, 0.5))
             self.assertIsNone(fio.poll(), f"fio ended\n{world.logs()}")
