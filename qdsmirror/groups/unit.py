@@ -245,6 +245,9 @@ class DriverUnit:
         if placement is None:
             for request, state in reversed(undo):
                 request.state = state
+                if self._held and self._held[-1] is request:
+                    # What it must not overtake goes back as well.
+                    self._held.pop()
                 if not self._queue or self._queue[0] is not request:
                     self._queue.appendleft(request)
             if self._leaving:
@@ -294,6 +297,7 @@ class DriverUnit:
         while queue and len(entries) < self._entries_cap:
             request = queue[0]
             if self._locked is not None and self._overlaps_lock(request):
+                undo.append((request, request.state))
                 self._held.append(queue.popleft())
                 continue
             done: int = request.state
@@ -703,6 +707,11 @@ class DriverUnit:
         self.synced_sequence = self.applied_sequence
         self._apply()
         self.group.checkpoints.take()
+
+    @property
+    def dirty_bytes(self) -> int:
+        """What was written past the writelog; everything, where nobody knows."""
+        return self.size if self.unlogged else self.dirty.dirty_bytes
 
     @property
     def is_on_log(self) -> bool:

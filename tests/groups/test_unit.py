@@ -345,6 +345,27 @@ class FrameTests(SynchronousTestCase):
         for number in (1, 3):
             self.assertNotIn(unique(number), world.log().content())
 
+    def test_what_a_refresh_holds_back_stays_behind_what_waits_for_space(self) -> None:
+        """A write that found no room goes back to the queue, before what was held meanwhile."""
+        world = DriverWorld(self, size=MIB, log=256 * KIB)
+        unit = world.start()
+        world.attach()
+        number = 0
+        while world.client.answered(world.client.write(unit, MIB // 2, unique(number))):
+            number += 1
+        unit.lock(0, BLOCK)
+        first = world.client.write(unit, BLOCK, unique(201) + unique(202))
+        world.client.write(unit, 0, unique(203) + unique(204))
+        self.assertFalse(world.client.answered(first))
+        unit.unlock()
+        for _ in range(8):
+            world.commit()
+            world.settle()
+        self.assertTrue(world.client.answered(first))
+        self.assertEqual(
+            world.data().content()[: 3 * BLOCK], unique(203) + unique(204) + unique(202)
+        )
+
     def test_what_a_refresh_holds_back_is_not_overtaken(self) -> None:
         world = DriverWorld(self, stepped=True)
         unit = world.start()
