@@ -77,7 +77,7 @@ class Bypass:
         """Give the ``bypass`` object of ``qdsinfo --json``."""
         if self.state is None:
             return None
-        dirty = sum(unit.dirty.dirty_bytes for unit in self._group.units)
+        dirty = sum(unit.dirty_bytes for unit in self._group.units)
         return {**self.state, "dirty_bytes": dirty}
 
     # -- what the group tells -------------------------------------------------------------------

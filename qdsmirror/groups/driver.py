@@ -394,7 +394,7 @@ class DriverGroup:
         if self.failures.restarted:
             raise QdsError(
                 f"{self.name}: nothing is sent: {self.bypass.reason}",
-                hint="see RECOVERY in qdsmirror-architecture(7)",
+                hint="see Failed devices in qdsmirror-architecture(7)",
             )
         if self._pmd is not None:
             self._pmd.close()

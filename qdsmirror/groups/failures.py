@@ -110,7 +110,7 @@ class Failures:
         if failed:
             raise DeviceFailedError(
                 f"{group.name}: no {doing} while a data device has failed: {failed}",
-                hint="replace it; see RECOVERY in qdsmirror-architecture(7)",
+                hint="replace it; see Failed devices in qdsmirror-architecture(7)",
             )
 
     def check_recorded(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.core.failures import Failed
 from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceFailedError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
@@ -79,7 +80,7 @@ def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str,
             for ldsu in group.ldsus:
                 latch.check((ldsu.data_device, ldsu.writelog_device))
             with cli.naming(group.name):
-                return _scan_primary(group, check)
+                return _scan_primary(group, check, latch.group())
         cli.refuse_beside_daemon(paths, group, "rmd")
         latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
         with cli.naming(group.name):
@@ -90,8 +91,8 @@ def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str,
         raise
 
 
-def _scan_primary(group: GroupConfig, check: bool) -> dict[str, Any]:
-    units = open_units(group, open_device)
+def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, Any]:
+    units = open_units(group, open_device, known)
     try:
         refused, voids = "", []
         try:
