@@ -87,10 +87,11 @@ class Proxy:
             back.transport.abort()
             return
         self._transports |= {back, forth}
-        await asyncio.gather(self._pump(near, forth), self._pump(far, back))
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(self._pump(near, forth), self._pump(far, back))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.CancelledError):
+        with suppress(OSError):
             while data := await reader.read(_CHUNK_BYTES):
                 if self.delay:
                     await asyncio.sleep(self.delay)
