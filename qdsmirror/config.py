@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qdsmirror.configmodel import GroupConfig, HostConfig, LdsuConfig, Role, Tunables
+from qdsmirror.configmodel import POOL_KEY, GroupConfig, HostConfig, LdsuConfig, Role, Tunables
 from qdsmirror.configsource import Problem, ProblemsError, Source, parse, read_text
 from qdsmirror.configvalues import parse_seconds, parse_size, shown
 from qdsmirror.errors import ConfigError
@@ -22,6 +22,7 @@ from qdsmirror.limits import GROUPS_MAX, LDSU_NAME_CHARS_MAX, LDSUS_PER_GROUP_MA
 from qdsmirror.paths import Paths, group_name
 
 __all__ = [
+    "POOL_KEY",
     "GroupConfig",
     "HostConfig",
     "LdsuConfig",
@@ -214,6 +215,7 @@ def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
             LdsuConfig(index, name, **devices)
             for index, (name, devices) in enumerate(values["ldsus"].items())
         ),
+        pool=values["pool"]["devices"] or (),
     )
 
 
@@ -237,10 +239,11 @@ def _judge(group: GroupConfig, source: Source) -> None:
             )
     seen: dict[tuple[str, str], tuple[str, ...]] = {}
     for key, host, path in group.devices():
-        other = seen.setdefault((host, path), key)
+        other = seen.get((host, path))
         # Writelogs may share a device: each has a part of it.
-        shared = other[-1] == key[-1] == "writelog_device"
-        if other != key and not shared:
+        if other is None or other[-1] == key[-1] == "writelog_device":
+            seen.setdefault((host, path), key)
+        else:
             source.complain(key, f"{path} is {'.'.join(other)} of the same host already")
 
 

@@ -19,6 +19,9 @@ from qdsmirror.limits import (
 
 Role = Literal["primary", "secondary"]
 
+#: Where the devices of the extension pool stand.
+POOL_KEY = ("pool", "devices")
+
 
 @dataclass(frozen=True)
 class HostConfig:
@@ -82,6 +85,7 @@ class GroupConfig:
     :ivar primary_address: IP address or host name; default: the host's name.
     :ivar secondary_address: where the rmd is reached, at ``port``.
     :ivar journal_device: absolute path at the secondary.
+    :ivar pool: absolute paths, at the primary, of the devices by which writelogs are extended.
     """
 
     number: int
@@ -98,6 +102,7 @@ class GroupConfig:
     journal_device: str
     tunables: Tunables
     ldsus: tuple[LdsuConfig, ...]
+    pool: tuple[str, ...] = ()
 
     def role_of(self, host: str) -> Role | None:
         """Tell which part a host plays in this group, by its configured name."""
@@ -126,6 +131,7 @@ class GroupConfig:
         found: list[tuple[tuple[str, ...], str, str]] = []
         journal = ("secondary", "journal_device")
         found.append((journal, self.secondary_host, self.journal_device))
+        found += [(POOL_KEY, self.primary_host, path) for path in self.pool]
         for ldsu in self.ldsus:
             for key, host in (
                 ("data_device", self.primary_host),

@@ -110,6 +110,15 @@ def _absolute_path(value: str) -> str:
     return value
 
 
+def _path_list(value: str, high: str) -> tuple[str, ...]:
+    paths = tuple(part.strip() for part in value.split(","))
+    if not all(paths):
+        raise ValidateError("a path is missing before or after a comma")
+    if len(paths) > int(high):
+        raise ValidateError(f"{len(paths)} devices are more than {high}")
+    return tuple(_absolute_path(path) for path in paths)
+
+
 def _host_name(value: str) -> str:
     if not valid_host_name(value):
         raise ValidateError(f"{shown(value)} is not a host name (letters, digits, -_.)")
@@ -142,6 +151,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "seconds": _seconds,
     "byte_size": _byte_size,
     "absolute_path": _or_default(_absolute_path),
+    "path_list": _or_default(_path_list),
     "host_name": _host_name,
     "address": _or_default(_address),
     "user_name": _or_default(_user_name),

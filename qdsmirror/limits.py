@@ -10,7 +10,8 @@ GIB = 1024 * MIB
 GROUPS_MAX = 512
 LDSUS_PER_GROUP_MAX = 4096
 CONFIG_FILE_BYTES_MAX = MIB
-CONFIG_LINE_CHARS_MAX = 4096
+#: An extension pool's devices stand in one line.
+CONFIG_LINE_CHARS_MAX = 16 * KIB
 #: Problems named for one file; more are counted, not listed.
 CONFIG_PROBLEMS_MAX = 100
 LDSU_NAME_CHARS_MAX = 64

@@ -207,7 +207,7 @@ class GroupTests(RootedTestCase):
             ("[ldsus]", "[tunable]\n[ldsus]", 7, "tunable", '"tunables"'),
             ("[[qds0]]", "size = 1\n[[qds0]]", 8, "ldsus.size", "unknown key"),
             ("[ldsus]", "[DEFAULT]\nx = 1\n[ldsus]", 7, "DEFAULT", "unknown section"),
-            ("[ldsus]", "[pool]\ndevices = /x\n[ldsus]", 7, "pool", "unknown section"),
+            ("[ldsus]", "[pond]\ndevices = /x\n[ldsus]", 7, "pond", "unknown section"),
             ("[ldsus]", "[secondary2]\n[ldsus]", 7, "secondary2", '"secondary"'),
             ("[ldsus]", "[[deep]]\n[ldsus]", 7, "secondary.deep", "unknown section"),
             ("[[qds0]]", "[[__many__]]\n[[qds0]]", 8, "ldsus.__many__", "unknown section"),
@@ -309,6 +309,34 @@ class GroupTests(RootedTestCase):
         group = self.group(text + "mirror_device = /m1\n")
         self.assertEqual([ldsu.writelog_device for ldsu in group.ldsus], ["/dev/w0"] * 2)
 
+    def pool(self, value: str) -> str:
+        return GROUP.replace("[ldsus]", f"[pool]\ndevices = {value}\n[ldsus]")
+
+    def test_pool(self) -> None:
+        self.assertEqual(self.group(GROUP).pool, ())
+        self.assertEqual(self.group(GROUP.replace("[ldsus]", "[pool]\n[ldsus]")).pool, ())
+        self.assertEqual(self.group(self.pool("/e0")).pool, ("/e0",))
+        group = self.group(self.pool('"/e0 ,/e1,/dev/e 2"  # spare'))
+        self.assertEqual(group.pool, ("/e0", "/e1", "/dev/e 2"))
+        most = tuple(f"/dev/disk/by-id/wwn-{number:040d}" for number in range(128))
+        self.assertEqual(self.group(self.pool(", ".join(most))).pool, most)
+        # It is the primary's own business.
+        self.assertEqual(group.identity_digest(), self.group(GROUP).identity_digest())
+
+    def test_wrong_pools(self) -> None:
+        for value, text in (
+            ("e0", "absolute"),
+            ("/e0,", "comma"),
+            ("/e0, /", "directory"),
+            ("/e0, /e1, /./e0", "pool.devices"),
+            ("/dev/w0", "pool.devices"),
+            ("/dev/d0", "pool.devices"),
+            (", ".join(f"/e{number}" for number in range(129)), "more than 128"),
+        ):
+            (problem,) = self.problems(self.pool(value))
+            self.assertIn(text, str(problem), value)
+            self.assertNotEqual(problem.line, 0)
+
     def test_same_path_on_different_hosts(self) -> None:
         text = GROUP.replace("/dev/j0", "/dev/w0")
         self.assertEqual(self.group(text).journal_device, "/dev/w0")
@@ -359,8 +387,8 @@ class TextTests(RootedTestCase):
             "a\x00b = 1",
             "a = \x1b[31m",
             "a = b\u2028c",
-            "a = " + "x" * 4096,
-            "#" + "x" * 4096,
+            "a = " + "x" * limits.CONFIG_LINE_CHARS_MAX,
+            "#" + "x" * limits.CONFIG_LINE_CHARS_MAX,
         ):
             text = GROUP.replace("host = dr1\n", f"host = dr1\n{bad}\n")
             problems = self.problems(text)

@@ -148,6 +148,7 @@ def _group(group: GroupConfig) -> dict[str, Any]:
                 "journal_device": group.journal_device,
             },
             "tunables": dataclasses.asdict(group.tunables),
+            **({"pool": {"devices": ", ".join(group.pool)}} if group.pool else {}),
             "ldsus": {
                 ldsu.name: {
                     "data_device": ldsu.data_device,

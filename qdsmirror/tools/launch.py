@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qdsmirror import errors, limits
-from qdsmirror.config import GroupConfig, HostConfig, load_host, load_secret, scan_groups
+from qdsmirror.config import (
+    POOL_KEY,
+    GroupConfig,
+    HostConfig,
+    load_host,
+    load_secret,
+    scan_groups,
+)
 from qdsmirror.errors import ConfigError, DeviceError, QdsError, UnreachableError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -132,6 +139,11 @@ def _check_devices(groups: list[GroupConfig], host: str) -> None:
             if owner != host:
                 continue
             where = f"{group.path}: {'.'.join(key)}: {path}"
+            if key == POOL_KEY:
+                # A writelog that needs it is refused by the driver; the others do without.
+                if not os.access(path, os.R_OK | os.W_OK):
+                    print(f"warning: {where}: cannot be used", file=sys.stderr)
+                continue
             if not os.path.exists(path):
                 raise DeviceError(f"{where}: does not exist", hint="create it, or correct the path")
             if not os.access(path, os.R_OK | os.W_OK):
