@@ -8,7 +8,7 @@ are compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from qdsmirror.core import frames, stream
@@ -21,6 +21,7 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
+from tests.fakes import Unsynced
 from tests.sim.disk import Disk
 
 SECTOR = 512
@@ -140,6 +141,17 @@ class Sectors:
         self._safe: dict[int, int] = {}
         self._answered: dict[int, int] = {}
 
+    def copy(self) -> Sectors:
+        """Give the promises as they stand."""
+        other = Sectors(self._base)
+        other._values = {at: list(values) for at, values in self._values.items()}
+        other._safe = dict(self._safe)
+        return other
+
+    def fingerprint(self) -> bytes:
+        """Give bytes that tell other promises from these."""
+        return repr(sorted(self._safe.items())).encode()
+
     def write(self, number: int, offset: int, length: int, data: bytes | None) -> None:
         for at in range(offset, offset + length, SECTOR):
             tag = ZERO_TAG if data is None else data[at - offset : at - offset + TAG]
@@ -153,7 +165,7 @@ class Sectors:
         for at in range(offset, offset + length, SECTOR):
             self._safe[at] = max(number, self._safe.get(at, 0))
 
-    def _allowed(self, at: int, since: int) -> set[bytes]:
+    def allowed(self, at: int, since: int) -> set[bytes]:
         values = self._values.get(at, ())
         allowed = {tag for number, tag in values if number >= since}
         if not since:
@@ -163,10 +175,10 @@ class Sectors:
     def check_survived(self, content: bytes, what: str) -> None:
         """DURABLE: nothing that was promised is gone."""
         for at in self._values:
-            if tag_of(content[at : at + TAG]) not in self._allowed(at, self._safe.get(at, 0)):
+            if tag_of(content[at : at + TAG]) not in self.allowed(at, self._safe.get(at, 0)):
                 raise Violation(
                     f"DURABLE: {what} at {at}: {tag_of(content[at:at + TAG])!r}, not one of "
-                    f"{sorted(self._allowed(at, self._safe.get(at, 0)))}"
+                    f"{sorted(self.allowed(at, self._safe.get(at, 0)))}"
                 )  # fmt: skip
         self._check_rest(content, what)
 
@@ -184,18 +196,23 @@ class Sectors:
     def check_read(self, expected: dict[int, int], offset: int, data: bytes, what: str) -> None:
         for at, since in expected.items():
             tag = tag_of(data[at - offset : at - offset + TAG])
-            if tag not in self._allowed(at, since):
+            if tag not in self.allowed(at, since):
                 raise Violation(
                     f"READ: {what} at {at} gives {tag!r}, not one of "
-                    f"{sorted(self._allowed(at, since))}"
+                    f"{sorted(self.allowed(at, since))}"
                 )
 
-    def recovered(self, content: bytes) -> None:
-        """Begin anew: what recovery found may not be lost any more."""
+    def recovered(self, content: bytes, unsynced: Sequence[Unsynced]) -> None:
+        """Begin anew: what recovery found on the platters may not be lost any more.
+
+        :param unsynced: what may yet come there, where writes went past the writelog.
+        """
         self._base = content
         self._values.clear()
         self._safe.clear()
         self._answered.clear()
+        for offset, data in unsynced:
+            self.write(0, offset, len(data), data)
 
 
 class Model:
@@ -221,6 +238,12 @@ class Model:
         self.sectors = [Sectors(content) for content in contents]
         self.begin_generation(generation, contents)
         self._pending: list[Made] = []
+        #: Tells whether writes may go past the writelogs now, as is durably recorded.
+        self.goes_direct: Callable[[], bool] = lambda: False
+        #: LDSUs whose data device has failed: nothing waits for it any more (rules.md 16).
+        self.dead: set[int] = set()
+        #: LDSUs whose writelog has failed: writes go past it, its end may be lost (rules.md 13).
+        self.unlogged: set[int] = set()
         self._watch_disks()
         self.counts: dict[str, int] = {}
 
@@ -265,6 +288,12 @@ class Model:
             raise Violation(f"GENERATION: LDSU {ldsu} goes on behind a frame that was never made")
         if sequence != parent.sequence + 1 or gsns[0] <= parent.gsn_last:
             raise Violation(f"PREFIX: LDSU {ldsu}: numbers do not follow {parent.line()}")
+        known = self.find(ldsu, generation, chain)
+        if known is not None:
+            # Made once more, after a crash: the same frame in every bit.
+            known.writes, known.durable = writes, False
+            self.tips[ldsu] = known
+            return
         made = Made(ldsu, parent, sequence, chain, kind, gsns, entries, end, writes)
         self.made[ldsu, generation, chain] = made
         self.tips[ldsu] = made
@@ -295,9 +324,25 @@ class Model:
                 made.writes = ()
         return made.durable
 
+    def is_safe(self, ldsu: int, number: int, offset: int, length: int) -> bool:
+        """Tell whether the platters of writelog or data device hold a write, or a later one."""
+        platters = self.data[ldsu].durable
+        for at in range(offset, offset + length, SECTOR):
+            allowed = self.sectors[ldsu].allowed(at, number)
+            if bytes(platters[at : at + TAG]) in allowed or ZERO_TAG in allowed:
+                # (Zeroes do not tell whose they are: a power cut will show whether they are safe.)
+                continue
+            if not any(
+                self.is_durable(made) for tag in allowed for made in self.tags.get((ldsu, tag), ())
+            ):
+                return False
+        return True
+
     def _data_write(self, ldsu: int, offset: int, data: bytes) -> None:
         """NO-HIDDEN: what is written to a data device is durable in its writelog."""
         self._count("data writes")
+        if self.goes_direct():
+            return
         for at in range(0, len(data), SECTOR):
             tag = data[at : at + TAG]
             if tag == ZERO_TAG:
@@ -348,6 +393,17 @@ class Model:
             made = self.upto(tip, committed)
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: acknowledged and not in the journal: {made.line()}")
+
+    def rebased(self, ldsu: int, generation: bytes, chain: bytes) -> None:
+        """Take a new beginning of the secondary's history: a refresh brings what came before."""
+        made = self.find(ldsu, generation, chain)
+        if made is None:
+            raise Violation("GENERATION: the secondary is to begin at a place that never was")
+        self.held[ldsu] = made
+        while not made.journaled:
+            made.journaled = True
+            assert made.parent is not None
+            made = made.parent
 
     @staticmethod
     def upto(made: Made, gsn: int) -> Made:
@@ -407,32 +463,45 @@ class Model:
         superblock: Superblock,
         contents: Sequence[bytes | bytearray],
     ) -> None:
-        """PREFIX, COHERENT, NO-AHEAD: what the secondary holds after a replay."""
+        """PREFIX, COHERENT, TAIL: what the secondary holds after a replay."""
         self._count("mirrors checked")
-        generation = superblock.generation or self.generation
-        for index, content in enumerate(contents):
-            made = self._mirrored(index, generation, cursor.point(index))
+        for made in self.check_places(cursor, superblock, contents, self.tips):
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
+
+    def check_places(
+        self,
+        cursor: Cursor,
+        superblock: Superblock,
+        contents: Sequence[bytes | bytearray],
+        tips: Sequence[Made],
+    ) -> list[Made]:
+        """Check that the mirrors stand at one place of the order that ends with ``tips``."""
+        generation = superblock.generation or self.generation
+        places = []
+        for index, content in enumerate(contents):
+            made = self._mirrored(index, generation, cursor.point(index))
             if superblock.coherent and bytes(content) != made.content():
                 raise Violation(
                     f"PREFIX: mirror {index} says it is coherent and differs from the history's "
                     f"prefix up to {made.line()} at {first_difference(content, made.content())}"
                 )
-            if generation == self.generation:
-                self._check_place(made, cursor.gsn - 1)
+            if (
+                generation == self.generation
+                and not self.unlogged
+                and self.upto(tips[index], cursor.gsn - 1) is not made
+            ):
+                raise Violation(
+                    f"PREFIX: the secondary stands at GSN {cursor.gsn - 1}, but {made.line()}"
+                )
+            places.append(made)
+        return places
 
     def _mirrored(self, ldsu: int, generation: bytes, point: Point) -> Made:
         made = self.find(ldsu, generation, point.chain)
         if made is None or made.sequence + 1 != point.sequence:
             raise Violation(f"PREFIX: the mirror of LDSU {ldsu} stands at a place that never was")
         return made
-
-    def _check_place(self, made: Made, gsn: int) -> None:
-        if self.upto(self.tips[made.ldsu], gsn) is not made:
-            raise Violation(
-                f"PREFIX: the secondary stands at GSN {gsn}, but LDSU {made.ldsu} at {made.line()}"
-            )
 
     # -- superblocks --------------------------------------------------------------------------
 
@@ -466,6 +535,8 @@ class Model:
 
     def _check_applied(self, made: Made) -> None:
         """Check that the data device's platters hold a frame, or what came after it."""
+        if made.ldsu in self.dead:
+            return
         durable = self.data[made.ldsu].durable
         for offset, length, kind, data in made.entries:
             if kind in _OF_REFRESH:
@@ -498,33 +569,51 @@ class Model:
 
     # -- recovery of the primary ----------------------------------------------------------------
 
-    def recovered(self, generation: bytes, points: Sequence[Point], next_gsn: int) -> None:
-        """DURABLE, NO-AHEAD, RECOVER: what the driver found."""
+    def recovered(
+        self, generation: bytes, points: Sequence[Point], next_gsn: int, direct: bool
+    ) -> None:
+        """DURABLE, NO-AHEAD, RECOVER: what the driver found.
+
+        :param direct: writes may have gone past the writelogs.
+        """
         self._count("recoveries")
         if generation != self.generation:
             raise Violation("GENERATION: the driver found another generation")
         for index, point in enumerate(points):
-            tip = self.find(index, generation, point.chain)
-            if tip is None or tip.sequence + 1 != point.sequence:
-                raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
-            self._check_kept(self.held[index], tip)
-            self.tips[index] = tip
-            content = tip.content()
             found = bytes(self.data[index].durable)
-            if found != content:
-                raise Violation(
-                    f"RECOVER: data device {index} differs from the history up to {tip.line()} "
-                    f"at {first_difference(found, content)}"
-                )
-            self.sectors[index].check_survived(found, f"LDSU {index}")
-            self.sectors[index].recovered(found)
-            self._mark_durable(tip)
-            self._applied_checked[index] = self._tail_checked[index] = tip
-        if next_gsn != 1 + max(tip.gsn_last for tip in self.tips):
+            tip = self._stand_at(index, point)
+            if not direct and index not in self.dead | self.unlogged:
+                self.check_content(tip, found)
+            if index not in self.dead:
+                self.sectors[index].check_survived(found, f"LDSU {index}")
+            self.sectors[index].recovered(found, self.data[index].unsynced)
+        if not self.unlogged and next_gsn != 1 + max(tip.gsn_last for tip in self.tips):
             raise Violation(f"RECOVER: GSNs go on at {next_gsn}")
 
+    def _stand_at(self, index: int, point: Point) -> Made:
+        """Take the place in a history that a recovered driver goes on from."""
+        tip = self.find(index, self.generation, point.chain)
+        if tip is None or tip.sequence + 1 != point.sequence:
+            raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
+        if index not in self.unlogged:
+            self.check_kept(self.held[index], tip)
+        self.tips[index] = tip
+        self._mark_durable(tip)
+        self._applied_checked[index] = self._tail_checked[index] = tip
+        return tip
+
     @staticmethod
-    def _check_kept(held: Made, tip: Made) -> None:
+    def check_content(tip: Made, found: bytes) -> None:
+        """Check that a data device holds its history, all of it and nothing else."""
+        content = tip.content()
+        if found != content:
+            raise Violation(
+                f"RECOVER: data device {tip.ldsu} differs from the history up to {tip.line()} at "
+                f"{first_difference(found, content)}"
+            )
+
+    @staticmethod
+    def check_kept(held: Made, tip: Made) -> None:
         """Check that what the secondary holds is still part of the history."""
         at: Made | None = tip
         while at is not None:

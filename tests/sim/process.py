@@ -235,6 +235,8 @@ class Wire:
         self.exported = random.randbytes(32)
         self.ends: list[End] = []
         self.room = random.choice((512, 4096, 65536))
+        #: Nothing arrives before this time.
+        self.slow_until = 0.0
 
     def join(self, process: Process, protocol: Any) -> End:
         """Give the wire its next end."""
@@ -350,7 +352,7 @@ class End:
     @property
     def ready(self) -> bool:
         """Whether stepping this end would do something."""
-        if self.lost:
+        if self.lost or self.process.seconds() < self.wire.slow_until:
             return False
         if self._coming and self.reading:
             return True

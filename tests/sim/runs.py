@@ -47,9 +47,8 @@ def run_seed(seed: int, base: Path, counts: Counter[str] | None = None, tail: in
     try:
         world.run()
         return ""
-    except Violation as violation:
-        return "\n".join([*world.log[-tail:], str(violation)] if tail else [str(violation)])
     except Exception as error:  # noqa: BLE001
+        # What the product makes of a violation that passes through it comes after it.
         seen = Violation.seen
         text = str(seen[0]) if seen else f"CRASH: {error!r}\n{traceback.format_exc()}"
         return "\n".join([*world.log[-tail:], text] if tail else [text])

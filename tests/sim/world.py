@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,11 @@ from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.limits import KIB, MIB, WRITELOG_BYTES_MIN
+from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.paths import Paths
 from qdsmirror.storage.writelog import Writelog
-from tests.fakes import Choice, at_random
+from tests.fakes import Choice, Unsynced, at_random, everything, nothing
 from tests.sim.disk import Disk
 from tests.sim.model import SECTOR, Model, Violation, payload
 from tests.sim.process import Fuse, Process, Wire
@@ -52,6 +53,10 @@ from tests.sim.process import Fuse, Process, Wire
 #: After the faults have ended everything must be mirrored within so many simulated seconds.
 LIVENESS_SECONDS = 600.0
 STEPS_MAX = 200_000
+#: How many runs go on with logs that were initialised anew.
+ANEW_CHANCE = 0.15
+#: More than this does not arrive at once.
+CHUNK_BYTES_MAX = 16 * KIB
 _EPOCH = 1_790_000_000.0
 
 
@@ -88,6 +93,8 @@ class Profile:
         faults = {kind: choose((0, 100, 300, 800)) for kind in kinds}
         faults["fuse"] = choose((0, 60, 200))
         faults["hang link"] = choose((0, 0, 400))
+        faults["slow link"] = choose((0, 30, 100))
+        faults["stop driver"] = choose((0, 0, 400))
         faults["error"] = choose((0, 0, 0, 500))
         faults["refresh"] = choose((0, 0, 300))
         return cls(
@@ -151,14 +158,22 @@ class Client:
 
 
 class Asked:
-    """A request that a client waits for."""
+    """A request that a client waits for.
+
+    :ivar expected: of a read, the newest answered write of each sector.
+    :ivar answer: when a write was answered, or a flush asked for; in the order of numbers.
+    """
 
     def __init__(self, number: int, ldsu: int, request: Request) -> None:
         self.number = number
         self.ldsu = ldsu
         self.request = request
         self.expected: dict[int, int] = {}
-        self.covers: list[Asked] = []
+        self.answer = 0
+
+    def __str__(self) -> str:
+        asked = self.request
+        return f"command {asked.command} of {asked.length} bytes at {asked.offset}"
 
 
 class World:
@@ -256,6 +271,14 @@ class World:
             self.disks[self.config.journal_device],
         )
         self.answered_writes = [[] for _ in self.config.ldsus]
+        self.model.goes_direct = self._goes_direct
+
+    def _goes_direct(self) -> bool:
+        """Tell whether a writelog's failure is on record, so that writes may go past it."""
+        if not any(path.startswith("/near/log") for path in self.latched):
+            return False
+        state = self.paths["alpha"].state_file(0)
+        return state.exists() and "/near/log" in state.read_text()
 
     def _make_log(
         self, path: str, size: int, role: str, units: list[BoundUnit], ids: list[bytes]
@@ -287,13 +310,19 @@ class World:
 
     # -- processes ----------------------------------------------------------------------------
 
-    def _process(self, name: str) -> tuple[Process, Runtime]:
-        process = Process(name, self.clock, self.random)
+    def _process(
+        self,
+        name: str,
+        kind: type[Process] = Process,
+        disks: Mapping[str, Disk] | None = None,
+    ) -> tuple[Process, Runtime]:
+        process = kind(name, self.clock, self.random)
         block = self.profile.block
+        found = self.disks if disks is None else disks
 
         def open_device(path: str, *, role: str, **_: Any) -> Any:
             logical = block if path.startswith(("/near/data", "/far/mirror")) else 512
-            return process.open(self.disks[path], role, logical)
+            return process.open(found[path], role, logical)
 
         runtime = Runtime(
             reactor=process,
@@ -335,6 +364,7 @@ class World:
                 group.generation,
                 [unit.framed_point for unit in group.units],
                 group.next_gsn,
+                direct=group.bypass.phase != "off" or bool(self.latched),
             )
             self.answered_writes = [[] for _ in self.config.ldsus]
             self.serving = True
@@ -410,11 +440,13 @@ class World:
                 disk.power_cut(choose)
 
     def _choice(self) -> Choice:
-        match self.random.randrange(4):
+        match self.random.randrange(6):
             case 0:
-                return lambda _: []
+                return nothing
             case 1:
-                return lambda write: [(0, len(write.data))]
+                return everything
+            case 2:
+                return _AllButTheFirst()
             case _:
                 return at_random(self.random)
 
@@ -428,7 +460,11 @@ class World:
             if driver is None or not self.serving:
                 answered.errback(UnreachableError("no driver answers"))
                 return
-            info, descriptors, end = driver.group.attach_pmd()
+            try:
+                info, descriptors, end = driver.group.attach_pmd()
+            except QdsError as error:
+                answered.errback(error)
+                return
             pmd.adoptable[end] = driver.ends[-1].wire
             logs = [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus]
             pmd.descriptors += zip(descriptors, logs, strict=True)
@@ -478,7 +514,7 @@ class World:
         blocks = self.profile.size // block
         command = random.choices(
             (nbd.CMD_WRITE, nbd.CMD_READ, nbd.CMD_FLUSH, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES),
-            (60, 10, 12, 4, 4),
+            (60, 8, 16, 4, 4),
         )[0]
         if command == nbd.CMD_FLUSH:
             return self.submit(client, ldsu, command, 0, 0)
@@ -506,7 +542,7 @@ class World:
         if command == nbd.CMD_READ:
             asked.expected = sectors.expect(offset, length)
         elif command == nbd.CMD_FLUSH:
-            asked.covers = list(self.answered_writes[ldsu])
+            asked.answer = number
         client.open[id(request)] = asked
         return asked
 
@@ -514,19 +550,26 @@ class World:
         """Take a success; from now on it is a promise."""
         self.count("answers")
         request, ldsu = asked.request, asked.ldsu
-        assert self.driver is not None
-        if self.driver.group.units[ldsu].errors:
-            raise Violation(f"LOUD: LDSU {ldsu} acknowledges on a failed device")
         sectors = self.model.sectors[ldsu]
         if request.command == nbd.CMD_FLUSH:
-            safe = asked.covers
+            safe = [one for one in self.answered_writes[ldsu] if one.answer < asked.answer]
+            self.answered_writes[ldsu] = [
+                one for one in self.answered_writes[ldsu] if one.answer > asked.answer
+            ]
         else:
             sectors.answered(asked.number, request.offset, request.length)
-            self.answered_writes[ldsu].append(asked)
-            fua = bool(request.flags & nbd.CMD_FLAG_FUA) or self.profile.durability == "always"
-            safe = [asked] if fua else []
+            if request.flags & nbd.CMD_FLAG_FUA or self.profile.durability == "always":
+                safe = [asked]
+            else:
+                safe = []
+                asked.answer = self._number()
+                self.answered_writes[ldsu].append(asked)
         for one in safe:
-            sectors.made_safe(one.number, one.request.offset, one.request.length)
+            done = one.request
+            if not self.model.is_safe(ldsu, one.number, done.offset, done.length):
+                why = "LOUD" if self.latched else "DURABLE"
+                raise Violation(f"{why}: LDSU {ldsu} promises what is on no platters: {one}")
+            sectors.made_safe(one.number, done.offset, done.length)
 
     def was_read(self, asked: Asked, data: bytes) -> None:
         self.count("reads")
@@ -553,6 +596,8 @@ class World:
                 self.due[name] = 0.0
             self._safety()
             self._liveness()
+            if not self.latched and self.random.random() < ANEW_CHANCE:
+                self._begin_anew()
         return self
 
     def close(self) -> None:
@@ -579,6 +624,10 @@ class World:
             self.kill(whom)
         elif kind == "cut link":
             self._cut_link()
+        elif kind == "slow link":
+            self._slow_link()
+        elif what == "stop":
+            self._stop_driver()
         elif kind == "hang link":
             self.count("hang link")
             self.link_up = not self.link_up
@@ -596,6 +645,31 @@ class World:
         self.note("cut link")
         for wire in self.wires:
             wire.cut()
+
+    def _slow_link(self) -> None:
+        until = self.clock.seconds() + self.random.choice((0.01, 0.3, 3.0))
+        for wire in self.wires:
+            wire.slow_until = until
+
+    def _stop_driver(self) -> None:
+        """Stop the driver in order; its clients leave it first."""
+        driver = self.driver
+        if driver is None or not self.serving:
+            return
+        self.count("stop driver")
+        self.note("stop driver")
+        for client in self.clients:
+            client.gone = True
+        self.clients = []
+        self.serving = False
+
+        def stopped(_: Any) -> None:
+            if driver is self.driver:
+                driver.kill()
+                self.driver = None
+                self._after_end("driver")
+
+        driver.group.stop().addBoth(stopped)
 
     def _light_fuse(self) -> None:
         process = self.random.choice([self.driver, self.rmd])
@@ -619,6 +693,9 @@ class World:
         method = self.random.choice(("fdatasync", "pwritev"))
         self.latched.add(path)
         self.disks[path].faults[method] = 1
+        for start, failed in (("/near/data", self.model.dead), ("/near/log", self.model.unlogged)):
+            if path.startswith(start):
+                failed.add(int(path.removeprefix(start)))
         self.count("error")
         self.note(f"{method} on {path} fails")
 
@@ -653,7 +730,7 @@ class World:
         return found
 
     def _some(self) -> int:
-        return self.random.choice((1, 100, 5000, 1 << 20, 1 << 20))
+        return self.random.choice((1, 100, 5000, CHUNK_BYTES_MAX, CHUNK_BYTES_MAX))
 
     def _after(self) -> None:
         """See to processes that ended in the middle of I/O, and look at the limits."""
@@ -671,15 +748,21 @@ class World:
             raise Violation(f"BOUND: an unexpected error was logged: {self.logged[0]}")
 
     def _check_bounds(self) -> None:
-        limit = self.profile.limit
-        largest = self.profile.log // 4 + self.profile.buffer
-        if self.driver is not None and self.driver.group._unapplied_bytes > limit + largest:
+        """BOUND: what waits somewhere is limited."""
+        profile = self.profile
+        frame = profile.log // 4 + 8 * KIB
+        if self.driver is not None and self.driver.group._unapplied_bytes > profile.limit + frame:
             raise Violation("BOUND: too much is unapplied at the driver")
+        if self.pmd is not None and self.pmd.group._outbound is not None:
+            flying = sum(size for _, size, _, _ in self.pmd.group._outbound._in_flight)
+            if flying > profile.window + profile.buffer + frame:
+                raise Violation("BOUND: more is on its way than the window allows")
         if self.rmd is not None and self.receiving:
             group = self.rmd.group
-            if group._received_bytes > limit + (1 << 20):
+            received = profile.limit + CHUNK_BYTES_MAX + frame
+            if group._received_bytes > received:
                 raise Violation("BOUND: too much is received at the secondary")
-            if group.unmirrored_bytes > 2 * limit + self.profile.journal:
+            if group.unmirrored_bytes > 2 * profile.limit + received:
                 raise Violation("BOUND: too much waits for the mirror")
 
     def advance(self) -> None:
@@ -687,6 +770,7 @@ class World:
         now = self.clock.seconds()
         times = [call.getTime() for call in self.clock.getDelayedCalls()]
         times += self.due.values()
+        times += [wire.slow_until for wire in self.wires if wire.slow_until > now]
         later = max(0.0, min(times, default=now + 1.0) - now)
         self.note(f"advance {later:.6f}")
         self.clock.advance(later)
@@ -703,22 +787,32 @@ class World:
         """Stop the faults; everything must be mirrored before long."""
         self.quiet = True
         self.link_up = True
+        for wire in self.wires:
+            wire.slow_until = 0.0
         for process in self.processes():
             process.fuse = None
         for disk in self.disks.values():
             disk.faults.clear()
-        # With a failed device there is nothing to wait for, but for somebody to say so.
-        deadline = self.clock.seconds() + (10.0 if self.latched else LIVENESS_SECONDS)
+        if self.latched:
+            # With a failed device there is nothing to wait for, but for somebody to say so.
+            deadline = self.clock.seconds() + 10.0
+            self._until(lambda: self._at_rest() or self.clock.seconds() > deadline, "a moment")
+            if not self._at_rest():
+                self._check_told()
+            else:
+                self.check_mirror()
+            return
+        self._until(self._at_rest, "everything to be mirrored")
+        self._check_equal()
+
+    def _until(self, happened: Callable[[], bool], what: str) -> None:
+        """Go on without faults until something is so."""
+        deadline = self.clock.seconds() + LIVENESS_SECONDS
         for _ in range(STEPS_MAX):
-            if self._at_rest():
-                break
+            if happened():
+                return
             if self.clock.seconds() > deadline:
-                if self.latched:
-                    self._check_told()
-                    return
-                raise Violation(
-                    f"LIVENESS: not at rest after {LIVENESS_SECONDS} s: {self._state()}"
-                )
+                break
             doable = self._doable()
             if doable:
                 name, action = self.random.choice(doable)
@@ -727,9 +821,46 @@ class World:
                 self._after()
             else:
                 self.advance()
-        else:
-            raise Violation(f"LIVENESS: not at rest after {STEPS_MAX} steps: {self._state()}")
+        raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
+
+    def _begin_anew(self) -> None:
+        """Initialise the writelogs again: the secondary keeps its old history until a refresh.
+
+        GENERATION: nothing of the new one may be taken before.
+        """
+        self.count("generations")
+        self.note("begin anew")
+        self._stop_driver()
+        self._until(lambda: self.driver is None, "the driver's end")
+        self.due.pop("driver", None)
+        self.kill("pmd")
+        self.model.begin_generation(
+            self._initialise_writelogs(),
+            [bytes(self.disks[ldsu.data_device].seen) for ldsu in self.config.ldsus],
+        )
+        self.start("driver")
+        self._until(lambda: self.serving, "the driver")
+        before = [bytes(disk.seen) for disk in self.model.mirrors]
+        for _ in range(self.random.randrange(1, 12)):
+            self.ask()
+        self._until(self._refused, "a refusal")
+        if before != [bytes(disk.seen) for disk in self.model.mirrors]:
+            raise Violation("GENERATION: the mirror takes up another history")
+        self._refresh()
+        self._until(self._at_rest, "the refresh")
         self._check_equal()
+
+    def _refused(self) -> bool:
+        return self.driver is not None and self.driver.group.link["state"] == "refused"
+
+    def _initialise_writelogs(self) -> bytes:
+        generation = secrets.token_bytes(16)
+        for ldsu in self.config.ldsus:
+            self.disks[ldsu.writelog_device].discard()
+            unit = BoundUnit(ldsu.index, ldsu.name, self.profile.size, ldsu.data_device)
+            self._make_log(ldsu.writelog_device, self.profile.log, "writelog", [unit], [generation])
+        self.model.logs = [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus]
+        return generation
 
     def _at_rest(self) -> bool:
         if not self.serving or not self.receiving or self.driver is None or self.rmd is None:
@@ -773,8 +904,8 @@ class World:
     # -- what is replaced while it runs ---------------------------------------------------------
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Take the place of chance, and watch."""
+    def installed(self, watching: bool = True) -> Iterator[None]:
+        """Take the place of chance, and watch what the groups do."""
         profile = self.profile
         bytes_of = self.random_bytes.randbytes
         with ExitStack() as stack:
@@ -790,7 +921,11 @@ class World:
             patch(remote_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
             patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
             patch(DriverUnit, "_frame", _watched_frame(self, DriverUnit._frame))
+            if not watching:
+                yield
+                return
             patch(Link, "send_frames", _watched_send_frames(self, Link.send_frames))
+            patch(RemoteGroup, "rebase", _watched_rebase(self, RemoteGroup.rebase))
             patch(Link, "send", _watched_send(self, Link.send))
             patch(
                 Writelog, "write_superblock", _watched_superblock(self, Writelog.write_superblock)
@@ -834,6 +969,15 @@ def _watched_frame(world: World, original: Any) -> Any:
     return frame
 
 
+def _watched_rebase(world: World, original: Any) -> Any:
+    def rebase(group: RemoteGroup, positions: Sequence[RebasePosition]) -> Any:
+        for one in positions:
+            world.model.rebased(one.index, one.generation, one.chain)
+        return original(group, positions)
+
+    return rebase
+
+
 def _essence(writes: Any) -> list[tuple[int, bytes]]:
     """Give what must be on the platters: not what fills up a block."""
     *pads, (at, pieces) = writes
@@ -868,6 +1012,17 @@ def _watched_superblock(world: World, original: Any) -> Any:
             world.model.writelog_recorded(log.superblock)
 
     return write_superblock
+
+
+class _AllButTheFirst:
+    """Loses the first unsynced write of a site, and keeps what was written after it."""
+
+    _lost = False
+
+    def __call__(self, write: Unsynced) -> list[tuple[int, int]]:
+        kept = everything(write) if self._lost else []
+        self._lost = True
+        return kept
 
 
 class _Listener:

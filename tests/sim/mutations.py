@@ -1,0 +1,351 @@
+"""Deliberately broken builds: each breaks a rule that keeps an invariant, and must be seen.
+
+A mutation replaces something in the real classes while it is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+from qdsmirror.core.recovery import Recovery
+from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups.attachment import DriverEnd
+from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.primary import PrimaryGroup
+from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.unit import DriverUnit
+from qdsmirror.storage import journal as journal_module
+from qdsmirror.storage import logreader as logreader_module
+from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.writelog import Writelog
+
+Patch = Callable[[Any, str, Any], None]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A broken build.
+
+    :ivar breaks: the invariant whose rule it breaks.
+    :ivar apply: makes the changes, each by a call of its argument (owner, name, value).
+    :ivar seeds: how many seeds, at most, until the simulation has seen it.
+    """
+
+    name: str
+    breaks: str
+    apply: Callable[[Patch], None]
+    seeds: int = 60
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+
+            def patch(owner: Any, name: str, value: Any) -> None:
+                stack.enter_context(mock.patch.object(owner, name, value))
+
+            self.apply(patch)
+            yield
+
+
+MUTATIONS: list[Mutation] = []
+
+
+def mutation(breaks: str, seeds: int = 60) -> Callable[[Callable[[Patch], None]], Any]:
+    def keep(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        name = apply.__name__.strip("_").replace("_", " ")
+        MUTATIONS.append(Mutation(name, breaks, apply, seeds))
+        return apply
+
+    return keep
+
+
+def _wrapped(owner: Any, name: str, before: Any = None, after: Any = None) -> Any:
+    """Give a method that calls something more before or behind the real one."""
+    real = getattr(owner, name)
+
+    def method(self: Any, *args: Any, **kw: Any) -> Any:
+        if before is not None:
+            before(self, *args, **kw)
+        result = real(self, *args, **kw)
+        if after is not None:
+            after(self, *args, **kw)
+        return result
+
+    return method
+
+
+def _ignore(_result: Any, _error: BaseException | None) -> None:
+    """Take the end of a job."""
+
+
+# -- the primary ----------------------------------------------------------------------------------
+
+
+@mutation("NO-HIDDEN")
+def _apply_before_durable(patch: Patch) -> None:
+    def early(unit: Any, frame: Any, *_: Any) -> None:
+        unit._apply_worker.run(partial(apply_entries, unit.device, frame.entries), _ignore)
+
+    patch(DriverUnit, "_append", _wrapped(DriverUnit, "_append", before=early))
+
+
+@mutation("NO-AHEAD")
+def _announce_before_durable(patch: Patch) -> None:
+    real = DriverEnd.durable
+
+    def durable(end: Any, gsn: int, unit: Any) -> None:
+        was, unit.durable_end = unit.durable_end, unit.writelog.head
+        real(end, end._group.next_gsn - 1, unit)
+        unit.durable_end = was
+
+    def appended(unit: Any, *_: Any) -> None:
+        if unit.group._pmd is not None:
+            unit.group._pmd.durable(0, unit)
+
+    patch(DriverEnd, "durable", durable)
+    patch(DriverUnit, "_was_appended", _wrapped(DriverUnit, "_was_appended", after=appended))
+
+
+@mutation("DURABLE")
+def _flush_without_sync(patch: Patch) -> None:
+    def flush(unit: Any, request: Any) -> None:
+        request.connection.answer([request])
+
+    patch(DriverUnit, "_flush", flush)
+
+
+@mutation("DURABLE")
+def _fua_answered_from_the_cache(patch: Patch) -> None:
+    real = DriverUnit._was_appended
+
+    def was_appended(unit: Any, frame: Any, finished: Any, result: Any, error: Any) -> None:
+        for request in finished:
+            request.connection.answer([request])
+        real(unit, frame, [], result, error)
+
+    patch(DriverUnit, "_was_appended", was_appended)
+
+
+@mutation("LOUD", seeds=300)
+def _failed_sync_taken_for_good(patch: Patch) -> None:
+    real = DriverUnit._committed
+
+    def committed(unit: Any, count: int, result: Any, error: Any) -> None:
+        real(unit, count, result, None)
+
+    patch(DriverUnit, "_committed", committed)
+
+
+@mutation("TAIL")
+def _tail_past_an_unacknowledged_frame(patch: Patch) -> None:
+    _after_cursors(patch, lambda changes: {**changes, "tail": changes["applied"]})
+
+
+@mutation("TAIL")
+def _tail_past_an_unsynced_frame(patch: Patch) -> None:
+    def sync_data(unit: Any, done: Any) -> None:
+        done(unit.applied_sequence, None)
+
+    patch(DriverUnit, "sync_data", sync_data)
+
+
+def _after_cursors(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    from qdsmirror.groups.checkpoint import Checkpoints
+
+    real = Checkpoints.cursors
+    patch(Checkpoints, "cursors", lambda self, unit: change(real(self, unit)))
+
+
+@mutation("RECOVER")
+def _replay_without_sync(patch: Patch) -> None:
+    real = driver_module.replay
+
+    def replay(unit: Any) -> int:
+        with mock.patch.object(unit.device, "fdatasync", lambda: None):
+            return real(unit)
+
+    patch(driver_module, "replay", replay)
+
+
+@mutation("RECOVER")
+def _one_superblock_slot_only(patch: Patch) -> None:
+    real = Writelog.write_superblock
+
+    def write_superblock(log: Any, superblock: Any, *, both: bool = False) -> None:
+        from dataclasses import replace
+
+        even = superblock.counter + superblock.counter % 2
+        real(log, replace(superblock, counter=even), both=False)
+
+    patch(Writelog, "write_superblock", write_superblock)
+
+
+@mutation("RECOVER")
+def _scan_without_sync(patch: Patch) -> None:
+    real = Writelog.open.__func__  # type: ignore[attr-defined]
+
+    def open_log(cls: Any, device: Any, *args: Any, **kw: Any) -> Any:
+        with mock.patch.object(device, "fdatasync", lambda: None):
+            return real(cls, device, *args, **kw)
+
+    patch(Writelog, "open", classmethod(open_log))
+
+
+@mutation("RECOVER")
+def _body_checksum_not_checked(patch: Patch) -> None:
+    patch(logreader_module, "check_body", lambda _header, _frame: None)
+
+
+@mutation("RECOVER", seeds=300)
+def _chain_not_checked(patch: Patch) -> None:
+    patch(logreader_module, "chain_follows", lambda *_: True)
+
+
+@mutation("RECOVER")
+def _void_ranges_not_recorded(patch: Patch) -> None:
+    real = driver_module.judge
+    patch(driver_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
+
+
+# -- between the sites ----------------------------------------------------------------------------
+
+
+@mutation("PREFIX")
+def _resume_off_by_one(patch: Patch) -> None:
+    real = PrimaryGroup._resume
+
+    async def resume(group: Any, acks: Any, next_gsn: int) -> Any:
+        cursors, gsn = await real(group, acks, next_gsn)
+        return cursors, gsn + 1
+
+    patch(PrimaryGroup, "_resume", resume)
+
+
+@mutation("GENERATION")
+def _resume_by_number_without_proof(patch: Patch) -> None:
+    patch(OutUnit, "_proven", lambda _self, cursor, _point: cursor)
+
+
+@mutation("PREFIX")
+def _frames_of_the_last_session_kept(patch: Patch) -> None:
+    real = RemoteGroup.supersede
+
+    def supersede(group: Any) -> None:
+        kept = list(group._received)
+        real(group)
+        group._received.extend(kept)
+
+    patch(RemoteGroup, "supersede", supersede)
+
+
+@mutation("BOUND")
+def _window_not_heeded(patch: Patch) -> None:
+    def pump(outbound: Any) -> None:
+        outbound._in_flight_bytes = 0
+        if outbound._link is not None:
+            outbound._link.can_send = True
+
+    patch(Outbound, "pump", _wrapped(Outbound, "pump", before=pump))
+
+
+# -- the secondary --------------------------------------------------------------------------------
+
+
+@mutation("TAIL")
+def _acknowledged_before_the_journal_is_durable(patch: Patch) -> None:
+    def early(group: Any, *_: Any) -> None:
+        if group._link is not None and group._received:
+            group.committed_gsn = group._received[-1].change.header.gsn_last
+            group._ack()
+
+    patch(RemoteGroup, "link_message", _wrapped(RemoteGroup, "link_message", after=early))
+
+
+@mutation("PREFIX")
+def _mirror_before_the_journal_is_durable(patch: Patch) -> None:
+    def early(group: Any) -> None:
+        if group.mirror is not None:
+            changes = [received.change for received in group._received]
+            group._mirror_worker.run(partial(group.mirror.apply, changes), _ignore)
+
+    patch(RemoteGroup, "_journal", _wrapped(RemoteGroup, "_journal", before=early))
+
+
+@mutation("PREFIX")
+def _journal_not_synced(patch: Patch) -> None:
+    real = RemoteGroup._journal
+
+    def journal(group: Any) -> None:
+        if group.mirror is None:
+            return
+        run = group._journal_worker.run
+        device = group.mirror.journal.device
+
+        def unsynced(job: Any, done: Any) -> None:
+            def without() -> Any:
+                with mock.patch.object(device, "fdatasync", lambda: None):
+                    return job()
+
+            run(without, done)
+
+        with mock.patch.object(group._journal_worker, "run", unsynced):
+            real(group)
+
+    patch(RemoteGroup, "_journal", journal)
+
+
+@mutation("TAIL")
+def _journal_freed_before_the_mirror_is_synced(patch: Patch) -> None:
+    real = Mirror.checkpoint
+
+    def checkpoint(mirror: Any, *args: Any, **kw: Any) -> Any:
+        with ExitStack() as stack:
+            for device in mirror.devices:
+                stack.enter_context(mock.patch.object(device, "fdatasync", lambda: None))
+            return real(mirror, *args, **kw)
+
+    patch(Mirror, "checkpoint", checkpoint)
+
+
+@mutation("BOUND", seeds=200)
+def _never_presses_back(patch: Patch) -> None:
+    patch(RemoteGroup, "_press", lambda _self: None)
+
+
+@mutation("COHERENT", seeds=200)
+def _coherent_while_it_is_refreshed(patch: Patch) -> None:
+    real = Mirror.mark_incoherent
+
+    def mark_incoherent(mirror: Any, *args: Any, **kw: Any) -> Any:
+        real(mirror, *args, **kw)
+        mirror.journal.update(both=True, coherent=True)
+
+    patch(Mirror, "mark_incoherent", mark_incoherent)
+
+
+@mutation("COHERENT", seeds=200)
+def _end_of_refresh_without_sync(patch: Patch) -> None:
+    real = Mirror._mark_coherent
+
+    def mark_coherent(mirror: Any, *args: Any, **kw: Any) -> Any:
+        with ExitStack() as stack:
+            for device in mirror.devices:
+                stack.enter_context(mock.patch.object(device, "fdatasync", lambda: None))
+            return real(mirror, *args, **kw)
+
+    patch(Mirror, "_mark_coherent", mark_coherent)
+
+
+@mutation("COHERENT", seeds=200)
+def _chunk_read_without_what_is_pending(patch: Patch) -> None:
+    patch(DriverUnit, "lock", lambda *_: None)
+    patch(DriverUnit, "unlock", lambda *_: None)
+
+
+__all__ = ["MUTATIONS", "Mutation", "journal_module"]
