@@ -54,10 +54,14 @@ class Dead:
 
 @dataclass(frozen=True)
 class Failed:
-    """The failed devices of a group, by the index of their LDSU."""
+    """The failed devices of a group, by the index of their LDSU.
+
+    :ivar generation: the group's, in hexadecimal: perhaps no superblock is left that says so.
+    """
 
     untrusted: Mapping[int, Untrusted] = field(default_factory=dict)
     dead: Mapping[int, Dead] = field(default_factory=dict)
+    generation: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.untrusted or self.dead)
@@ -72,6 +76,7 @@ class Failed:
             "dead": {
                 str(index): [one.reason, one.since, one.size] for index, one in self.dead.items()
             },
+            "generation": self.generation,
         }
 
     @classmethod
@@ -85,13 +90,14 @@ class Failed:
         try:
             untrusted = {int(i): Untrusted(*one) for i, one in body["untrusted"].items()}
             dead = {int(i): Dead(*one) for i, one in body["dead"].items()}
+            generation = bytes.fromhex(body["generation"]).hex()
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"the record of failed devices cannot be read: {error}") from error
         for log in untrusted.values():
             _check(log.reason, log.since, log.upto, log.size)
         for device in dead.values():
             _check(device.reason, device.since, device.size)
-        return cls(untrusted, dead)
+        return cls(untrusted, dead, generation)
 
 
 def _check(reason: object, since: object, *numbers: object) -> None:
@@ -107,9 +113,11 @@ def worst(records: Iterable[Failed]) -> Failed:
     """Give what several records of one group say together: whatever one of them says."""
     untrusted: dict[int, Untrusted] = {}
     dead: dict[int, Dead] = {}
+    generation = ""
     for record in records:
         for index, log in record.untrusted.items():
             untrusted[index] = untrusted[index].worse(log) if index in untrusted else log
         for index, device in record.dead.items():
             dead.setdefault(index, device)
-    return Failed(untrusted, dead)
+        generation = record.generation or generation
+    return Failed(untrusted, dead, generation)

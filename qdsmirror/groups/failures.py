@@ -144,16 +144,17 @@ class Failures:
     def _wanted(self) -> Failed:
         """Give what should be durable by now."""
         upto = self._break()
+        group = self._group
         untrusted: dict[int, Untrusted] = {}
         dead: dict[int, Dead] = {}
-        for unit in self._group.units:
+        for unit in group.units:
             if unit.log_failed:
                 reason, since = self._since[WRITELOG, unit.index]
                 drained = unit.index in self._drained
                 untrusted[unit.index] = Untrusted(reason, since, upto, drained, unit.size)
             if unit.dead:
                 dead[unit.index] = Dead(*self._since[DATA_DEVICE, unit.index], unit.size)
-        return Failed(untrusted, dead)
+        return Failed(untrusted, dead, group.generation.hex())
 
     def _break(self) -> int:
         """Give the last GSN that may be sent: below the failed logs' first non-durable frame."""

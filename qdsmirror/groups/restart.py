@@ -44,7 +44,7 @@ def known_failures(group: DriverGroup, latch: FailureLatch) -> Failed:
         if data is not None and ldsu.index not in dead:
             reason = _shorten(f"data device {ldsu.data_device} failed: {data}")
             dead[ldsu.index] = Dead(reason, now, 0)
-    return Failed(untrusted, dead)
+    return Failed(untrusted, dead, known.generation)
 
 
 def replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch) -> None:
@@ -73,6 +73,7 @@ def replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLat
 def failures_found(opened: Sequence[OpenUnit]) -> Failed:
     """Give what is known of a group's failed devices once everything was replayed."""
     upto = max(one.durable_gsn for one in opened)
+    readable = believed(opened) or [one.writelog.superblock for one in opened]
     return Failed(
         {
             one.config.index: replace(
@@ -89,6 +90,7 @@ def failures_found(opened: Sequence[OpenUnit]) -> Failed:
             for one in opened
             if one.dead is not None
         },
+        settle(readable).generations[-1].id.hex(),
     )
 
 
@@ -109,12 +111,9 @@ def go_on_past(
     readable = superblocks or [one.writelog.superblock for one in opened]
     group.committed_gsn = min(upto, max(s.tail.gsn for s in readable) - 1)
     bypass = next((s.bypass for s in readable if s.bypass is not None), None)
-    if readable[0].generations:
-        settled = settle(readable)
-        group.generation = settled.generations[-1].id
-        group.coherence.resume(settled._replace(refreshes=[]))
-    else:
-        group.coherence.reason = "what is known of the mirror was in a writelog that has failed"
+    settled = settle(readable)
+    group.generation = settled.generations[-1].id
+    group.coherence.resume(settled._replace(refreshes=[]))
     first = min(failed.untrusted.values(), key=lambda log: log.since)
     state = bypass or {"id": os.urandom(16).hex(), "since": first.since}
     reasons = "; ".join(log.reason for log in failed.untrusted.values())

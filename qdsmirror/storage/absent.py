@@ -12,7 +12,7 @@ from zope.interface import implementer
 
 from qdsmirror.core.bitmap import bitmap_area
 from qdsmirror.core.recent import Recent
-from qdsmirror.core.records import BoundUnit, Superblock
+from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import MIB, RECORD_ALIGN_BYTES
@@ -83,8 +83,11 @@ class AbsentDevice:
         return OSError(errno.EIO, f"{self.role} is not used since it has failed", self.path)
 
 
-def absent_log(path: str, role: str, group: int, unit: BoundUnit) -> Writelog:
-    """Give a writelog that holds nothing and takes nothing."""
+def absent_log(path: str, role: str, group: int, unit: BoundUnit, generation: bytes) -> Writelog:
+    """Give a writelog that holds nothing and takes nothing.
+
+    :param generation: the group's.
+    """
     start = align_up(2 * Superblock.slot_bytes, RECORD_ALIGN_BYTES)
     area = bitmap_area(start, unit.size, _RING_BYTES, RECORD_ALIGN_BYTES)
     ring = Ring(start + area.size, _RING_BYTES, RECORD_ALIGN_BYTES)
@@ -95,6 +98,8 @@ def absent_log(path: str, role: str, group: int, unit: BoundUnit) -> Writelog:
         units=(unit,),
         ring=ring,
         device_bytes=ring.start + ring.size,
+        generations=(Generation(generation, 1),),
+        reason="what was known of the mirror was in a writelog that has failed",
         bitmap=area,
     )
     return Writelog(AbsentDevice(path, role, superblock.device_bytes), superblock)

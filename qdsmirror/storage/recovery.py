@@ -168,7 +168,9 @@ def _open_logs(
         if log is not None and log.drained:
             unit = BoundUnit(ldsu.index, ldsu.name, log.size, ldsu.data_device)
             role = f"writelog of {ldsu.name}"
-            logs[ldsu.index] = absent_log(ldsu.writelog_device, role, config.number, unit)
+            logs[ldsu.index] = absent_log(
+                ldsu.writelog_device, role, config.number, unit, bytes.fromhex(failed.generation)
+            )
         elif ldsu.index in errors:
             raise errors[ldsu.index]
     return logs, failed

@@ -352,6 +352,9 @@ class WritelogTests(SynchronousTestCase):
         story.world.start()
         story.check()
         story.check_bypass("/near/log0")
+        self.assertEqual(story.world.group.generation, GENERATION)
+        # The only superblock that knew of the mirror is gone.
+        self.assertFalse(story.world.group.coherent)
 
     def test_break_is_below_the_first_frame_that_is_not_durable(self) -> None:
         story = Story(self, stepped=True)
@@ -805,6 +808,6 @@ class RecordTests(SynchronousTestCase):
         failed = Failed({1: Untrusted("why", 5.0, 90, False, SIZE)})
         self.assertEqual(Failed.from_json(failed.to_json()), failed)
         self.assertEqual(Failed.from_json(None), Failed())
-        for bad in ({}, {"untrusted": [], "dead": {}}, {"untrusted": {"1": ["x"]}, "dead": {}},
+        for bad in ({}, {"untrusted": [], "dead": {}, "generation": ""}, {"untrusted": {"1": ["x"]}, "dead": {}},
                     {"untrusted": {}, "dead": {"0": [1, 2.0, 3]}}):  # fmt: skip
             self.assertRaises(ValueError, Failed.from_json, bad)
