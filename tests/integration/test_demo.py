@@ -79,7 +79,7 @@ class CompareTests(TestCase):
         place = Path(tempfile.mkdtemp(prefix="qd", dir="/tmp"))
         self.addCleanup(shutil.rmtree, place)
         self.lab = Lab(place / "lab")
-        self.lab.create(Plan(size=4 * MIB, writelog=2 * MIB, journal=2 * MIB))
+        self.lab.create(Plan(size=4 * MIB, writelog=2 * MIB, journal=3 * MIB))
         self.written = [demo.Written("qds0", bytearray(4 * MIB))]
 
     def poke(self, site: str, name: str, at: int) -> None:
