@@ -23,6 +23,8 @@ from qdsmirror.tools.status import Group, collect_groups, raise_failure
 #: The driver answers when the beginning is durable in every writelog of the group.
 BEGIN_SECONDS = 30.0
 POLL_SECONDS = 0.2
+#: A failure that has stood for so many looks is one.
+REFUSED_LOOKS = 5
 LINE_SECONDS = 10.0
 
 #: Calls a command of a group's driver: (group, command, arguments) -> answer.
@@ -163,6 +165,7 @@ def follow(
     :raises QdsError: the link is refused for good.
     """
     waiting = list(configs)
+    failed: dict[str, int] = {}
     while waiting:
         for config in list(waiting):
             try:
@@ -170,8 +173,15 @@ def follow(
             except UnreachableError:
                 continue
             show(group)
-            if _ended(group):
-                waiting.remove(config)
+            try:
+                if _ended(group):
+                    waiting.remove(config)
+                failed.pop(group["name"], None)
+            except QdsError:
+                # The link may have been refused for what the refresh is about to overcome.
+                looks = failed[group["name"]] = failed.get(group["name"], 0) + 1
+                if group["refresh"] is None or looks >= REFUSED_LOOKS:
+                    raise
         if waiting:
             sleep(POLL_SECONDS)
 

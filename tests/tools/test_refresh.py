@@ -121,8 +121,16 @@ class FollowTests(TestCase):
     def test_refused_link(self) -> None:
         link = {"pid": 1, "state": "refused", "reason": "wrong name", "code": 12}
         group = driver_status(refresh=progress(1, 1), coherent=False, pmd=link)
-        error = self.assertRaises(IdentityError, self.follow, [group])
+        looks = [group] * refresh.REFUSED_LOOKS
+        error = self.assertRaises(IdentityError, self.follow, looks)
         self.assertIn("wrong name", str(error))
+
+    def test_refused_until_the_refresh_is_known(self) -> None:
+        """The pmd may still say what it was refused for before it knew of the refresh."""
+        link = {"pid": 1, "state": "refused", "reason": "another generation", "code": 4}
+        refused = driver_status(refresh=progress(0, 2), coherent=False, pmd=link)
+        running = driver_status(refresh=progress(1, 1), coherent=False)
+        self.follow([refused, refused, running, refused, running, driver_status()])
 
 
 class LinesTests(TestCase):
