@@ -289,6 +289,9 @@ class Story:
         error = test.failureResultOf(group.switch_bypass("off"), DeviceFailedError).value
         test.assertIn("qdswlinit", error.hint)
         test.failureResultOf(group.refresh("full"), DeviceFailedError)
+        if group.failures.restarted:
+            error = test.assertRaises(QdsError, group.attach_pmd)
+            test.assertIn("nothing is sent", str(error))
         requests = [self.write(index, 60, fua=True) for index in range(len(group.units))]
         for index, request in enumerate(requests):
             test.assertIn(request, self.world.client.done)
@@ -808,6 +811,7 @@ class RecordTests(SynchronousTestCase):
         failed = Failed({1: Untrusted("why", 5.0, 90, False, SIZE)})
         self.assertEqual(Failed.from_json(failed.to_json()), failed)
         self.assertEqual(Failed.from_json(None), Failed())
-        for bad in ({}, {"untrusted": [], "dead": {}, "generation": ""}, {"untrusted": {"1": ["x"]}, "dead": {}},
+        for bad in ({}, {"untrusted": [], "dead": {}, "generation": ""},
+                    {"untrusted": {"1": ["x"]}, "dead": {}},
                     {"untrusted": {}, "dead": {"0": [1, 2.0, 3]}}):  # fmt: skip
             self.assertRaises(ValueError, Failed.from_json, bad)

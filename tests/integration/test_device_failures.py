@@ -1,0 +1,136 @@
+"""From a failed writelog, and from a dead data device, to a good mirror again: word for word.
+
+What each failure looks like: tests/integration/test_faults.py.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from twisted.trial.unittest import TestCase
+
+from tests.integration.lab import in_thread
+from tests.integration.power import PowerWorld
+
+BLOCK = 4096
+SIZE = 1 << 20
+FAILED = 1
+
+
+class WayBackTests(TestCase):
+    """As qdsmirror-architecture(7) says, after a kill -9 in between."""
+
+    timeout = 170
+
+    def start(self) -> PowerWorld:
+        world = PowerWorld(
+            self, "--ldsus", "2", "--size", "1M", "--writelog", "2M", "--journal", "3M"
+        )
+        world.create()
+        world.start()
+        return world
+
+    def fail(self, world: PowerWorld, device: str, operation: str) -> None:
+        world.tell_disks(
+            "primary", "fault", file=device, operation=operation, errno=errno.EIO, times=1
+        )
+
+    def status(self, world: PowerWorld) -> dict[str, Any]:
+        return world.groups("primary")[0]
+
+    def kill_driver(self, world: PowerWorld) -> None:
+        victim = world.kill("dsgrp000.driver")
+        world.until(lambda: world.pid("dsgrp000.driver") not in (None, victim), "another driver")
+
+    def write(self, world: PowerWorld, ldsu: int, block: int, byte: bytes) -> bytes:
+        data = byte * BLOCK
+        with world.connect(f"qds{ldsu}") as client:
+            client.write(block * BLOCK, data, True)
+            client.flush()
+            self.assertEqual(client.read(block * BLOCK, BLOCK), data)
+        return data
+
+    def replace(self, world: PowerWorld, device: str, content: bytes | None = None) -> None:
+        """Put a new disk in the place of one that has failed."""
+        path = world.device("primary", device)
+        with open(path, "r+b") as file:
+            file.write(content if content is not None else b"\xa5" * path.stat().st_size)
+
+    @in_thread
+    def test_writelog(self) -> None:
+        world = self.start()
+        kept = {(0, 0): self.write(world, 0, 0, b"a"), (1, 0): self.write(world, 1, 0, b"b")}
+        self.fail(world, "qds0.writelog", "fsync")
+        kept[0, 1] = self.write(world, 0, 1, b"c")
+        kept[1, 1] = self.write(world, 1, 1, b"d")
+        told = self.status(world)
+        self.assertEqual(told["state"], "bypass")
+        self.assertIn("qds0.writelog failed", told["reason"])
+        self.assertTrue(told["coherent"])
+        self.assertEqual([one["writelog"]["trusted"] for one in told["ldsus"]], [False, True])
+        self.kill_driver(world)
+        kept[0, 0] = self.write(world, 0, 0, b"e")
+        self.assertEqual(self.status(world)["state"], "bypass")
+        for command in (("qdsbypass", "off"), ("qdsrefresh", "--full")):
+            done = world.ask("primary", command[0], "-g", "0", *command[1:])
+            self.assertEqual(done.returncode, FAILED, done.stdout)
+            self.assertIn("qdswlinit -g 0 --yes", done.stderr)
+        world.at("primary", "killdriver")
+        world.at("primary", "killpmds")
+        self.replace(world, "qds0.writelog")
+        world.at("primary", "qdswlinit", "-g", "0", "--yes")
+        world.at("primary", "launchdriver")
+        world.at("primary", "launchpmds")
+        world.at("primary", "qdsrefresh", "-g", "0", "--full")
+        self.assert_good(world, kept)
+
+    @in_thread
+    def test_data_device(self) -> None:
+        world = self.start()
+        kept = {(0, 0): self.write(world, 0, 0, b"a"), (1, 0): self.write(world, 1, 0, b"b")}
+        self.fail(world, "qds0.data", "write")
+        with world.connect("qds0") as client:
+            client.write(BLOCK, b"c" * BLOCK, True)
+        kept[0, 1] = b"c" * BLOCK
+
+        def is_dead() -> bool:
+            return bool(self.status(world)["ldsus"][0]["dead"])
+
+        world.until(is_dead, "the death of a data device")
+        for _ in range(2):
+            with world.connect("qds0") as client:
+                for ask in (lambda: client.read(0, BLOCK), lambda: client.write(0, bytes(BLOCK))):
+                    self.assertRaises(OSError, ask)
+            self.kill_driver(world)
+            kept[1, 1] = self.write(world, 1, 1, b"d")
+            self.assertIn("qds0.data failed", self.status(world)["reason"])
+
+        def is_committed() -> bool:
+            gsn = self.status(world)["gsn"]
+            return bool(gsn["written"] == gsn["committed"])
+
+        world.until(is_committed, "everything to be committed")
+        world.stop("primary")
+        world.stop("secondary")
+        world.at("secondary", "qdsrmdreco", "-g", "0")
+        mirror = world.device("secondary", "qds0.mirror").read_bytes()
+        self.replace(world, "qds0.data", mirror)
+        world.at("primary", "qdswlinit", "-g", "0", "--yes")
+        world.launch()
+        world.at("primary", "qdsrefresh", "-g", "0", "--full")
+        self.assert_good(world, kept)
+
+    def assert_good(self, world: PowerWorld, kept: dict[tuple[int, int], bytes]) -> None:
+        for ldsu in range(2):
+            with world.connect(f"qds{ldsu}") as client:
+                for (index, block), data in kept.items():
+                    if index == ldsu:
+                        self.assertEqual(client.read(block * BLOCK, BLOCK), data, (ldsu, block))
+        self.write(world, 0, 9, b"z")
+        world.at("primary", "qdsinfo", "-g", "0", "--wait", "coherent", "--timeout", "60")
+        world.settle()
+        told = self.status(world)
+        self.assertEqual((told["state"], told["reason"]), ("connected", ""))
+        self.assertTrue(told["coherent"])
+        world.stop()
