@@ -207,6 +207,13 @@ class Ring:
         """The numbers of the devices that it has extents on."""
         return frozenset(extent.device for extent in self.extents)
 
+    def bytes_between(self, first: int, last: int) -> dict[int, int]:
+        """Give by device how many bytes lie between two positions, at most a turn apart."""
+        found: dict[int, int] = {}
+        for extent in _cut(self._from(first), last - first)[0]:
+            found[extent.device] = found.get(extent.device, 0) + extent.length
+        return found
+
     def _from(self, position: int) -> list[Extent]:
         before, after = _cut(self.extents, (position - self.base) % self.size)
         return after + before

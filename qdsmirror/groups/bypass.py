@@ -132,6 +132,7 @@ class Bypass:
             return
         if (
             group.checkpoints.running
+            or group.extensions.changes(unit)
             or unit.committed_end > unit.writelog.durable_tail
             or unit.applied_end <= unit.committed_end
         ):

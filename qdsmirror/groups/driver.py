@@ -20,6 +20,7 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.core.bitmap import DirtyBitmap
+from qdsmirror.core.failures import Failed
 from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
@@ -32,6 +33,7 @@ from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
 from qdsmirror.groups.devices import leave_devices, take_over_devices
 from qdsmirror.groups.driver_status import driver_status
+from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.restart import failures_found, go_on_past, known_failures, replay_all
@@ -93,6 +95,7 @@ class DriverGroup:
         self.failed_since = 0.0
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.failures = Failures(self, self._latch)
+        self.extensions = Extensions(self, self._latch)
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
@@ -110,10 +113,11 @@ class DriverGroup:
         known = known_failures(self, self._latch)
         pool = self.runtime.reactor.getThreadPool()
         opened: list[OpenUnit] = yield deferToThreadPool(
-            self.runtime.reactor, pool, open_units, self.config, self.runtime.open_device, known
+            self.runtime.reactor, pool, self._open, known
         )
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
+            yield deferToThreadPool(self.runtime.reactor, pool, self.extensions.settle, opened)
             self._listener = self.runtime.listen(
                 self.runtime.reactor, self._fd, {u.name: u for u in self.units}, self.runtime.budget
             )
@@ -121,6 +125,7 @@ class DriverGroup:
             for unit in self.units:
                 unit.close()
             close_units(opened)
+            self.extensions.close()
             raise
         self._serving = True
         self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())
@@ -130,6 +135,16 @@ class DriverGroup:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()
         self._tick()
+
+    def _open(self, known: Failed) -> list[OpenUnit]:
+        """Open all devices, and scan the writelogs (blocking)."""
+        try:
+            needed = any(not log.drained for log in known.untrusted.values())
+            pool = self.extensions.open(failed=needed)
+            return open_units(self.config, self.runtime.open_device, known, pool)
+        except BaseException:
+            self.extensions.close()
+            raise
 
     def _recover(self, opened: Sequence[OpenUnit]) -> None:
         """Replay, record void ranges, and write every superblock (blocking)."""
@@ -207,6 +222,7 @@ class DriverGroup:
             self.refresh_job.stop()
         yield self.bypass.stop()
         yield self.failures.stop()
+        yield self.extensions.stop()
         # With a full writelog they would wait for a secondary that may never come.
         for unit in self.units:
             unit.leave()
@@ -231,6 +247,7 @@ class DriverGroup:
         for unit in self.units:
             unit.device.close()
             unit.writelog.close()
+        self.extensions.close()
 
     def _final_checkpoint(self) -> Deferred[None]:
         finished: Deferred[None] = Deferred()
@@ -243,6 +260,11 @@ class DriverGroup:
             self.config.tunables.metadata_seconds, self._tick
         )
         self.checkpoints.take()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has started, and not yet stopped."""
+        return self._serving
 
     # -- sequence numbers, and what the units tell ------------------------------------------------
 
@@ -369,6 +391,14 @@ class DriverGroup:
     def switch_bypass(self, to: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Bypass.switch`."""
         return self.bypass.switch(to)
+
+    def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Extensions.extend`."""
+        return self.extensions.extend(ldsu, device)
+
+    def free(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Extensions.free`."""
+        return self.extensions.free(ldsu, device)
 
     def cut(self) -> dict[str, Any]:
         """Give the present end of every log: where a history can begin anew."""

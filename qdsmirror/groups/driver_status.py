@@ -52,6 +52,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "bypass": group.bypass.status(),
         "verify": None,
+        "pool": group.extensions.status(),
         "driver": driver,
         "pmd": {"pid": link.get("pid"), **said},
         "rmd": {"pid": None, **said},
@@ -69,6 +70,7 @@ def _applied(group: DriverGroup) -> int:
 
 def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, Any]:
     writelog = unit.writelog
+    chain = group.extensions.chain(unit)
     waiting = unit.framed_point.sequence - unit.committed_point.sequence
     device = group.paths.dev / unit.name
     socket = quote(str(group.paths.nbd_socket(group.number)))
@@ -82,7 +84,8 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
         "coherent": group.coherent,
         "dirty_bytes": unit.dirty_bytes if group.bypass.phase == ON else 0,
         "writelog": {
-            "devices": [unit.config.writelog_device],
+            "devices": [unit.config.writelog_device, *(one["device"] for one in chain)],
+            "extensions": chain,
             "trusted": not unit.log_failed,
             "size": writelog.ring.size,
             "used_bytes": writelog.used_bytes,

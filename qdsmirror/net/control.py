@@ -97,6 +97,25 @@ class Bypass(amp.Command):
     errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
+class Extend(amp.Command):
+    """Extend an LDSU's writelog by a device (empty: any); answered once that is durable."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [
+        (b"ldsu", amp.Unicode()),
+        (b"device", amp.Unicode()),
+    ]
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
+class Free(amp.Command):
+    """Begin to free a device of an LDSU's writelog (empty: any); answered once that is durable."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = Extend.arguments
+    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
+    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+
+
 class KillRefresh(amp.Command):
     """End the refresh that is running."""
 
@@ -213,6 +232,14 @@ class _ControlProtocol(_BoundedAmp):
     def _bypass(self, to: str) -> Deferred[dict[str, Any]]:
         return self._run("switch_bypass", to)
 
+    @Extend.responder
+    def _extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
+        return self._run("extend", ldsu, device)
+
+    @Free.responder
+    def _free(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
+        return self._run("free", ldsu, device)
+
     @KillRefresh.responder
     def _kill_refresh(self) -> Deferred[dict[str, Any]]:
         return self._run("kill_refresh")
@@ -248,7 +275,10 @@ class _ControlProtocol(_BoundedAmp):
 
 _ALLOWED = {
     command.commandName
-    for command in (Status, Bypass, Refresh, KillRefresh, Apply, ForgetFailures, AttachPmd)
+    for command in (
+        *(Status, Bypass, Refresh, KillRefresh, Extend, Free),
+        *(Apply, ForgetFailures, AttachPmd),
+    )
 }
 
 

@@ -29,13 +29,13 @@ class PoolDevice:
     """An open device of a group's pool, free or chained to a log.
 
     :ivar header: as last written.
-    :ivar problem: why its header could not be written when it was freed; empty while all is well.
+    :ivar failure: why its header could not be written when it was freed; ``None`` if it could.
     """
 
     def __init__(self, device: IBlockDevice, header: ExtensionHeader) -> None:
         self.device = device
         self.header = header
-        self.problem = ""
+        self.failure: OSError | QdsError | None = None
 
     def __repr__(self) -> str:
         return f"<PoolDevice {self.device.path} {self.id.hex()}>"
@@ -46,17 +46,20 @@ class PoolDevice:
         return self.header.id
 
     @classmethod
-    def open(cls, device: IBlockDevice, group: int) -> PoolDevice:
+    def open(cls, device: IBlockDevice, group: int, *, failed: bool = False) -> PoolDevice:
         """Take a device that was made an extension of this group.
 
         What a killed process left in the page cache is made durable first (rules.md 3).
 
+        :param failed: a log that may have it has failed, and is read for what can still be had of
+            it, page cache included (rules.md 13).
         :raises CorruptError: it holds no intact header.
         :raises BrokenError: it is of another group's pool.
         :raises DeviceError: it is smaller than it was.
         """
-        device.fdatasync()
-        device.drop_cache()
+        if not failed:
+            device.fdatasync()
+            device.drop_cache()
         header = read_extension(device)
         if header.group != group:
             raise BrokenError(
@@ -78,9 +81,8 @@ class PoolDevice:
 
         :raises DeviceError: its blocks are too large, or it is too small.
         """
-        slot_bytes = extension_slot_bytes(device.physical_block)
+        slot_bytes = check_extension(device)
         header = ExtensionHeader(os.urandom(16), group, device.size, slot_bytes)
-        header.extent(1, max(_BLOCK, device.physical_block))
         for place in {*EXTENSION_SLOT_BYTES, *SLOT_BYTES} - {slot_bytes}:
             # A forgotten second slot, of another size or a log's, must not be found again.
             if place + _BLOCK <= device.size:
@@ -102,14 +104,25 @@ class PoolDevice:
         self.header = header
 
     def release(self) -> None:
-        """Record that no log has it any more; what fails is kept in ``problem``.
+        """Record that no log has it any more; what fails is kept in ``failure``.
 
         No superblock names it by now, so that it counts as free whatever its header says.
         """
         try:
             self.own(b"")
         except (OSError, QdsError) as error:
-            self.problem = str(error)
+            self.failure = error
+
+
+def check_extension(device: IBlockDevice) -> int:
+    """Look whether a device can be an extension; give the size of its header's slots.
+
+    :raises DeviceError: its blocks are too large, or it is too small.
+    """
+    slot_bytes = extension_slot_bytes(device.physical_block)
+    header = ExtensionHeader(bytes(16), 0, device.size, slot_bytes)
+    header.extent(1, max(_BLOCK, device.physical_block))
+    return slot_bytes
 
 
 def read_extension(device: IBlockDevice) -> ExtensionHeader:
@@ -140,27 +153,32 @@ def read_extension(device: IBlockDevice) -> ExtensionHeader:
 
 
 def open_pool(
-    paths: Sequence[str], group: int, open_device: Callable[..., IBlockDevice]
-) -> tuple[list[PoolDevice], list[QdsError]]:
+    paths: Sequence[str],
+    group: int,
+    open_device: Callable[..., IBlockDevice],
+    *,
+    failed: bool = False,
+) -> tuple[list[PoolDevice], dict[str, QdsError]]:
     """Open and lock what can be opened of a group's pool.
 
-    :returns: the devices, and what is wrong with the others: only a log that needs one of these
-        is refused.
+    :param failed: see :meth:`PoolDevice.open`.
+    :returns: the devices, and by their paths what is wrong with the others: only a log that needs
+        one of these is refused.
     """
     assert len(paths) <= EXTENSIONS_PER_GROUP_MAX
     found: list[PoolDevice] = []
-    problems: list[QdsError] = []
+    problems: dict[str, QdsError] = {}
     for path in paths:
         try:
             device = open_device(path, writable=True, role="extension")
         except QdsError as error:
-            problems.append(error)
+            problems[path] = error
             continue
         try:
-            found.append(PoolDevice.open(device, group))
+            found.append(PoolDevice.open(device, group, failed=failed))
         except (OSError, QdsError) as error:
             device.close()
-            problems.append(
+            problems[path] = (
                 error if isinstance(error, QdsError) else DeviceError(f"extension {path}: {error}")
             )
     return found, problems

@@ -425,6 +425,11 @@ class Writelog:
                 named = Extension(number, extension.id, extension.header.size)
                 self._write_next(both=True, ring=ring, extensions=(*old.extensions, named))
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it is open which layout a crash would leave: nothing is placed any more."""
+        return self._undecided
+
     def _inserted(self, extent: Extent) -> Ring:
         """Give the ring with one extent more, between two where the free space allows."""
         ring, tail = self.ring, self.durable_tail

@@ -97,6 +97,7 @@ def remarks(group: Group) -> list[str]:
     if bypass and group["role"] == "primary":
         dirty = size_text(bypass["dirty_bytes"])
         lines.append(f"{group['name']}: in bypass, {dirty} dirty; leave it with qdsbypass off")
+    lines += _extension_lines(group)
     seen: list[str] = []
     parts = (group[part].get("reason") for part in ("pmd", "rmd"))
     for reason in (group["reason"], *parts, *group.get("errors", ())):
@@ -106,6 +107,25 @@ def remarks(group: Group) -> list[str]:
     lines += [f"{group['name']}: {reason}" for reason in seen]
     for unit in group["ldsus"]:
         lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
+    return lines
+
+
+def _extension_lines(group: Group) -> list[str]:
+    lines = []
+    for unit in group["ldsus"]:
+        for one in (unit.get("writelog") or {}).get("extensions", ()):
+            state = "leaves the writelog" if one["leaving"] else "extends the writelog"
+            used, size = size_text(one["used_bytes"]), size_text(one["size"])
+            lines.append(
+                f"{group['name']}: {unit['name']}: {one['device']} {state}, {used} of {size} used"
+            )
+    pool = group.get("pool") or {}
+    if pool.get("free") is not None and pool["devices"]:
+        text = f"{pool['free']} of {len(pool['devices'])} extension devices are free"
+        lines.append(f"{group['name']}: {text}")
+    for one in pool.get("devices", ()):
+        if one["reason"]:
+            lines.append(f"{group['name']}: {one['device']} cannot be used: {one['reason']}")
     return lines
 
 

@@ -19,7 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
     default = Plan()
     create = cli.subcommand(commands, "create", "make a primary and a secondary below DIR")
     create.add_argument("dir", metavar="DIR")
-    for name, text in (("groups", "logical groups"), ("ldsus", "LDSUs in each group")):
+    for name, text in (
+        ("groups", "logical groups"),
+        ("ldsus", "LDSUs in each group"),
+        ("pool", "devices in each group's extension pool"),
+    ):
         count = getattr(default, name)
         create.add_argument(
             f"--{name}", metavar="N", type=int, default=count, help=f"{text} (default: {count})"
@@ -28,8 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("size", "size of each LDSU"),
         ("writelog", "size of each writelog"),
         ("journal", "size of each group's secondary journal"),
+        ("pool-size", "size of each device of the extension pools"),
     ):
-        size = getattr(default, name)
+        size = getattr(default, name.replace("-", "_"))
         create.add_argument(
             f"--{name}",
             metavar="SIZE",
@@ -103,6 +108,8 @@ def _create(lab: Lab, arguments: argparse.Namespace) -> int:
             arguments.journal,
             arguments.port,
             arguments.overflow,
+            arguments.pool,
+            arguments.pool_size,
         )
     )
     return _tell(arguments, f"{lab.directory}: created, port {port}")

@@ -23,7 +23,14 @@ from qdsmirror import pki
 from qdsmirror.config import GroupConfig, load_groups, load_host
 from qdsmirror.core import ampbox
 from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableError, UsageError
-from qdsmirror.limits import GROUPS_MAX, KIB, LDSUS_PER_GROUP_MAX, MIB, WRITELOG_BYTES_MIN
+from qdsmirror.limits import (
+    EXTENSIONS_PER_GROUP_MAX,
+    GROUPS_MAX,
+    KIB,
+    LDSUS_PER_GROUP_MAX,
+    MIB,
+    WRITELOG_BYTES_MIN,
+)
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
 from qdsmirror.tools import launch, refresh, status, wlinit
@@ -42,6 +49,7 @@ _POLL_SECONDS = 0.1
 STUCK_SECONDS = 60.0
 _MARK = "lab.json"
 _SIZE_BYTES_MIN = 4 * KIB
+_POOL_BYTES_MIN = 128 * KIB
 
 Main = Callable[[Sequence[str] | None], int]
 Tell = Callable[[str], None]
@@ -55,6 +63,7 @@ class Plan:
     :ivar size: bytes of each LDSU; likewise ``writelog`` and ``journal``.
     :ivar port: of the rmd; ``None`` chooses a free one.
     :ivar overflow: ``on_overflow`` of every group.
+    :ivar pool: number of devices in each group's extension pool, of ``pool_size`` bytes each.
     """
 
     groups: int = 1
@@ -64,6 +73,8 @@ class Plan:
     journal: int = 128 * MIB
     port: int | None = None
     overflow: str = "block"
+    pool: int = 0
+    pool_size: int = 64 * MIB
 
     def check(self) -> None:
         """Look whether such a lab can be.
@@ -76,10 +87,13 @@ class Plan:
             ("size", self.size, _SIZE_BYTES_MIN, 1 << 62),
             ("writelog", self.writelog, WRITELOG_BYTES_MIN, 1 << 62),
             ("journal", self.journal, WRITELOG_BYTES_MIN, 1 << 62),
+            ("pool", self.pool, 0, EXTENSIONS_PER_GROUP_MAX),
+            ("pool_size", self.pool_size, _POOL_BYTES_MIN, 1 << 62),
             ("port", self.port or 1, 1, 65535),
         ):
             if not low <= value <= high:
-                raise UsageError(f"--{name} {value} is not within {low} to {high}")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {value} is not within {low} to {high}")
 
 
 class Lab:
@@ -144,7 +158,7 @@ class Lab:
         for number in range(plan.groups):
             names = [f"qds{number * plan.ldsus + index}" for index in range(plan.ldsus)]
             self._make_devices(plan, number, names)
-            text = self._group_file(number, names, port, plan.overflow)
+            text = self._group_file(number, names, port, plan)
             for paths in self.paths.values():
                 _write(paths.group_config(number), text)
         for paths in self.paths.values():
@@ -157,17 +171,26 @@ class Lab:
     def _make_devices(self, plan: Plan, number: int, names: Sequence[str]) -> None:
         near, far = self.devices("primary"), self.devices("secondary")
         _sparse(far / f"{group_name(number)}.journal", plan.journal)
+        for spare in self._pool(number, plan):
+            _sparse(spare, plan.pool_size)
         for name in names:
             _sparse(near / f"{name}.data", plan.size)
             _sparse(near / f"{name}.writelog", plan.writelog)
             _sparse(far / f"{name}.mirror", plan.size)
 
-    def _group_file(self, number: int, names: Sequence[str], port: int, overflow: str) -> str:
+    def _pool(self, number: int, plan: Plan) -> list[Path]:
+        near = self.devices("primary")
+        return [near / f"{group_name(number)}.pool{index}" for index in range(plan.pool)]
+
+    def _group_file(self, number: int, names: Sequence[str], port: int, plan: Plan) -> str:
         near, far = self.devices("primary"), self.devices("secondary")
-        lines = ["operation = async", f"on_overflow = {overflow}"]
+        lines = ["operation = async", f"on_overflow = {plan.overflow}"]
         lines += ["[primary]", "host = primary", "address = 127.0.0.1"]
         lines += ["[secondary]", "host = secondary", "address = 127.0.0.1", f"port = {port}"]
         lines += [f"journal_device = {_quoted(far / (group_name(number) + '.journal'))}"]
+        if plan.pool:
+            spares = ", ".join(map(str, self._pool(number, plan)))
+            lines += ["[pool]", f'devices = "{spares}"']
         lines += ["[ldsus]"]
         for name in names:
             lines += [

@@ -156,6 +156,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "refresh": None,
         "bypass": None,
         "verify": None,
+        "pool": None,
         "driver": {"pid": None},
         "pmd": {"pid": None, "state": "stopped"},
         "rmd": {"pid": None, "state": "stopped"},
@@ -183,6 +184,8 @@ def _overlay(group: Group, status: dict[str, Any], ldsus: list[dict[str, Any]]) 
 
 def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
     group = _skeleton(config, "primary", config.secondary_host)
+    group["pool"] = {"devices": [_pool_device(path) for path in config.pool]}
+    group["pool"] |= {"free": None, "used": None}
     ldsus = [_primary_ldsu(paths, config, one) for one in config.ldsus]
     driver = daemons.group(config, "driver")
     pmd = daemons.group(config, "pmd")
@@ -211,6 +214,10 @@ def _link(group: Group, config: GroupConfig, pmd: dict[str, Any] | None, daemons
         group["rmd"]["state"] = "stopped"
 
 
+def _pool_device(path: str) -> dict[str, Any]:
+    return {"device": path, "state": None, "ldsu": None, "reason": ""}
+
+
 def _primary_ldsu(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> dict[str, Any]:
     device = paths.dev / ldsu.name
     return {
@@ -224,6 +231,7 @@ def _primary_ldsu(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> dict[s
         "dirty_bytes": None,
         "writelog": {
             "devices": [ldsu.writelog_device],
+            "extensions": [],
             "size": None,
             "used_bytes": None,
             "used_ratio": None,

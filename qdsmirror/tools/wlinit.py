@@ -15,11 +15,12 @@ from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.core.records import BoundUnit, Generation, layout
-from qdsmirror.errors import ConfigError, DeviceError
+from qdsmirror.errors import ConfigError, CorruptError, DeviceError
 from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
 from qdsmirror.storage.device import open_device
+from qdsmirror.storage.extension import PoolDevice, check_extension, read_extension
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
@@ -115,6 +116,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also where a device holds something already, which is lost",
     )
+    parser.add_argument(
+        "--pool",
+        action="store_true",
+        help="only what is new in the extension pools, also while the driver runs",
+    )
     return parser
 
 
@@ -131,26 +137,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as opened:
         devices = _Devices(opened)
         logs: list[_Log] = []
+        pool: list[_Spare] = []
         for group in groups:
+            if arguments.pool:
+                if host.name == group.primary_host:
+                    pool += _pool(group, devices, arguments.yes, only_new=True)
+                continue
             if host.name == group.primary_host:
                 cli.refuse_beside_daemon(paths, group, "driver")
+                pool += _pool(group, devices, arguments.yes)
                 logs += _writelogs(group, devices, arguments.yes)
             if host.name == group.secondary_host:
                 cli.refuse_beside_daemon(paths, group, "rmd")
                 logs.append(_journal(group, devices, arguments.yes))
-        if not logs:
+        if not logs and not any(host.name == group.primary_host for group in groups):
+            part = "not the primary" if arguments.pool else "neither primary nor secondary"
             raise ConfigError(
-                f"{host.name} is neither primary nor secondary of the groups selected",
+                f"{host.name} is {part} of the groups selected",
                 hint="compare `name` in qds.cfg with `host` in the group files",
             )
         for log in logs:
             log.check_size()
-        made = _initialise(logs)
+        made = [*_initialise(logs), *_initialise_pool(pool)]
         for number, role in {(log.group.number, log.role) for log in logs}:
             _forget_failures(paths, number, "qdsdriver" if role == "writelog" else "qdsrmd")
     if arguments.json:
         cli.print_json({"initialised": made})
     else:
+        if not made:
+            print("nothing new in the extension pools")
         for one in made:
             print(f"{one['group']}: {one['role']} {one['device']} initialised, {one['size']} bytes")
     return 0
@@ -225,6 +240,68 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
         unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)
         logs.append(_Log(group, "writelog", wholes[path], log, [unit]))
     return logs
+
+
+@dataclass
+class _Spare:
+    """A device that is to be in a group's extension pool."""
+
+    group: GroupConfig
+    device: FileDevice
+
+
+def _pool(
+    group: GroupConfig, devices: _Devices, consent: bool, *, only_new: bool = False
+) -> list[_Spare]:
+    """Open and check the devices of a group's extension pool.
+
+    :param only_new: leave alone those that are in it already: a writelog may have them.
+    """
+    found = []
+    for path in group.pool:
+        if only_new and _is_in_pool(path, group.number):
+            continue
+        role = f"extension of {group.name}"
+        device = devices.open(path, role)
+        _check_unused(device, role, consent)
+        try:
+            check_extension(device)
+        except DeviceError as error:
+            raise DeviceError(f"{role} {path}: {error.message}", hint=error.hint) from error
+        found.append(_Spare(group, device))
+    return found
+
+
+def _is_in_pool(path: str, number: int) -> bool:
+    """Look whether a device, which a driver may hold, is in a group's pool."""
+    try:
+        device = FileDevice(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
+    except OSError:
+        return False  # open_device says what is wrong
+    try:
+        return read_extension(device).group == number
+    except (OSError, CorruptError):
+        return False
+    finally:
+        device.close()
+
+
+def _initialise_pool(pool: Sequence[_Spare]) -> list[dict[str, Any]]:
+    made = []
+    for group, device in ((one.group, one.device) for one in pool):
+        with cli.naming(f"{device.role} {device.path}: cannot allocate its {device.size} bytes"):
+            device.preallocate()
+        with cli.naming(f"{device.role} {device.path}"):
+            PoolDevice.initialise(device, group.number)
+        made.append(
+            {
+                "group": group.name,
+                "role": "extension",
+                "device": device.path,
+                "size": device.size,
+            }
+        )
+    return made
 
 
 def _journal(group: GroupConfig, devices: _Devices, consent: bool) -> _Log:

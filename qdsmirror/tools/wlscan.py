@@ -6,6 +6,7 @@ The driver scans and registers its writelogs by itself; this command scans when 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from qdsmirror.core.failures import Failed
 from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceFailedError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
+from qdsmirror.storage.extension import PoolDevice, open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import (
@@ -92,7 +94,15 @@ def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str,
 
 
 def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, Any]:
-    units = open_units(group, open_device, known)
+    needed = any(not log.drained for log in known.untrusted.values())
+    pool, problems = open_pool(group.pool, group.number, open_device, failed=needed)
+    for error in problems.values():
+        print(f"warning: {error.message}", file=sys.stderr)
+    try:
+        units = open_units(group, open_device, known, pool)
+    except BaseException:
+        _close_pool(pool)
+        raise
     try:
         refused, voids = "", []
         try:
@@ -122,6 +132,7 @@ def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, A
                         raise error.cause from error
     finally:
         close_units(units)
+        _close_pool(pool)
     return {
         "group": group.name,
         "role": "primary",
@@ -131,6 +142,11 @@ def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, A
         "replayed": not check and not refused,
         "refused": refused,
     }
+
+
+def _close_pool(pool: Sequence[PoolDevice]) -> None:
+    for one in pool:
+        one.device.close()
 
 
 def _scan_secondary(group: GroupConfig) -> dict[str, Any]:

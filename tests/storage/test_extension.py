@@ -415,7 +415,7 @@ class ChainTests(SynchronousTestCase):
         world.devices[1].fail("pwritev")
         world.log.free(1)
         (gone,) = world.log.released
-        self.assertIn("Input/output error", gone.problem)
+        self.assertIn("Input/output error", str(gone.failure))
         # Nobody names it: it can be chained again.
         world.reopen(nothing)
         self.assertEqual(world.pool[0].header.log, LOG)
