@@ -96,7 +96,10 @@ def remarks(group: Group) -> list[str]:
     bypass = group["bypass"]
     if bypass and group["role"] == "primary":
         dirty = size_text(bypass["dirty_bytes"])
-        lines.append(f"{group['name']}: in bypass, {dirty} dirty; leave it with qdsbypass off")
+        way = "leave it with qdsbypass off"
+        if not all((unit.get("writelog") or {}).get("trusted", True) for unit in group["ldsus"]):
+            way = "it needs new writelogs: see Failed devices in qdsmirror-architecture(7)"
+        lines.append(f"{group['name']}: in bypass, {dirty} dirty; {way}")
     lines += _extension_lines(group)
     seen: list[str] = []
     parts = (group[part].get("reason") for part in ("pmd", "rmd"))

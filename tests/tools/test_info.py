@@ -375,6 +375,13 @@ class ViewTests(TestCase):
         name = group["name"]
         self.assertEqual(info_view.remarks(group), [f"{name}: {why}", f"{name}: another"])
 
+    def test_bypass_names_the_way_out(self) -> None:
+        for trusted, way in ((True, "qdsbypass off"), (False, "qdsmirror-architecture")):
+            unit = {"name": "qds0", "errors": [], "writelog": {"trusted": trusted}}
+            bypass = {"id": "x", "since": 1.0, "reason": "y", "dirty_bytes": 4096}
+            group = group_of(role="primary", refresh=None, bypass=bypass, ldsus=[unit])
+            self.assertIn(way, info_view.remarks(group)[0])
+
     def test_rich(self) -> None:
         from io import StringIO
 
