@@ -1,6 +1,7 @@
 """``python -m tests.sim SEED``: run a seed again and show what led to a violation.
 
-``--seeds FIRST COUNT`` runs many; ``--soak`` runs fresh ones until it is stopped.
+``--seeds FIRST COUNT`` runs many; ``--soak`` runs fresh ones until it is stopped; ``--sequence``
+examines the crash states of a sequence of operations, ``--crashes`` those of all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from itertools import count
 from random import SystemRandom
 from typing import Any
 
-from tests.sim.runs import a_base, run_seed, run_seeds
+from tests.sim import crashes
+from tests.sim.mutations import MUTATIONS
+from tests.sim.runs import a_base, mutate, run_seed, run_seeds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,16 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tail", type=int, default=60, help="steps shown before a violation")
     parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "COUNT"))
     parser.add_argument("--seconds", type=float, help="at most so long")
+    parser.add_argument("--crashes", nargs=2, type=int, metavar=("PART", "PARTS"))
+    parser.add_argument("--sequence", help="a schedule and operations, with commas between")
+    parser.add_argument("--mutations", nargs=2, type=int, metavar=("PART", "PARTS"))
     parser.add_argument("--soak", action="store_true", help="fresh seeds until stopped")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     chosen = parser.parse_args(arguments)
     if chosen.soak:
         return soak()
+    until = time.monotonic() + chosen.seconds if chosen.seconds else None
     if chosen.seeds:
         first, how_many = chosen.seeds
-        until = time.monotonic() + chosen.seconds if chosen.seconds else None
         result = run_seeds(range(first, first + how_many), until)
         return report(result, chosen.json)
+    if chosen.crashes or chosen.sequence:
+        return report(crash(chosen.crashes, chosen.sequence, until), chosen.json)
+    if chosen.mutations:
+        part, parts = chosen.mutations
+        return report(mutate(MUTATIONS[part::parts]), chosen.json)
     violated = 0
     with a_base() as base:
         for seed in chosen.seed:
@@ -42,13 +53,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if violated else 0
 
 
+def crash(part: tuple[int, int] | None, sequence: str, until: float | None) -> dict[str, Any]:
+    """Examine the crash states of one sequence, or of a part of all of them."""
+    chosen = list(crashes.sequences())
+    if sequence:
+        schedule, *names = sequence.split(",")
+        chosen = [(int(schedule), tuple(names))]
+    elif part is not None:
+        chosen = chosen[part[0] :: part[1]]
+    with a_base() as base:
+        return crashes.run(base, chosen, until)
+
+
 def report(result: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
     else:
         print(", ".join(f"{number} {what}" for what, number in sorted(result["counts"].items())))
         for key, text in result["violations"].items():
-            print(f"{text}\n  reproduce it: python -m tests.sim {key}")
+            print(f"{key}: {text}")
     return 1 if result["violations"] else 0
 
 

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -26,18 +27,18 @@ from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
-from tests.fakes import Unsynced
+from tests.fakes import Choice, Unsynced
 from tests.sim.disk import Disk
 from tests.sim.model import SECTOR, Made, Violation
 from tests.sim.process import Process, SimWorker
-from tests.sim.world import Profile, World
+from tests.sim.world import AllButTheFirst, Profile, World
 
 LENGTH_MAX = 3
 #: Orders in which sequences' work is done: each sequence in one of them.
 SCHEDULES = 2
 _DATA_BYTES = 32 * KIB
 #: A write is torn into so many pieces at most.
-_PIECES_MAX = 16
+_PIECES_MAX = 8
 #: In schedules other than the first, work is left waiting with this chance at each step.
 _LEAVE_OFF = 0.15
 #: One state in so many is also recovered twice, and interrupted in the middle.
@@ -119,6 +120,11 @@ def _wrap(world: Script) -> None:
     world.client_asks(0, nbd.CMD_WRITE, 0, 24 * KIB)
 
 
+def _power_cut(world: Script) -> None:
+    """The primary loses its power, and the first of the unsynced writes; and starts again."""
+    world.restart_primary()
+
+
 def _refresh(world: Script) -> None:
     """A full refresh begins, and ends if time passes."""
     world.begin_refresh()
@@ -137,6 +143,7 @@ OPERATIONS: dict[str, Callable[[Script], None]] = {
     "checkpoint": _checkpoint,
     "wrap": _wrap,
     "refresh": _refresh,
+    "power cut": _power_cut,
 }
 
 
@@ -155,17 +162,24 @@ def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
 # -- one sequence -------------------------------------------------------------------------------
 
 
+class Kept(NamedTuple):
+    """A disk: what is on its platters, and the writes that are not, oldest first."""
+
+    durable: bytes
+    unsynced: tuple[Unsynced, ...]
+
+
 class Moment(NamedTuple):
     """A site's disks when the power goes, and what had been promised.
 
-    :ivar disks: by path, what is on the platters and the writes that are not.
+    :ivar disks: the disks by path.
     :ivar safe: by LDSU, the sectors' newest promised writes (at the primary).
     :ivar held: by LDSU, the last frame that the secondary had durably.
     :ivar acked: the GSN up to which the secondary had acknowledged.
     """
 
     site: str
-    disks: dict[str, tuple[bytes, tuple[Unsynced, ...]]]
+    disks: dict[str, Kept]
     sectors: tuple[Any, ...]
     tips: tuple[Made, ...]
     held: tuple[Made, ...]
@@ -201,11 +215,7 @@ class Script(World):
                 self.acked = max(self.acked, committed)
 
             self.model.told = acknowledged  # type: ignore[method-assign]
-            order, self._order = self._order, None
-            for name in ("rmd", "driver", "pmd"):
-                self.start(name)
-                self.settle(0.2)
-            self._order = order
+            self._start_in_order("rmd", "driver", "pmd")
             for name in self.names[:-1]:
                 self._operate(name)
             self._watch()
@@ -214,6 +224,20 @@ class Script(World):
             self._keep("alpha")
             self._keep("beta")
         return self.moments
+
+    def _start_in_order(self, *names: str) -> None:
+        order, self._order = self._order, None
+        for name in names:
+            self.start(name)
+            self.settle(0.2)
+        self._order = order
+
+    def restart_primary(self) -> None:
+        self.power_cut("alpha")
+        self._start_in_order("driver", "pmd")
+
+    def _choice(self) -> Choice:
+        return AllButTheFirst()
 
     def _operate(self, name: str) -> None:
         OPERATIONS[name](self)
@@ -265,16 +289,8 @@ class Script(World):
     def _watch(self) -> None:
         for path, disk in self.disks.items():
             site = "beta" if path.startswith("/far/") else "alpha"
-            disk.wrote = self._before(disk.wrote, site)
+            disk.written = partial(self._keep, site)
             disk.synced = self._behind(disk.synced, site, path)
-
-    def _before(self, inner: Any, site: str) -> Callable[[int, bytes], None]:
-        def wrote(offset: int, data: bytes) -> None:
-            if inner is not None:
-                inner(offset, data)
-            self._keep(site)
-
-        return wrote
 
     def _behind(self, inner: Any, site: str, path: str) -> Callable[[], None]:
         def synced() -> None:
@@ -292,7 +308,7 @@ class Script(World):
             if path.startswith(near):
                 if path not in self._platters:
                     self._platters[path] = bytes(disk.durable)
-                disks[path] = (self._platters[path], tuple(disk.unsynced))
+                disks[path] = Kept(self._platters[path], tuple(disk.unsynced))
         self.moments.append(
             Moment(
                 site,
@@ -328,16 +344,26 @@ def outcomes(moment: Moment) -> Iterator[Pieces]:
         rest = {other: pieces for other, pieces in everything.items() if other != key}
         yield {key: [(0, size)]}
         yield rest
-        for pieces in _beginnings(size):
-            yield {key: pieces}
-        for pieces in _torn(size):
+        # Older writes were torn at the moments when they were the newest; now beside newer ones.
+        newest = index == len(moment.disks[path].unsynced) - 1
+        for pieces in (*_beginnings(size), *_torn(size)) if newest else _halves(size):
             yield {**rest, key: pieces}
+        if newest:
+            for pieces in _beginnings(size):
+                yield {key: pieces}
 
 
 def _sectors(size: int) -> list[tuple[int, int]]:
     """Divide a write into what the platters take as one: of a long one, larger pieces."""
     step = SECTOR * max(1, size // SECTOR // _PIECES_MAX)
     return [(at, min(at + step, size)) for at in range(0, size, step)]
+
+
+def _halves(size: int) -> Iterator[list[tuple[int, int]]]:
+    sectors = _sectors(size)
+    if len(sectors) > 1:
+        yield sectors[: len(sectors) // 2]
+        yield sectors[len(sectors) // 2 :]
 
 
 def _beginnings(size: int) -> Iterator[list[tuple[int, int]]]:

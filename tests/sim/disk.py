@@ -56,8 +56,8 @@ class Disk:
     :ivar seen: what reads see.
     :ivar unsynced: the writes in between, oldest first.
     :ivar faults: by method name, how many of its next calls fail with EIO.
-    :ivar wrote: told of every write (offset, data) before it happens; ``synced``: of every
-        completed sync.
+    :ivar wrote: told of every write (offset, data) before it happens; ``written``: when it has
+        happened; ``synced``: of every completed sync.
     """
 
     def __init__(self, path: str, size: int, content: bytes = b"") -> None:
@@ -70,6 +70,7 @@ class Disk:
         self.identity = Identity("memory", 0, next(_numbers))
         self.opened: SimDevice | None = None
         self.wrote: Callable[[int, bytes], None] | None = None
+        self.written: Callable[[], None] | None = None
         self.synced: Callable[[], None] | None = None
         self._memory: int | None = None
 
@@ -78,6 +79,8 @@ class Disk:
             self.wrote(offset, data)
         self.seen[offset : offset + len(data)] = data
         self.unsynced.append(Unsynced(offset, data))
+        if self.written is not None:
+            self.written()
 
     def sync(self) -> None:
         durable = self.durable

@@ -16,6 +16,7 @@ from qdsmirror.core.frames import (
     ENTRIES,
     GENESIS,
     REFRESH,
+    REFRESH_END,
     REFRESH_ZEROES,
     Entry,
     parse_header,
@@ -64,13 +65,14 @@ class Made:
     """A frame that the driver has made.
 
     :ivar parent: the frame before it in its LDSU's history; ``None`` for the root.
+    :ivar control: a control frame's payload: the id of a refresh or bypass.
     :ivar durable: seen on the writelog's platters.
     :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
     """
 
     __slots__ = (
-        "_content", "chain", "copies", "durable", "end", "entries", "gsn_first", "gsn_last",
-        "journaled", "kind", "ldsu", "parent", "sequence", "writes",
+        "_content", "chain", "control", "copies", "durable", "end", "entries", "gsn_first",
+        "gsn_last", "journaled", "kind", "ldsu", "parent", "sequence", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +96,7 @@ class Made:
         self.entries = entries
         self.end = end
         self.writes = writes
+        self.control = b""
         self.durable = self.journaled = False
         self.copies: list[tuple[int, bytes]] = []
         self._content: bytes | None = None
@@ -238,6 +241,8 @@ class Model:
         self.sectors = [Sectors(content) for content in contents]
         self.begin_generation(generation, contents)
         self._pending: list[Made] = []
+        self._journal_gsn = 1
+        self._ends: dict[bytes, list[Made]] = {}
         #: Tells whether writes may go past the writelogs now, as is durably recorded.
         self.goes_direct: Callable[[], bool] = lambda: False
         #: LDSUs whose data device has failed: nothing waits for it any more (rules.md 16).
@@ -282,6 +287,7 @@ class Model:
         entries: Sequence[Entry],
         end: int,
         writes: Sequence[tuple[int, bytes]],
+        control: bytes = b"",
     ) -> None:
         parent = self.made.get((ldsu, generation, before))
         if parent is None:
@@ -295,8 +301,11 @@ class Model:
             self.tips[ldsu] = known
             return
         made = Made(ldsu, parent, sequence, chain, kind, gsns, entries, end, writes)
+        made.control = control
         self.made[ldsu, generation, chain] = made
         self.tips[ldsu] = made
+        if kind == REFRESH_END:
+            self._ends.setdefault(control, []).append(made)
         for entry in entries:
             self._tag(made, entry)
             if entry.kind in _OF_REFRESH:
@@ -394,12 +403,13 @@ class Model:
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: acknowledged and not in the journal: {made.line()}")
 
-    def rebased(self, ldsu: int, generation: bytes, chain: bytes) -> None:
+    def rebased(self, ldsu: int, generation: bytes, chain: bytes, next_gsn: int) -> None:
         """Take a new beginning of the secondary's history: a refresh brings what came before."""
         made = self.find(ldsu, generation, chain)
         if made is None:
             raise Violation("GENERATION: the secondary is to begin at a place that never was")
         self.held[ldsu] = made
+        self._journal_gsn = next_gsn
         while not made.journaled:
             made.journaled = True
             assert made.parent is not None
@@ -425,6 +435,11 @@ class Model:
         made = self.find(header.ldsu, header.generation, header.chain)
         if made is None:
             raise Violation(f"PREFIX: frame {header.sequence} in the journal was never made")
+        if header.gsn_first != self._journal_gsn:
+            raise Violation(
+                f"PREFIX: the journal goes on with GSN {header.gsn_first}, not {self._journal_gsn}"
+            )
+        self._journal_gsn = header.gsn_last + 1
         if not made.journaled:
             self._pending.append(made)
             made.copies.append((offset, data[: at + header.frame_bytes]))
@@ -464,6 +479,7 @@ class Model:
         contents: Sequence[bytes | bytearray],
     ) -> None:
         """PREFIX, COHERENT, TAIL: what the secondary holds after a replay."""
+        self._journal_gsn = cursor.gsn
         self._count("mirrors checked")
         for made in self.check_places(cursor, superblock, contents, self.tips):
             if not self.is_journaled(made):
@@ -502,6 +518,34 @@ class Model:
         if made is None or made.sequence + 1 != point.sequence:
             raise Violation(f"PREFIX: the mirror of LDSU {ldsu} stands at a place that never was")
         return made
+
+    def journal_recorded(self, before: Superblock, superblock: Superblock) -> None:
+        """COHERENT: the mirror is called coherent only behind a refresh's end, all of it synced."""
+        if before.coherent or not superblock.coherent:
+            return
+        self._count("refreshes ended")
+        refresh = before.refresh
+        ends = self._ends.get(bytes.fromhex(refresh["id"]), []) if refresh is not None else []
+        if not ends:
+            raise Violation("COHERENT: the mirror is called coherent without a refresh's end")
+        # A driver that was interrupted may have made the end of the same refresh twice.
+        wrong = [self._differing(end) for end in ends]
+        if all(wrong):
+            raise Violation(f"COHERENT: called coherent, and on its platters {wrong[-1]}")
+
+    def _differing(self, end: Made) -> str:
+        """Tell where the mirrors' platters hold what was before a frame, or never was."""
+        for tip, mirror in zip(self.tips, self.mirrors, strict=True):
+            made = self.upto(tip, end.gsn_last)
+            content = made.content()
+            if mirror.durable == content:
+                continue
+            for at in range(0, len(content), SECTOR):
+                tag = bytes(mirror.durable[at : at + TAG])
+                # In a replay the mirror may hold what comes later in the journal.
+                if tag != content[at : at + TAG] and not self._later(made, at, tag):
+                    return f"mirror {tip.ldsu} holds {tag!r} at {at}"
+        return ""
 
     # -- superblocks --------------------------------------------------------------------------
 

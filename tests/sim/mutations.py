@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.primary import PrimaryGroup
@@ -35,12 +36,14 @@ class Mutation:
     :ivar breaks: the invariant whose rule it breaks.
     :ivar apply: makes the changes, each by a call of its argument (owner, name, value).
     :ivar seeds: how many seeds, at most, until the simulation has seen it.
+    :ivar sequence: one whose crash states are examined before the seeds are run.
     """
 
     name: str
     breaks: str
     apply: Callable[[Patch], None]
-    seeds: int = 60
+    seeds: int
+    sequence: tuple[str, ...] = ()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -56,10 +59,12 @@ class Mutation:
 MUTATIONS: list[Mutation] = []
 
 
-def mutation(breaks: str, seeds: int = 60) -> Callable[[Callable[[Patch], None]], Any]:
+def mutation(
+    breaks: str, seeds: int = 100, sequence: tuple[str, ...] = ()
+) -> Callable[[Callable[[Patch], None]], Any]:
     def keep(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         name = apply.__name__.strip("_").replace("_", " ")
-        MUTATIONS.append(Mutation(name, breaks, apply, seeds))
+        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence))
         return apply
 
     return keep
@@ -164,22 +169,20 @@ def _after_cursors(patch: Patch, change: Callable[[dict[str, Any]], dict[str, An
 
 @mutation("RECOVER")
 def _replay_without_sync(patch: Patch) -> None:
-    real = driver_module.replay
+    real = restart_module.replay
 
     def replay(unit: Any) -> int:
         with mock.patch.object(unit.device, "fdatasync", lambda: None):
             return real(unit)
 
-    patch(driver_module, "replay", replay)
+    patch(restart_module, "replay", replay)
 
 
-@mutation("RECOVER")
+@mutation("RECOVER", seeds=0, sequence=("wrap", "wrap", "checkpoint"))
 def _one_superblock_slot_only(patch: Patch) -> None:
     real = Writelog.write_superblock
 
     def write_superblock(log: Any, superblock: Any, *, both: bool = False) -> None:
-        from dataclasses import replace
-
         even = superblock.counter + superblock.counter % 2
         real(log, replace(superblock, counter=even), both=False)
 
@@ -202,12 +205,12 @@ def _body_checksum_not_checked(patch: Patch) -> None:
     patch(logreader_module, "check_body", lambda _header, _frame: None)
 
 
-@mutation("RECOVER", seeds=300)
+@mutation("RECOVER", sequence=("write", "write", "power cut", "write", "ack"))
 def _chain_not_checked(patch: Patch) -> None:
     patch(logreader_module, "chain_follows", lambda *_: True)
 
 
-@mutation("RECOVER")
+@mutation("RECOVER", seeds=300)
 def _void_ranges_not_recorded(patch: Patch) -> None:
     real = driver_module.judge
     patch(driver_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
@@ -227,8 +230,15 @@ def _resume_off_by_one(patch: Patch) -> None:
     patch(PrimaryGroup, "_resume", resume)
 
 
-@mutation("GENERATION")
+@mutation("GENERATION", seeds=200)
 def _resume_by_number_without_proof(patch: Patch) -> None:
+    real = PrimaryGroup._resume
+
+    async def resume(group: Any, acks: Any, next_gsn: int) -> Any:
+        own = group._generations[-1]
+        return await real(group, [replace(ack, generation=own) for ack in acks], next_gsn)
+
+    patch(PrimaryGroup, "_resume", resume)
     patch(OutUnit, "_proven", lambda _self, cursor, _point: cursor)
 
 

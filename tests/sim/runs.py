@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.sim import crashes
 from tests.sim.model import Violation
+from tests.sim.mutations import Mutation
 from tests.sim.world import World, make_base
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,12 +81,40 @@ def run_seeds(seeds: Iterable[int], until: float | None = None) -> dict[str, Any
     return {"counts": dict(counts), "violations": violations}
 
 
+def mutate(mutations: Sequence[Mutation]) -> dict[str, Any]:
+    """Look whether the simulation sees each broken build; give those that it does not."""
+    counts: Counter[str] = Counter()
+    missed: dict[str, str] = {}
+    with a_base() as base:
+        for mutation in mutations:
+            seen = _seen(mutation, base, counts)
+            counts["seen" if seen else "missed"] += 1
+            if not seen:
+                missed[mutation.name] = f"not seen, though it breaks {mutation.breaks}"
+    return {"counts": dict(counts), "violations": missed}
+
+
+def _seen(mutation: Mutation, base: Path, counts: Counter[str]) -> bool:
+    with mutation.applied():
+        if mutation.sequence:
+            result = crashes.run(base, [(0, mutation.sequence)])
+            counts["sequences"] += 1
+            if result["violations"]:
+                return True
+        for seed in range(mutation.seeds):
+            counts["seeds"] += 1
+            if run_seed(seed, base):
+                return True
+    return False
+
+
 def beside(arguments: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Run ``python -m tests.sim`` with each of these arguments, all at once; give the results."""
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.sim", *some, "--json"],
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )

@@ -54,7 +54,7 @@ from tests.sim.process import Fuse, Process, Wire
 LIVENESS_SECONDS = 600.0
 STEPS_MAX = 200_000
 #: How many runs go on with logs that were initialised anew.
-ANEW_CHANCE = 0.15
+ANEW_CHANCE = 0.1
 #: More than this does not arrive at once.
 CHUNK_BYTES_MAX = 16 * KIB
 _EPOCH = 1_790_000_000.0
@@ -446,7 +446,7 @@ class World:
             case 1:
                 return everything
             case 2:
-                return _AllButTheFirst()
+                return AllButTheFirst()
             case _:
                 return at_random(self.random)
 
@@ -594,6 +594,8 @@ class World:
             self._make_disks()
             for name in ("driver", "pmd", "rmd"):
                 self.due[name] = 0.0
+            if self.random.random() < ANEW_CHANCE:
+                self._begin_anew(early=True)
             self._safety()
             self._liveness()
             if not self.latched and self.random.random() < ANEW_CHANCE:
@@ -823,11 +825,21 @@ class World:
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, early: bool = False) -> None:
         """Initialise the writelogs again: the secondary keeps its old history until a refresh.
 
         GENERATION: nothing of the new one may be taken before.
+
+        :param early: while the histories are short, and so alike in numbers.
         """
+        self._until(lambda: self.serving and self.receiving, "the start")
+        assert self.rmd is not None
+        while early and not self.rmd.group.committed_gsn:
+            self.ask()
+            self.advance()
+            self._until(self._at_rest, "the first writes")
+        if not self.rmd.group.mirror.journal.superblock.generations:
+            return
         self.count("generations")
         self.note("begin anew")
         self._stop_driver()
@@ -963,6 +975,7 @@ def _watched_frame(world: World, original: Any) -> Any:
             list(entries),
             made.end,
             _essence(writes),
+            b"".join(control),
         )
         return made, writes
 
@@ -972,7 +985,7 @@ def _watched_frame(world: World, original: Any) -> Any:
 def _watched_rebase(world: World, original: Any) -> Any:
     def rebase(group: RemoteGroup, positions: Sequence[RebasePosition]) -> Any:
         for one in positions:
-            world.model.rebased(one.index, one.generation, one.chain)
+            world.model.rebased(one.index, one.generation, one.chain, one.next_gsn)
         return original(group, positions)
 
     return rebase
@@ -1007,14 +1020,19 @@ def _watched_send(world: World, original: Any) -> Any:
 
 def _watched_superblock(world: World, original: Any) -> Any:
     def write_superblock(log: Writelog, *args: Any, **kw: Any) -> None:
+        before = log.superblock
         original(log, *args, **kw)
-        if log.superblock.role == "writelog" and hasattr(world, "model"):
+        if not hasattr(world, "model"):
+            return
+        if log.superblock.role == "writelog":
             world.model.writelog_recorded(log.superblock)
+        else:
+            world.model.journal_recorded(before, log.superblock)
 
     return write_superblock
 
 
-class _AllButTheFirst:
+class AllButTheFirst:
     """Loses the first unsynced write of a site, and keeps what was written after it."""
 
     _lost = False
