@@ -1,7 +1,9 @@
 # make demo          mirror real data between two sites on this machine, and show it (no root)
 # make test          the whole suite; a test that lacks something is skipped and names it
 # make lint          ruff and mypy
-# make fuzz         the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
+# make fuzz          the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
+# make sim           the simulation: seeds, crash states, broken builds (SIM='7' runs seed 7 again)
+# make soak          the simulation with fresh seeds, until it is stopped
 # make bench         qdsmirror beside its peers (see bench/README.md)
 # make clean         remove what the others made
 # make install-deps  Debian packages for the integration tests and bench (as root)
@@ -23,7 +25,7 @@ DEBIAN := make python3 python3-venv git \
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
 
-.PHONY: demo test lint fuzz bench clean install-deps venv
+.PHONY: demo test lint fuzz sim soak bench clean install-deps venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m qdsmirror.tools.demo
@@ -39,6 +41,12 @@ lint: $(VENV)/installed-dev
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+sim: $(VENV)/installed-dev
+	$(if $(SIM),$(BIN)/python -m tests.sim $(SIM),$(BIN)/trial tests.sim)
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m tests.sim --soak
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/peers.py $(BENCH)
