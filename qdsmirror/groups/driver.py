@@ -36,7 +36,13 @@ from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.refresh import Refresh
-from qdsmirror.groups.restart import failures_found, go_on_past, known_failures, replay_all
+from qdsmirror.groups.restart import (
+    failures_found,
+    go_on_past,
+    known_failures,
+    record_failures,
+    replay_all,
+)
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit, UnitFrame
 from qdsmirror.interfaces import IGroup
@@ -183,7 +189,7 @@ class DriverGroup:
             }
         failed = failures_found(opened)
         if failed:
-            self._latch.record_group(failed)
+            record_failures(self, failed, self._latch)
             common["failures"] = failed.to_json()
         for unit in self.units:
             unit.writelog.update(both=True, **common | self.checkpoints.cursors(unit))

@@ -14,7 +14,7 @@ from qdsmirror.core.failures import Dead, Failed, Untrusted
 from qdsmirror.core.frames import NUMBERS_END
 from qdsmirror.core.generations import settle
 from qdsmirror.core.recovery import Recovery
-from qdsmirror.errors import QdsError
+from qdsmirror.errors import BrokenError, QdsError
 from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import DataDeviceError, OpenUnit, believed, replay
@@ -94,12 +94,33 @@ def failures_found(opened: Sequence[OpenUnit]) -> Failed:
     )
 
 
+def record_failures(group: DriverGroup, failed: Failed, latch: FailureLatch) -> None:
+    """Write what was found into the state file, before anything is made of it.
+
+    :raises BrokenError: that cannot be done: then the device is only refused.
+    """
+    try:
+        latch.record_group(failed)
+    except QdsError as error:
+        for ldsu in group.config.ldsus:
+            log, data = failed.untrusted.get(ldsu.index), failed.dead.get(ldsu.index)
+            path = ldsu.writelog_device if log is not None else ldsu.data_device
+            one = log or data
+            if one is not None:
+                raise BrokenError(
+                    f"{path} has failed: {one.reason}; that cannot be recorded: {error.message}",
+                    hint="make the state file writable, or replace the device and run "
+                    f"qdswlinit -g {group.number} --yes",
+                ) from error
+        raise
+
+
 def go_on_past(
     group: DriverGroup, opened: Sequence[OpenUnit], plan: Recovery, latch: FailureLatch
 ) -> None:
     """Begin in bypass, without the writelogs that have failed; everything was replayed by now.
 
-    :raises QdsError: that cannot be recorded.
+    :raises BrokenError: that cannot be recorded.
     """
     superblocks = believed(opened)
     failed = failures_found(opened)
@@ -118,7 +139,7 @@ def go_on_past(
     state = bypass or {"id": os.urandom(16).hex(), "since": first.since}
     reasons = "; ".join(log.reason for log in failed.untrusted.values())
     state = {**state, "reason": f"{reasons}: new writelogs and a full refresh are needed"}
-    latch.record_group(failed)
+    record_failures(group, failed, latch)
     group.failures.resume(failed)
     for unit in group.units:
         if not unit.log_failed:
