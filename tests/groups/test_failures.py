@@ -477,6 +477,25 @@ class WritelogTests(SynchronousTestCase):
                 for (ldsu, offset), data in story.promised.items():
                     self.assertEqual(world.client.read(story.unit(ldsu), offset, BLOCK), data)
 
+    def test_direct_write_waits_until_its_bitmap_is_recorded_as_failed(self) -> None:
+        story = Story(self, stepped=True)
+        world = story.world
+        world.start()
+        world.group.switch_bypass("on")
+        world.settle(1)
+        self.assertEqual(world.group.state, "bypass")
+        world.log(0).fail("fdatasync")
+        requests = [story.write(0, 0)]
+        world.step("qds0 commit")
+        # The same block again: its bit is set in memory, and nowhere else.
+        requests.append(story.write(0, 0))
+        world.steps["qds0 data"].step_all()
+        self.assertEqual(world.client.done, [])
+        self.assertEqual(world.data().content()[:BLOCK], bytes(BLOCK))
+        world.settle(1)
+        self.assertEqual(world.client.done, requests)
+        self.assertEqual(world.data().content()[:BLOCK], unique(2))
+
     def test_overflow_and_refresh_are_refused_while_a_log_has_failed(self) -> None:
         story = Story(self)
         world = story.world
