@@ -116,7 +116,8 @@ def open_units(
                 device = open_device(ldsu.data_device, writable=True, role=role)
                 opened.callback(device.close)
             else:
-                device = _absent_device(ldsu, dead.size)
+                # Its size is not known where a crash came before the failure was recorded.
+                device = _absent_device(ldsu, dead.size or writelog.superblock.units[0].size)
             _check_unit(writelog.superblock, config, ldsu, device)
             lost = failed.untrusted.get(ldsu.index)
             scan = _unscanned if lost is not None and lost.drained else _scan
