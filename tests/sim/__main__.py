@@ -18,6 +18,7 @@ from typing import Any
 from tests.sim import crashes
 from tests.sim.mutations import MUTATIONS
 from tests.sim.runs import a_base, mutate, run_seed, run_seeds
+from tests.sim.script import sequences
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def crash(part: tuple[int, int] | None, sequence: str, until: float | None) -> dict[str, Any]:
     """Examine the crash states of one sequence, or of a part of all of them."""
-    chosen = list(crashes.sequences())
+    chosen = list(sequences())
     if sequence:
         schedule, *names = sequence.split(",")
         chosen = [(int(schedule), tuple(names))]

@@ -9,316 +9,31 @@ had been promised at that moment.  States are counted by their content.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from blake3 import blake3
-from twisted.internet.task import Clock
 
-from qdsmirror.core import nbd
 from qdsmirror.core.records import Point
 from qdsmirror.groups.driver import DriverGroup
-from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
-from tests.fakes import Choice, Unsynced
 from tests.sim.disk import Disk
-from tests.sim.model import SECTOR, Made, Violation
-from tests.sim.process import Process, SimWorker
-from tests.sim.world import AllButTheFirst, Profile, World
+from tests.sim.history import SECTOR, Violation
+from tests.sim.process import Process
+from tests.sim.script import Moment, Script, Sequence
+from tests.sim.watch import installed
 
-LENGTH_MAX = 3
-#: Orders in which sequences' work is done: each sequence in one of them.
-SCHEDULES = 2
-_DATA_BYTES = 32 * KIB
 #: A write is torn into so many pieces at most.
-_PIECES_MAX = 8
-#: In schedules other than the first, work is left waiting with this chance at each step.
-_LEAVE_OFF = 0.15
+_PIECES_MAX = 16
 #: One state in so many is also recovered twice, and interrupted in the middle.
 _TWICE = 20
 #: One state in so many is recovered by a whole driver, which records what it found.
 _WHOLE = 6
-
-PROFILE = Profile(
-    steps=0,
-    ldsus=2,
-    size=_DATA_BYTES,
-    log=WRITELOG_BYTES_MIN // SECTOR * SECTOR,
-    journal=WRITELOG_BYTES_MIN // SECTOR * SECTOR,
-    block=512,
-    durability="flush",
-    metadata_entries=4096,
-    metadata_seconds=1.0,
-    window=1 << 20,
-    limit=1 << 20,
-    buffer=1 << 20,
-    clients=1,
-    eager=0.0,
-    faults={},
-)
-
-
-# -- operations: what a sequence is made of ---------------------------------------------------
-
-
-def _write(world: Script) -> None:
-    """A write of its own place; its frame waits for company."""
-    world.client_asks(0, nbd.CMD_WRITE, 4096 * (world.done % 3), 1024)
-
-
-def _overlapping(world: Script) -> None:
-    """Two writes that overlap each other and the first LDSU's first place."""
-    world.client_asks(0, nbd.CMD_WRITE, 512, 1024)
-    world.client_asks(0, nbd.CMD_WRITE, 0, 1024)
-
-
-def _fua(world: Script) -> None:
-    world.client_asks(0, nbd.CMD_WRITE, 8192, 512, nbd.CMD_FLAG_FUA)
-
-
-def _other(world: Script) -> None:
-    """A write to the other LDSU: its writelog is synced on its own."""
-    world.client_asks(1, nbd.CMD_WRITE, 0, 1024)
-
-
-def _flush(world: Script) -> None:
-    for ldsu in range(PROFILE.ldsus):
-        world.client_asks(ldsu, nbd.CMD_FLUSH, 0, 0)
-
-
-def _trim(world: Script) -> None:
-    world.client_asks(0, nbd.CMD_TRIM, 0, 8192)
-
-
-def _zeroes(world: Script) -> None:
-    world.client_asks(0, nbd.CMD_WRITE_ZEROES, 512, 1024, nbd.CMD_FLAG_NO_HOLE)
-
-
-def _ack(world: Script) -> None:
-    """What is durable becomes so, is sent, journaled, acknowledged and mirrored."""
-    world.settle(0.01)
-
-
-def _checkpoint(world: Script) -> None:
-    """Time passes: superblocks are written, space is freed."""
-    world.settle(1.1)
-
-
-def _wrap(world: Script) -> None:
-    """So much that the ring begins anew."""
-    for _ in range(4):
-        world.client_asks(0, nbd.CMD_WRITE, 0, 24 * KIB)
-        world.settle(0.01)
-    world.settle(1.1)
-    world.client_asks(0, nbd.CMD_WRITE, 0, 24 * KIB)
-
-
-def _power_cut(world: Script) -> None:
-    """The primary loses its power, and the first of the unsynced writes; and starts again."""
-    world.restart_primary()
-
-
-def _refresh(world: Script) -> None:
-    """A full refresh begins, and ends if time passes."""
-    world.begin_refresh()
-
-
-#: Every operation that the product has; a new one is added here.
-OPERATIONS: dict[str, Callable[[Script], None]] = {
-    "write": _write,
-    "overlapping write": _overlapping,
-    "FUA write": _fua,
-    "write to another": _other,
-    "flush": _flush,
-    "trim": _trim,
-    "zeroes": _zeroes,
-    "ack": _ack,
-    "checkpoint": _checkpoint,
-    "wrap": _wrap,
-    "refresh": _refresh,
-    "power cut": _power_cut,
-}
-
-
-Sequence = tuple[int, tuple[str, ...]]
-
-
-def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
-    """Give all sequences of operations, short ones first, each with the number of a schedule."""
-    number = 0
-    for length in range(1, LENGTH_MAX + 1):
-        for names in itertools.product(OPERATIONS, repeat=length):
-            yield number % schedules, names
-            number += 1
-
-
-# -- one sequence -------------------------------------------------------------------------------
-
-
-class Kept(NamedTuple):
-    """A disk: what is on its platters, and the writes that are not, oldest first."""
-
-    durable: bytes
-    unsynced: tuple[Unsynced, ...]
-
-
-class Moment(NamedTuple):
-    """A site's disks when the power goes, and what had been promised.
-
-    :ivar disks: the disks by path.
-    :ivar safe: by LDSU, the sectors' newest promised writes (at the primary).
-    :ivar held: by LDSU, the last frame that the secondary had durably.
-    :ivar acked: the GSN up to which the secondary had acknowledged.
-    """
-
-    site: str
-    disks: dict[str, Kept]
-    sectors: tuple[Any, ...]
-    tips: tuple[Made, ...]
-    held: tuple[Made, ...]
-    acked: int
-
-
-class Script(World):
-    """A world in which a sequence of operations happens, and each I/O is a moment kept.
-
-    :param schedule: 0: everything happens in order and at once; another seeds another order, in
-        which work of earlier operations may still be under way when the next one begins.
-    """
-
-    def __init__(self, base: Path, names: tuple[str, ...], schedule: int) -> None:
-        super().__init__(1, base, PROFILE)
-        self.names = names
-        self._order = Random(schedule) if schedule else None
-        self.done = 0
-        self.moments: list[Moment] = []
-        self.acked = 0
-        self._keeping = False
-        self._platters: dict[str, bytes] = {}
-
-    def play(self) -> list[Moment]:
-        """Run the sequence; give the moments of its last operation."""
-        Violation.seen.clear()
-        with self.installed():
-            self._make_disks()
-            told = self.model.told
-
-            def acknowledged(committed: int, generation: bytes) -> None:
-                told(committed, generation)
-                self.acked = max(self.acked, committed)
-
-            self.model.told = acknowledged  # type: ignore[method-assign]
-            self._start_in_order("rmd", "driver", "pmd")
-            for name in self.names[:-1]:
-                self._operate(name)
-            self._watch()
-            self._operate(self.names[-1])
-            self.settle(0.0)
-            self._keep("alpha")
-            self._keep("beta")
-        return self.moments
-
-    def _start_in_order(self, *names: str) -> None:
-        order, self._order = self._order, None
-        for name in names:
-            self.start(name)
-            self.settle(0.2)
-        self._order = order
-
-    def restart_primary(self) -> None:
-        self.power_cut("alpha")
-        self._start_in_order("driver", "pmd")
-
-    def _choice(self) -> Choice:
-        return AllButTheFirst()
-
-    def _operate(self, name: str) -> None:
-        OPERATIONS[name](self)
-        self.run_ready()
-        self.done += 1
-
-    def client_asks(
-        self, ldsu: int, command: int, offset: int, length: int, flags: int = 0
-    ) -> None:
-        asked = self.submit(self.clients[0], ldsu, command, offset, length)
-        asked.request.flags = flags
-        assert self.driver is not None
-        self.driver.group.units[ldsu].submit([asked.request])
-        self.run_ready()
-
-    def begin_refresh(self) -> None:
-        assert self.driver is not None
-        if self.driver.group.refresh_job is None:
-            self.driver.group.refresh("full").addErrback(lambda _: None)
-
-    def run_ready(self) -> None:
-        """Let happen what needs no time to pass: all of it in order, or some of it in any."""
-        order = self._order
-        while doable := self._doable():
-            if order is None:
-                doable[0][1]()
-            elif order.random() < _LEAVE_OFF:
-                break
-            else:
-                order.choice(doable)[1]()
-            self._after()
-
-    def settle(self, seconds: float) -> None:
-        """Let time pass, and everything happen that happens in it."""
-        self.run_ready()
-        end = self.clock.seconds() + seconds
-        while True:
-            times = [call.getTime() for call in self.clock.getDelayedCalls()]
-            soonest = min(times, default=end)
-            if soonest > end:
-                break
-            self.clock.advance(max(0.0, soonest - self.clock.seconds()))
-            self.run_ready()
-        self.clock.advance(max(0.0, end - self.clock.seconds()))
-
-    def _some(self) -> int:
-        return 1 << 20
-
-    def _watch(self) -> None:
-        for path, disk in self.disks.items():
-            site = "beta" if path.startswith("/far/") else "alpha"
-            disk.written = partial(self._keep, site)
-            disk.synced = self._behind(disk.synced, site, path)
-
-    def _behind(self, inner: Any, site: str, path: str) -> Callable[[], None]:
-        def synced() -> None:
-            if inner is not None:
-                inner()
-            self._platters.pop(path, None)
-            self._keep(site)
-
-        return synced
-
-    def _keep(self, site: str) -> None:
-        near = "/far/" if site == "beta" else "/near/"
-        disks = {}
-        for path, disk in self.disks.items():
-            if path.startswith(near):
-                if path not in self._platters:
-                    self._platters[path] = bytes(disk.durable)
-                disks[path] = Kept(self._platters[path], tuple(disk.unsynced))
-        self.moments.append(
-            Moment(
-                site,
-                disks,
-                tuple(sectors.copy() for sectors in self.model.sectors),
-                tuple(self.model.tips),
-                tuple(self.model.held),
-                self.acked,
-            )
-        )
 
 
 # -- what a crash leaves ------------------------------------------------------------------------
@@ -603,7 +318,7 @@ def examine(
     try:
         moments = script.play()
         counts["moments"] += len(moments)
-        with script.installed(watching=False):
+        with installed(script, watching=False):
             for moment in moments:
                 recoverer.examine(moment)
     except Violation as violation:
@@ -612,6 +327,3 @@ def examine(
         counts.update(recoverer.counts)
         script.close()
     return ""
-
-
-__all__ = ["OPERATIONS", "Clock", "SimWorker", "examine", "run", "sequences"]

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.sim import crashes
-from tests.sim.model import Violation
+from tests.sim.history import Violation
 from tests.sim.mutations import Mutation
-from tests.sim.world import World, make_base
+from tests.sim.sites import make_base
+from tests.sim.world import World
 
 REPOSITORY = Path(__file__).parents[2]
 PROCESSES = min(2, os.cpu_count() or 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.sim.crashes import LENGTH_MAX, OPERATIONS
 from tests.sim.runs import PROCESSES, beside, merged
+from tests.sim.script import LENGTH_MAX, OPERATIONS
 
 STATES_MIN = 100_000
 

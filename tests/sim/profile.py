@@ -1,0 +1,65 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
+from tests.sim.history import SECTOR
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a run is made of; drawn from the seed.
+
+    :ivar steps: of the safety phase.
+    :ivar faults: of each kind, one in so many steps on the average; 0: never.
+    """
+
+    steps: int
+    ldsus: int
+    size: int
+    log: int
+    journal: int
+    block: int
+    durability: str
+    metadata_entries: int
+    metadata_seconds: float
+    window: int
+    limit: int
+    buffer: int
+    clients: int
+    eager: float
+    faults: dict[str, int]
+
+    @classmethod
+    def draw(cls, random: Random) -> Profile:
+        choose = random.choice
+        small = WRITELOG_BYTES_MIN // SECTOR * SECTOR
+        log = choose((small, small, 300 * KIB))
+        kinds = ("kill driver", "kill pmd", "kill rmd", "cut alpha", "cut beta", "cut link")
+        faults = {kind: choose((0, 100, 300, 800)) for kind in kinds}
+        faults["fuse"] = choose((0, 60, 200))
+        faults["hang link"] = choose((0, 0, 400))
+        faults["slow link"] = choose((0, 30, 100))
+        faults["stop driver"] = choose((0, 0, 400))
+        faults["error"] = choose((0, 0, 0, 500))
+        faults["refresh"] = choose((0, 0, 300))
+        return cls(
+            steps=choose((200, 400, 800)),
+            ldsus=choose((1, 2, 2, 3)),
+            size=choose((16, 64)) * KIB,
+            log=log,
+            journal=choose((log, 400 * KIB)),
+            block=choose((512, 512, 4096)),
+            durability=choose(("flush", "flush", "always")),
+            metadata_entries=choose((1, 5, 50, 4096)),
+            metadata_seconds=choose((0.1, 1.0, 20.0)),
+            window=choose((8, 64, 1024)) * KIB,
+            limit=choose((16, 64, 1024)) * KIB,
+            buffer=choose((8, 32, 1024)) * KIB,
+            clients=choose((1, 1, 2)),
+            eager=random.random(),
+            faults=faults,
+        )

@@ -1,0 +1,406 @@
+"""A group's two sites: their disks, their daemons, and the ways between these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.error import ConnectionRefusedError
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
+from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.errors import BrokenError, QdsError, UnreachableError
+from qdsmirror.groups.driver import DriverGroup
+from qdsmirror.groups.primary import PrimaryGroup
+from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.runtime import Runtime
+from qdsmirror.paths import Paths
+from qdsmirror.storage.writelog import Writelog
+from tests.fakes import Choice, Unsynced, at_random, everything, nothing
+from tests.sim.disk import Disk
+from tests.sim.history import Violation, payload
+from tests.sim.model import Model
+from tests.sim.process import Process, Wire
+from tests.sim.profile import Profile
+
+_EPOCH = 1_790_000_000.0
+
+
+class Sites:
+    """The two sites.
+
+    :ivar trace: a running hash of everything that happened.
+    :ivar serving: whether the driver has started; ``receiving``: whether the rmd has.
+    :ivar due: when which daemon is to be started.
+    :ivar latched: devices that were made to fail.
+    """
+
+    def __init__(self, seed: int, base: Path, profile: Profile | None = None) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.profile = profile or Profile.draw(self.random)
+        self.base = base
+        self.clock = Clock()
+        self.trace = hashlib.blake2b(digest_size=16)
+        self.log: list[str] = []
+        self.keep_log = False
+        self.random_bytes = Random(self.random.getrandbits(64))
+        self.steps = 0
+        self.driver: Process | None = None
+        self.pmd: Process | None = None
+        self.rmd: Process | None = None
+        self.serving = False
+        self.receiving = False
+        self.wires: list[Wire] = []
+        self.link_up = True
+        self.counts: dict[str, int] = {}
+        self.due: dict[str, float] = {}
+        self.latched: set[str] = set()
+        self.numbers = 0
+        self.logged: list[Any] = []
+        self._make_sites()
+
+    # -- the sites ----------------------------------------------------------------------------
+
+    def _make_sites(self) -> None:
+        profile = self.profile
+        self.config = GroupConfig(
+            number=0,
+            name="dsgrp000",
+            path=Path("/nowhere/dsgrp000.cfg"),
+            operation="async",
+            durability=profile.durability,
+            on_overflow="block",
+            primary_host="alpha",
+            primary_address="127.0.0.1",
+            secondary_host="beta",
+            secondary_address="127.0.0.1",
+            port=575,
+            journal_device="/far/journal",
+            tunables=Tunables(
+                metadata_entries=profile.metadata_entries,
+                metadata_seconds=profile.metadata_seconds,
+                send_window=profile.window,
+            ),
+            ldsus=tuple(
+                LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")
+                for i in range(profile.ldsus)
+            ),
+        )
+        self.disks: dict[str, Disk] = {}
+        self.host = {
+            name: HostConfig(name, Path("c"), Path("k"), Path("a")) for name in ("alpha", "beta")
+        }
+        self.paths = {name: Paths.of(self.base / name) for name in ("alpha", "beta")}
+        for paths in self.paths.values():
+            paths.state_file(0).unlink(missing_ok=True)
+
+    def _make_disks(self) -> None:
+        """Make the state after a first full mirror."""
+        profile = self.profile
+        generation = secrets.token_bytes(16)
+        units = []
+        contents = []
+        for ldsu in self.config.ldsus:
+            content = payload(self._number(), profile.size) if self.random.random() < 0.5 else b""
+            content = content.ljust(profile.size, b"\0")
+            contents.append(content)
+            for path in (ldsu.data_device, ldsu.mirror_device):
+                self.disks[path] = Disk(path, profile.size, content)
+            unit = BoundUnit(ldsu.index, ldsu.name, profile.size, ldsu.data_device)
+            units.append(unit)
+            self._make_log(ldsu.writelog_device, profile.log, "writelog", [unit], [generation])
+        self._make_log(self.config.journal_device, profile.journal, "journal", units, [])
+        self.model = Model(
+            generation,
+            contents,
+            [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus],
+            [self.disks[ldsu.data_device] for ldsu in self.config.ldsus],
+            [self.disks[ldsu.mirror_device] for ldsu in self.config.ldsus],
+            self.disks[self.config.journal_device],
+        )
+        self.model.goes_direct = self._goes_direct
+
+    def _goes_direct(self) -> bool:
+        """Tell whether a writelog's failure is on record, so that writes may go past it."""
+        if not any(path.startswith("/near/log") for path in self.latched):
+            return False
+        state = self.paths["alpha"].state_file(0)
+        return state.exists() and "/near/log" in state.read_text()
+
+    def _make_log(
+        self, path: str, size: int, role: str, units: list[BoundUnit], ids: list[bytes]
+    ) -> None:
+        disk = self.disks[path] = Disk(path, size)
+        device = Process("qdswlinit", self.clock, self.random).open(disk, role, 512)
+        log = Writelog.initialise(
+            device,
+            role=role,
+            group=0,
+            units=units,
+            generations=[Generation(one, 1) for one in ids],
+        )
+        log.update(both=True, coherent=True, reason="")
+        device.close()
+
+    def _number(self) -> int:
+        self.numbers += 1
+        return self.numbers
+
+    def note(self, text: str) -> None:
+        """Add to the trace."""
+        self.trace.update(text.encode() + b"\n")
+        if self.keep_log:
+            self.log.append(f"{self.clock.seconds():9.4f} {text}")
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    # -- processes ----------------------------------------------------------------------------
+
+    def _process(
+        self,
+        name: str,
+        kind: type[Process] = Process,
+        disks: Mapping[str, Disk] | None = None,
+    ) -> tuple[Process, Runtime]:
+        process = kind(name, self.clock, self.random)
+        block = self.profile.block
+        found = self.disks if disks is None else disks
+
+        def open_device(path: str, *, role: str, **_: Any) -> Any:
+            logical = block if path.startswith(("/near/data", "/far/mirror")) else 512
+            return process.open(found[path], role, logical)
+
+        runtime = Runtime(
+            reactor=process,
+            open_device=open_device,
+            quick_worker=process.worker,
+            slow_worker=process.worker,
+            read_worker=process.read_worker,
+            wall=lambda: _EPOCH + process.seconds(),
+            listen=lambda *_: _Listener(),
+            attach=lambda _reactor, _path: self._attach(process),
+            endpoint=lambda *_: _Way(self, process),
+            server_tls=lambda *_: None,
+        )
+        return process, runtime
+
+    def start(self, name: str) -> None:
+        """Start a daemon, as its master would."""
+        self.count(f"start {name}")
+        process, runtime = self._process(name)
+        setattr(self, name, process)
+        site = "beta" if name == "rmd" else "alpha"
+        common = (self.config, self.host[site], self.paths[site], process)
+        if name == "driver":
+            self.serving = False
+            process.group = DriverGroup(*common, -1, runtime=runtime)
+        elif name == "pmd":
+            process.group = PrimaryGroup(*common, runtime=runtime)
+        else:
+            self.receiving = False
+            process.group = RemoteGroup(*common, runtime=runtime)
+        started: Deferred[Any] = maybeDeferred(process.group.start)
+        started.addCallback(lambda _: self._started(process))
+        started.addErrback(lambda failure: self._start_failed(process, failure))
+
+    def _started(self, process: Process) -> None:
+        if process is self.driver:
+            group = process.group
+            self.model.recovered(
+                group.generation,
+                [unit.framed_point for unit in group.units],
+                group.next_gsn,
+                direct=group.bypass.phase != "off" or bool(self.latched),
+            )
+            self.serving = True
+            self.driver_began()
+        elif process is self.rmd:
+            self.receiving = True
+            self.check_mirror()
+        self.note(f"started {process.name}")
+
+    def driver_began(self) -> None:
+        """Learn that the driver serves."""
+
+    def driver_ended(self) -> None:
+        """Learn that the driver is gone."""
+
+    def _start_failed(self, process: Process, failure: Failure) -> None:
+        if not isinstance(failure.value, Violation) and not self._excused(process, failure.value):
+            Violation(f"RECOVER: {process.name} does not start: {failure.value!r}")
+        self.note(f"{process.name} does not start")
+        process.kill()
+        setattr(self, process.name, None)
+        self._restart_later(process.name)
+
+    def _excused(self, process: Process, error: BaseException) -> bool:
+        """Tell whether a device's failure explains why a daemon does not start (LOUD)."""
+        if isinstance(error, BrokenError) and any(path in str(error) for path in self.latched):
+            self.count("refused over a latched device")
+            return True
+        return bool(self.latched) and isinstance(error, OSError | QdsError)
+
+    def check_mirror(self) -> None:
+        assert self.rmd is not None
+        mirror = self.rmd.group.mirror
+        self.model.check_mirror(
+            mirror.applied,
+            mirror.journal.superblock,
+            [self.disks[ldsu.mirror_device].seen for ldsu in self.config.ldsus],
+        )
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        process: Process | None = getattr(self, name)
+        if process is None:
+            return
+        self.count(f"kill {name}")
+        self.note(f"kill {name}")
+        process.kill()
+        setattr(self, name, None)
+        self._after_end(name)
+
+    def _after_end(self, name: str) -> None:
+        if name == "driver":
+            self.serving = False
+            self.driver_ended()
+        elif name == "rmd":
+            self.receiving = False
+        self._restart_later(name)
+
+    def _restart_later(self, name: str) -> None:
+        self.due[name] = self.clock.seconds() + self.random.choice((0.0, 0.1, 1.0, 5.0))
+
+    def power_cut(self, site: str) -> None:
+        """Cut a site's power: its processes end, and so does what its disks had not written."""
+        self.count(f"power cut {site}")
+        self.note(f"power cut {site}")
+        for name in ("rmd",) if site == "beta" else ("driver", "pmd"):
+            process: Process | None = getattr(self, name)
+            setattr(self, name, None)
+            if process is not None:
+                process.kill(silently=True)
+            self._after_end(name)
+        near = "/far/" if site == "beta" else "/near/"
+        choose = self._choice()
+        for path, disk in self.disks.items():
+            if path.startswith(near):
+                disk.power_cut(choose)
+
+    def _choice(self) -> Choice:
+        match self.random.randrange(6):
+            case 0:
+                return nothing
+            case 1:
+                return everything
+            case 2:
+                return AllButTheFirst()
+            case _:
+                return at_random(self.random)
+
+    # -- ways between processes ---------------------------------------------------------------
+
+    def _attach(self, pmd: Process) -> Deferred[Any]:
+        answered: Deferred[Any] = Deferred()
+
+        def ask() -> None:
+            driver = self.driver
+            if driver is None or not self.serving:
+                answered.errback(UnreachableError("no driver answers"))
+                return
+            try:
+                info, descriptors, end = driver.group.attach_pmd()
+            except QdsError as error:
+                answered.errback(error)
+                return
+            pmd.adoptable[end] = driver.ends[-1].wire
+            logs = [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus]
+            pmd.descriptors += zip(descriptors, logs, strict=True)
+            answered.callback((json.loads(json.dumps(info)), descriptors, end))
+
+        pmd.callLater(self.random.random() * 0.01, ask)
+        return answered
+
+    def connect(self, pmd: Process, factory: Any) -> Deferred[Any]:
+        made: Deferred[Any] = Deferred()
+
+        def reach() -> None:
+            rmd = self.rmd
+            server = rmd.group.handshake() if rmd is not None and self.link_up else None
+            if rmd is None or server is None:
+                made.errback(ConnectionRefusedError())
+                return
+            wire = Wire(self.random, local=False)
+            self.wires = [one for one in self.wires if not one.over]
+            self.wires.append(wire)
+            client = factory.buildProtocol(None)
+            wire.join(rmd, server)
+            wire.join(pmd, client)
+            made.callback(client)
+
+        pmd.callLater(self.random.random() * 0.05, reach)
+        return made
+
+    def processes(self) -> list[Process]:
+        return [one for one in (self.driver, self.pmd, self.rmd) if one is not None]
+
+    def close(self) -> None:
+        """Free what the disks take."""
+        for process in self.processes():
+            process.kill()
+        for disk in self.disks.values():
+            disk.discard()
+
+
+class AllButTheFirst:
+    """Loses the first unsynced write of a site, and keeps what was written after it."""
+
+    _lost = False
+
+    def __call__(self, write: Unsynced) -> list[tuple[int, int]]:
+        kept = everything(write) if self._lost else []
+        self._lost = True
+        return kept
+
+
+class _Listener:
+    """Where the NBD server would be."""
+
+    def stopListening(self) -> Deferred[None]:  # noqa: N802
+        return succeed(None)
+
+    def disconnect_all(self) -> Deferred[None]:
+        return succeed(None)
+
+
+class _Way:
+    """The pmd's way to its secondary."""
+
+    def __init__(self, world: Sites, process: Process) -> None:
+        self._world = world
+        self._process = process
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        return self._world.connect(self._process, factory)
+
+
+def make_base(base: Path) -> Path:
+    """Make the directories and the secret that runs need."""
+    for name in ("alpha", "beta"):
+        paths = Paths.of(base / name)
+        paths.etc.mkdir(parents=True)
+        paths.var.mkdir()
+        secret = paths.group_secret(0)
+        secret.write_text("5a" * 32 + "\n")
+        secret.chmod(0o600)
+    return base

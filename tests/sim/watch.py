@@ -1,0 +1,143 @@
+"""What is replaced in the product while it is simulated: chance, limits, what is watched."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from twisted.logger import LogLevel, globalLogPublisher
+
+from qdsmirror.core import stream
+from qdsmirror.core.records import RECORD_HEADER_BYTES
+from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups import outbound as outbound_module
+from qdsmirror.groups import remote as remote_module
+from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.unit import DriverUnit
+from qdsmirror.net.handshake import RebasePosition
+from qdsmirror.net.link import Link
+from qdsmirror.storage.writelog import Writelog
+from tests.sim.sites import Sites
+
+
+@contextmanager
+def installed(world: Sites, watching: bool = True) -> Iterator[None]:
+    """Take the place of chance, and watch what the groups do.
+
+    :param watching: also where they send, and what superblocks say.
+    """
+    profile = world.profile
+    bytes_of = world.random_bytes.randbytes
+
+    def observe(event: Any) -> None:
+        if "log_failure" in event and event.get("log_level") is LogLevel.critical:
+            world.logged.append(event["log_failure"].getTraceback())
+
+    with ExitStack() as stack:
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        patch(os, "urandom", bytes_of)
+        patch(os, "getpid", lambda: 4711)
+        patch(secrets, "token_bytes", bytes_of)
+        patch(driver_module, "UNAPPLIED_BYTES_MAX", profile.limit)
+        patch(remote_module, "RECEIVED_BYTES_MAX", profile.limit)
+        patch(remote_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
+        patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
+        patch(DriverUnit, "_frame", _watched_frame(world, DriverUnit._frame))
+        if not watching:
+            yield
+            return
+        patch(Link, "send_frames", _watched_send_frames(world, Link.send_frames))
+        patch(RemoteGroup, "rebase", _watched_rebase(world, RemoteGroup.rebase))
+        patch(Link, "send", _watched_send(world, Link.send))
+        patch(Writelog, "write_superblock", _watched_superblock(world, Writelog.write_superblock))
+        globalLogPublisher.addObserver(observe)
+        stack.callback(globalLogPublisher.removeObserver, observe)
+        yield
+
+
+def _watched_frame(world: Sites, original: Any) -> Any:
+    def frame(
+        unit: DriverUnit,
+        kind: int,
+        placement: Any,
+        entries: Any = (),
+        control: Any = (),
+        gsns: Any = None,
+    ) -> Any:
+        before = unit._chain
+        group = unit.group
+        first = gsns[0] if gsns else group.next_gsn
+        made, writes = original(unit, kind, placement, entries, control, gsns)
+        world.model.framed(
+            unit.index,
+            group.generation,
+            before,
+            made.sequence,
+            made.chain,
+            kind,
+            (first, made.gsn_last),
+            list(entries),
+            made.end,
+            _essence(writes),
+            b"".join(control),
+        )
+        return made, writes
+
+    return frame
+
+
+def _watched_rebase(world: Sites, original: Any) -> Any:
+    def rebase(group: RemoteGroup, positions: Sequence[RebasePosition]) -> Any:
+        for one in positions:
+            world.model.rebased(one.index, one.generation, one.chain, one.next_gsn)
+        return original(group, positions)
+
+    return rebase
+
+
+def _essence(writes: Any) -> list[tuple[int, bytes]]:
+    """Give what must be on the platters: not what fills up a block."""
+    *pads, (at, pieces) = writes
+    essence = [(where.offset, bytes(pad[0][:RECORD_HEADER_BYTES])) for where, pad in pads]
+    return [*essence, (at.offset, b"".join(pieces[:-1]))]
+
+
+def _watched_send_frames(world: Sites, original: Any) -> Any:
+    def send_frames(link: Link, sent: Sequence[memoryview]) -> None:
+        for frame in sent:
+            world.model.sent(frame)
+        original(link, sent)
+
+    return send_frames
+
+
+def _watched_send(world: Sites, original: Any) -> Any:
+    def send(link: Link, data: bytes) -> None:
+        if data[0] == stream.ACK and isinstance(link._owner, RemoteGroup):
+            group = link._owner
+            ack = stream.parse_ack(data[stream.HEADER_BYTES :])
+            world.model.told(ack.committed, group.position(0).generation or b"")
+        original(link, data)
+
+    return send
+
+
+def _watched_superblock(world: Sites, original: Any) -> Any:
+    def write_superblock(log: Writelog, *args: Any, **kw: Any) -> None:
+        before = log.superblock
+        original(log, *args, **kw)
+        if not hasattr(world, "model"):
+            return
+        if log.superblock.role == "writelog":
+            world.model.writelog_recorded(log.superblock)
+        else:
+            world.model.journal_recorded(before, log.superblock)
+
+    return write_superblock
