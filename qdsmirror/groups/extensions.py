@@ -39,6 +39,8 @@ class Extensions:
         self._free: list[PoolDevice] = []
         #: How many changes of each LDSU's log are under way.
         self._changing: dict[int, int] = {}
+        #: How many changes are not yet answered.
+        self._untold = 0
         self.unusable: dict[str, str] = {}
 
     # -- start and stop -------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class Extensions:
 
     def stop(self) -> Deferred[None]:
         """Fire when nothing is half-way: the driver stops."""
-        return self._group.bypass.until(lambda: not any(self._changing.values()))
+        return self._group.bypass.until(lambda: not self._untold)
 
     def close(self) -> None:
         """Close all devices, of whatever log; the workers have stopped."""
@@ -300,14 +302,16 @@ class Extensions:
             unit.full_since = None
             group.frame_again()
             group.checkpoints.take()
-            group.bypass.poke()
             if error is None:
                 fired.callback(self._answer(unit, path))
             elif isinstance(error, QdsError):
                 fired.errback(error)
             else:
                 fired.errback(QdsError(f"{group.name}: {path}: {error}", hint="qdsinfo"))
+            self._untold -= 1
+            group.bypass.poke()
 
+        self._untold += 1
         self._changing[unit.index] = self._changing.get(unit.index, 0) + 1
         unit.run_on_log(job, done)
         return fired

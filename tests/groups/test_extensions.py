@@ -123,6 +123,16 @@ class UseTests(SynchronousTestCase):
         self.assertGreater(answer["size"], size + SPARE // 2)
         self.assertEqual(self.world.states(), ["chained", "free"])
 
+    def test_they_wait_for_nothing_else(self) -> None:
+        world = PoolWorld(self, stepped=True)
+        world.begin()
+        world.settle()
+        world.fill(world.group.units[0])
+        world.group.extend("qds0", "")
+        while world.group.extensions.changes(world.group.units[0]):
+            world.step("qds0 commit")
+        self.assertTrue(world.steps["qds0 writelog"].waiting, "nothing is appended")
+
     def test_status(self) -> None:
         status = self.world.group.status()
         rows = [
@@ -209,6 +219,7 @@ class UseTests(SynchronousTestCase):
         self.world.kill()
         self.world.start()
         self.assertEqual(self.world.states(), ["free", "unusable"])
+        self.assertEqual(self.world.devices["/near/pool1"].syncs, 0)
 
     def test_a_failing_writelog_is_failed(self) -> None:
         """Which layout a crash would leave is not known: nothing is placed any more."""
@@ -220,9 +231,11 @@ class UseTests(SynchronousTestCase):
         world = PoolWorld(self, stepped=True)
         world.config = dataclasses.replace(world.config, on_overflow="bypass")
         unit = world.start()
+        world.write(unit)
+        world.settle(5.0)
         deferred = world.group.extend("qds0", "")
         with unit.writelog._holding():
-            world.write(unit)
+            self.assertFalse(world.client.answered(world.write(unit)))
             self.assertEqual(world.group.bypass.phase, "off")
         world.settle()
         self.successResultOf(deferred)
@@ -232,9 +245,10 @@ class UseTests(SynchronousTestCase):
         world = PoolWorld(self, stepped=True)
         world.start()
         deferred = world.group.extend("qds0", "")
+        deferred.addCallback(lambda _: world.group.is_serving)
         stopped = world.group.stop()
         world.settle()
-        self.successResultOf(deferred)
+        self.assertTrue(self.successResultOf(deferred), "it did not wait for it")
         self.successResultOf(stopped)
         self.assertTrue(all(device.closed for device in world.devices.values()))
         world.begin()
