@@ -231,7 +231,8 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     _keep_large_buffers()
     if protection is not None and protection.refused:
         _log.info(
-            "not all that protects from a shortage of memory was granted: {why}",
+            "{role}: not all that protects from a shortage of memory was granted: {why}",
+            role=f"qds{arguments.role}",
             why="; ".join(protection.refused),
         )
     groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}

@@ -149,7 +149,7 @@ class FaultTests(TestCase):
         self.assertIn(told[role]["state"], ("failed", "refused"), (case, told))
         self.assertEqual(told[role]["code"], code, (case, told))
         self.assertIn(path, told[role]["reason"], case)
-        self.assertIn(path, world.log(f"qds{role}"), case)
+        world.logged(f"qds{role}", path)
         if case.kind == "data" and code == FAILED:
             return  # the mirror gets all the same, so a wait for that ends well (rules.md 16)
         awaited = "drained" if site == "primary" else "connected"
@@ -185,7 +185,7 @@ class FaultTests(TestCase):
         told = self.status(world, case, "primary")
         self.assertEqual(told["state"], "bypass", case)
         self.assertGreater(told["since"], self.begun, case)
-        self.assertIn(case.device, world.log("qdsdriver"), case)
+        world.logged("qdsdriver", case.device)
         self.assertFalse(self.is_mirrored(world, case), case)
         data = world.device("primary", f"qds{case.number}.data").read_bytes()
         self.assertEqual(data[: 2 * BLOCK], bytes([case.number + 1]) * 2 * BLOCK, case)
@@ -276,7 +276,7 @@ class FaultTests(TestCase):
         for case in CASES:
             if case.operation == "read":
                 self.assertEqual(list(self.attempt(world, case)), [0, 0, errno.EIO], case)
-                self.assertIn(f"read at {READ_AT}", world.log("qdsdriver"))
+                world.logged("qdsdriver", f"read at {READ_AT}")
             if case.is_harmless:
                 self.assertEqual(list(self.attempt(world, case)), [0] * 3, case)
             elif case.site == "primary":

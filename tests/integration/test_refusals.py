@@ -75,10 +75,17 @@ class RefusalTests(TestCase):
             (group,) = [one for one in world.groups(site) if one["group"] == number]
             self.assertIn(reason, group["reason"], told)
         for daemon, reason in zip(("qdspmd", "qdsrmd"), reasons.values(), strict=True):
-            lines = [
-                line for line in world.log(daemon).splitlines() if f"dsgrp{number:03d}" in line
-            ]
-            self.assertTrue(any(reason in line for line in lines), (daemon, reason, world.logs()))
+            self.logged(world, daemon, number, reason)
+
+    def logged(self, world: World, daemon: str, number: int, reason: str) -> None:
+        """Check that a group's reason is, or comes to be, in a daemon's log."""
+        group = f"dsgrp{number:03d}"
+
+        def found() -> bool:
+            lines = world.log(daemon).splitlines()
+            return any(group in line and reason in line for line in lines)
+
+        world.until(found, f"{group}: {reason!r} in the log of {daemon}")
 
     def no_storm(self, world: World, *numbers: int) -> None:
         """In some seconds nobody tries again more than a time or two."""
@@ -234,15 +241,15 @@ class RefusalTests(TestCase):
         done = world.ask("primary", "qdsinfo", "-g", "3", "--wait", "connected")
         self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
         self.assertIn("secondary has no such group", done.stderr)
-        self.assertIn("secondary has no such group", world.log("qdspmd"))
-        self.assertIn("dsgrp003: refused", world.log("qdsrmd"))
+        world.logged("qdspmd", "secondary has no such group")
+        world.logged("qdsrmd", "dsgrp003: refused")
         # A device may come back by itself: not refused for good, and named at both ends.
         for site, daemon in zip(SITES, ("qdspmd", "qdsrmd"), strict=True):
             world.until(
                 lambda site=site: str(missing) in self.group(world, site, 4)["reason"],
                 f"the missing device's name at the {site}",
             )
-            self.assertIn(str(missing), world.log(daemon))
+            world.logged(daemon, str(missing))
             waiting = ("qdsinfo", "-g", "4", "--wait", "connected", "--timeout", "1")
             # In the moment of another attempt no reason is known.
             done = world.until(
@@ -304,7 +311,7 @@ class RefusalTests(TestCase):
             self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
             for reason in reasons:
                 self.assertIn(reason, done.stderr)
-                self.assertIn(reason, world.log("qdsdriver"))
+                world.logged("qdsdriver", reason)
         self.untouched(world, before, 4)
 
     @in_thread
@@ -419,8 +426,8 @@ class RefusalTests(TestCase):
             world.launch()
             self.refused(world, 0, CONFIGURATION, "protocol version")
             for daemon in ("qdspmd", "qdsrmd"):
-                self.assertIn("protocol version", world.log(daemon))
-                self.assertIn("99", world.log(daemon))
+                world.logged(daemon, "protocol version")
+                world.logged(daemon, "99")
             self.no_storm(world, 0)
             self.untouched(world, before)
             world.at("primary", "killpmds" if site == "primary" else "killdriver")
@@ -463,7 +470,7 @@ class RefusalTests(TestCase):
         )
         self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
         self.assertIn("protocol version", done.stderr)
-        self.assertIn("99", world.log("qdsrmd"))
+        world.logged("qdsrmd", "99")
         error = yield self.assertFailure(attempt(7), MismatchError)
         self.assertIn("group", error.message)
-        self.assertIn("7 on the other side", world.log("qdsrmd"))
+        world.logged("qdsrmd", "7 on the other side")

@@ -133,6 +133,13 @@ class World(LabFixture):
         site = "secondary" if daemon == "qdsrmd" else "primary"
         return (self.directory / site / "var" / f"{daemon}.log").read_text()
 
+    def logged(self, daemon: str, text: str) -> None:
+        """Check that a daemon's log has something, or comes to have it.
+
+        A line may come after what it tells of: a slow log never holds up a daemon.
+        """
+        self.until(lambda: text in self.log(daemon), f"{text!r} in the log of {daemon}")
+
     # -- files ----------------------------------------------------------------------------------
 
     def config(self, site: str, number: int = 0) -> Path:
