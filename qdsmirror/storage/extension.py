@@ -17,7 +17,7 @@ from qdsmirror.core.extension import (
     pack_extension,
     parse_extension,
 )
-from qdsmirror.core.records import SLOT_BYTES
+from qdsmirror.core.records import SLOT_BYTES, Superblock
 from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import EXTENSIONS_PER_GROUP_MAX
@@ -58,8 +58,7 @@ class PoolDevice:
         :raises DeviceError: it is smaller than it was.
         """
         if not failed:
-            device.fdatasync()
-            device.drop_cache()
+            _make_durable(device)
         header = read_extension(device)
         if header.group != group:
             raise BrokenError(
@@ -112,6 +111,11 @@ class PoolDevice:
             self.own(b"")
         except (OSError, QdsError) as error:
             self.failure = error
+
+
+def _make_durable(device: IBlockDevice) -> None:
+    device.fdatasync()
+    device.drop_cache()
 
 
 def check_extension(device: IBlockDevice) -> int:
@@ -182,3 +186,35 @@ def open_pool(
                 error if isinstance(error, QdsError) else DeviceError(f"extension {path}: {error}")
             )
     return found, problems
+
+
+def find_chained(
+    device: IBlockDevice, superblock: Superblock, pool: Sequence[PoolDevice], *, failed: bool
+) -> dict[int, PoolDevice]:
+    """Find the extensions of the log on a device among those of the pool; give them by number.
+
+    :param failed: see :meth:`PoolDevice.open`.
+    :raises DeviceError: one is missing.
+    :raises CorruptError: one is not as the log has left it.
+    """
+    by_id = {extension.id: extension for extension in pool}
+    found = {}
+    for number, identity, size, _ in superblock.extensions:
+        extension = by_id.get(identity)
+        if extension is None:
+            raise DeviceError(
+                f"extension {number} ({identity.hex()}) of the log {device.path} is missing",
+                hint="bring the device back; the log cannot be read without it",
+            )
+        header = extension.header
+        if header.log != superblock.log or header.size != size:
+            raise CorruptError(
+                f"{extension.device.path} is not what extension {number} of the log {device.path} "
+                "was last: its header is of another time",
+                hint="bring the right device back, not an older copy of it",
+            )
+        if not failed:
+            # Where another log of the group has failed, nobody else has done it.
+            _make_durable(extension.device)
+        found[number] = extension
+    return found

@@ -39,7 +39,7 @@ from qdsmirror.limits import (
     EXTENSIONS_PER_LOG_MAX,
     WRITELOG_BYTES_MIN,
 )
-from qdsmirror.storage.extension import PoolDevice
+from qdsmirror.storage.extension import PoolDevice, find_chained
 from qdsmirror.storage.logreader import LogReader
 from qdsmirror.storage.partition import Partition
 
@@ -106,30 +106,6 @@ class SharedDevice(NamedTuple):
     fd: int
 
 
-def _chained(
-    device: IBlockDevice, superblock: Superblock, pool: Sequence[PoolDevice]
-) -> dict[int, PoolDevice]:
-    """Find a log's extensions among the devices of the pool."""
-    by_id = {extension.id: extension for extension in pool}
-    found = {}
-    for number, identity, size, _ in superblock.extensions:
-        extension = by_id.get(identity)
-        if extension is None:
-            raise DeviceError(
-                f"extension {number} ({identity.hex()}) of the log {device.path} is missing",
-                hint="bring the device back; the log cannot be read without it",
-            )
-        header = extension.header
-        if header.log != superblock.log or header.size != size:
-            raise CorruptError(
-                f"{extension.device.path} is not what extension {number} of the log {device.path} "
-                "was last: its header is of another time",
-                hint="bring the right device back, not an older copy of it",
-            )
-        found[number] = extension
-    return found
-
-
 class Writelog:
     """An open log.
 
@@ -186,7 +162,7 @@ class Writelog:
                 f"{superblock.device_bytes}",
                 hint="restore the device to its size",
             )
-        return cls(device, superblock, _chained(device, superblock, pool))
+        return cls(device, superblock, find_chained(device, superblock, pool, failed=failed))
 
     @classmethod
     def initialise(

@@ -140,6 +140,19 @@ class HeaderTests(SynchronousTestCase):
         self.assertEqual(len(problems), 2)
         self.assertTrue(devices["/b"].closed)
 
+    def test_beside_a_failed_log(self) -> None:
+        """It is read as it is, but a log that is well trusts only what is durable (rules.md 3)."""
+        world = Log(1)
+        world.log.extend(world.pool[0])
+        device = world.devices[1]
+        device.pwritev([b"unsynced"], SIZE - BLOCK)
+        spare = PoolDevice.open(device, GROUP, failed=True)
+        self.assertEqual(len(device.unsynced), 1)
+        Writelog.open(world.base, [spare], failed=True)
+        self.assertEqual(len(device.unsynced), 1)
+        Writelog.open(world.base, [spare])
+        self.assertEqual(device.unsynced, [])
+
 
 class Cut(Exception):
     """The power is cut."""
