@@ -20,7 +20,6 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.core.bitmap import DirtyBitmap
-from qdsmirror.core.failures import Failed
 from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
@@ -40,6 +39,7 @@ from qdsmirror.groups.restart import (
     failures_found,
     go_on_past,
     known_failures,
+    open_devices,
     record_failures,
     replay_all,
 )
@@ -50,7 +50,7 @@ from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
 from qdsmirror.storage.bitmap import read_bitmap
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.recovery import OpenUnit, close_units, judge, open_units
+from qdsmirror.storage.recovery import OpenUnit, close_units, judge
 
 _ERRORS_KEPT = 8
 
@@ -119,7 +119,7 @@ class DriverGroup:
         known = known_failures(self, self._latch)
         pool = self.runtime.reactor.getThreadPool()
         opened: list[OpenUnit] = yield deferToThreadPool(
-            self.runtime.reactor, pool, self._open, known
+            self.runtime.reactor, pool, open_devices, self, known
         )
         try:
             yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
@@ -141,16 +141,6 @@ class DriverGroup:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()
         self._tick()
-
-    def _open(self, known: Failed) -> list[OpenUnit]:
-        """Open all devices, and scan the writelogs (blocking)."""
-        try:
-            needed = any(not log.drained for log in known.untrusted.values())
-            pool = self.extensions.open(failed=needed)
-            return open_units(self.config, self.runtime.open_device, known, pool)
-        except BaseException:
-            self.extensions.close()
-            raise
 
     def _recover(self, opened: Sequence[OpenUnit]) -> None:
         """Replay, record void ranges, and write every superblock (blocking)."""

@@ -17,7 +17,7 @@ from qdsmirror.core.recovery import Recovery
 from qdsmirror.errors import BrokenError, QdsError
 from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.recovery import DataDeviceError, OpenUnit, believed, replay
+from qdsmirror.storage.recovery import DataDeviceError, OpenUnit, believed, open_units, replay
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
@@ -45,6 +45,20 @@ def known_failures(group: DriverGroup, latch: FailureLatch) -> Failed:
             reason = _shorten(f"data device {ldsu.data_device} failed: {data}")
             dead[ldsu.index] = Dead(reason, now, 0)
     return Failed(untrusted, dead, known.generation)
+
+
+def open_devices(group: DriverGroup, known: Failed) -> list[OpenUnit]:
+    """Open all devices of a group, its extension pool among them, and scan the writelogs.
+
+    :raises QdsError: see :func:`qdsmirror.storage.recovery.open_units`; nothing is open then.
+    """
+    try:
+        needed = any(not log.drained for log in known.untrusted.values())
+        pool = group.extensions.open(failed=needed)
+        return open_units(group.config, group.runtime.open_device, known, pool)
+    except BaseException:
+        group.extensions.close()
+        raise
 
 
 def replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch) -> None:
