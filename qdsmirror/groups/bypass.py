@@ -26,7 +26,8 @@ from qdsmirror.limits import OVERFLOW_AGAIN_SECONDS, OVERFLOW_WAIT_SECONDS
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
-    from qdsmirror.groups.unit import DriverUnit, UnitFrame
+    from qdsmirror.groups.framing import UnitFrame
+    from qdsmirror.groups.unit import DriverUnit
 
 OFF, ENTERING, ON, LEAVING = "off", "entering", "on", "leaving"
 

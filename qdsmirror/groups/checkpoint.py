@@ -18,7 +18,8 @@ from qdsmirror.errors import QdsError
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
-    from qdsmirror.groups.unit import DriverUnit, UnitFrame
+    from qdsmirror.groups.framing import UnitFrame
+    from qdsmirror.groups.unit import DriverUnit
 
 
 class Checkpoints:

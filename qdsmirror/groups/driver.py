@@ -34,6 +34,7 @@ from qdsmirror.groups.devices import leave_devices, take_over_devices
 from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
+from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.restart import (
     failures_found,
@@ -44,7 +45,7 @@ from qdsmirror.groups.restart import (
     replay_all,
 )
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.groups.unit import DriverUnit, UnitFrame
+from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths

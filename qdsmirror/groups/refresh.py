@@ -34,7 +34,8 @@ from qdsmirror.limits import (
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
-    from qdsmirror.groups.unit import DriverUnit, UnitFrame
+    from qdsmirror.groups.framing import UnitFrame
+    from qdsmirror.groups.unit import DriverUnit
 
 _NOTHING = bytes(REFRESH_READ_BYTES)
 

@@ -20,18 +20,18 @@ from zope.interface import implementer
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.bitmap import DirtyBitmap
-from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer, Entry
+from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
-from qdsmirror.core.ring import Placement
 from qdsmirror.groups import bypass
 from qdsmirror.groups.direct import Direct, answer_all
+from qdsmirror.groups.framing import Framing, UnitFrame
 from qdsmirror.groups.reading import Reading
+from qdsmirror.groups.waiting import WaitingRequests
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
 from qdsmirror.limits import (
     COMMIT_DELAY_SECONDS,
     COMMIT_INTERVAL_SECONDS,
-    ZERO_ENTRY_BYTES_MAX,
 )
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.bitmap import clear_bitmap
@@ -40,45 +40,6 @@ from qdsmirror.storage.writelog import Writelog, Writes
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
     from qdsmirror.groups.driver import DriverGroup
-
-
-class UnitFrame:
-    """A frame on its way.
-
-    :ivar end: position behind its record.
-    :ivar sequence: its local sequence number; ``chain``: its chain.
-    :ivar waiting: requests to be answered when it is durable.
-    """
-
-    __slots__ = (
-        "applied",
-        "chain",
-        "durable",
-        "end",
-        "entries",
-        "gsn_last",
-        "sequence",
-        "unit",
-        "waiting",
-        "weight",
-    )
-
-    def __init__(self, unit: DriverUnit, end: int, sequence: int, chain: bytes, gsn_last: int):
-        self.unit = unit
-        self.end = end
-        self.sequence = sequence
-        self.chain = chain
-        self.gsn_last = gsn_last
-        self.entries: Sequence[Entry] = ()
-        self.waiting: list[Request] = []
-        self.weight = 0
-        self.durable = False
-        self.applied = False
-
-    @property
-    def next_point(self) -> Point:
-        """Where the LDSU's history stands behind this frame."""
-        return Point(self.sequence + 1, self.chain)
 
 
 @implementer(IExport)
@@ -132,9 +93,7 @@ class DriverUnit:
         self.dirty = dirty
         self.direct = Direct(self)
         self.full_since: float | None = None
-        self._queue: deque[Request] = deque()
-        self._held: list[Request] = []
-        self._locked: tuple[int, int] | None = None
+        self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self._appending = False
         self._turns: deque[Callable[[], None]] = deque()
         self._pumping = False
@@ -155,13 +114,12 @@ class DriverUnit:
     @property
     def framed_point(self) -> Point:
         """Where the history stands behind the last frame made."""
-        return Point(self._sequence, self._chain)
+        return self._framing.point
 
     def _reset(self, cursor: Cursor) -> None:
         """Stand at the end of what recovery found."""
         point = cursor.point(self.index)
-        self._sequence = point.sequence
-        self._chain = point.chain
+        self._framing = Framing(self, point)
         self.durable_end = cursor.position
         self.durable_point = point
         self.applied_sequence = point.sequence - 1
@@ -203,15 +161,14 @@ class DriverUnit:
                 request.state = 0
                 past.append(request)
             elif command != nbd.CMD_FLUSH:
-                request.state = 0
-                self._queue.append(request)
+                self.waiting.add(request)
             elif self.group.bypass.phase == bypass.LEAVING:
                 self.direct.held.append(request)
             else:
                 self._flush(request)
         if past:
             self.direct.take(past)
-        elif self._queue:
+        elif self.waiting:
             self.pump()
 
     # -- framing ------------------------------------------------------------------------------
@@ -226,7 +183,7 @@ class DriverUnit:
             while self._pump_again:
                 # Whoever makes room from within (a checkpoint that ends at once) asks again.
                 self._pump_again = False
-                while self._queue and not self._appending and self.group.may_frame:
+                while self.waiting and not self._appending and self.group.may_frame:
                     if not self._append_batch():
                         break
         finally:
@@ -234,8 +191,8 @@ class DriverUnit:
 
     def _append_batch(self) -> bool:
         """Make one frame of what is queued; tell whether there was room for it."""
-        self._drop_dead()
-        entries, finished, undo = self._gather()
+        self.waiting.drop_dead()
+        entries, finished, taken = self.waiting.gather()
         if not entries:
             return False
         payload = sum(e.length for e in entries if e.payload is not None)
@@ -243,137 +200,24 @@ class DriverUnit:
             HEADER_BYTES + len(entries) * ENTRY_BYTES + payload, kept_bytes=self.kept_bytes
         )
         if placement is None:
-            for request, state in reversed(undo):
-                request.state = state
-                if self._held and self._held[-1] is request:
-                    # What it must not overtake goes back as well.
-                    self._held.pop()
-                if not self._queue or self._queue[0] is not request:
-                    self._queue.appendleft(request)
+            self.waiting.put_back(taken)
             if self._leaving:
-                self._abandon({request.connection for request in self._queue})
+                self.waiting.abandon_all()
             else:
                 self.group.checkpoints.want_space()
                 self.group.bypass.no_room(self)
             return False
         self.full_since = None
-        frame, writes = self._frame(frames.ENTRIES, placement, entries)
+        frame, writes = self._framing.make(frames.ENTRIES, placement, entries)
         self.group.framed(frame)
         self.pending.add(entries)
         self._append(frame, writes, finished)
         return True
 
-    def _drop_dead(self) -> None:
-        """Forget queued requests of connections that are gone (rules.md 19)."""
-        gone = {c for c in {r.connection for r in self._queue} if c.hung_up()}
-        if gone:
-            self._abandon(gone)
-
     def leave(self) -> None:
         """Wait for space no more: the driver stops, and clients ask again when it is back."""
         self._leaving = True
         self.pump()
-
-    def _abandon(self, connections: set[INbdConnection]) -> None:
-        dropped: dict[INbdConnection, list[Request]] = {one: [] for one in connections}
-        for request in (*self._queue, *self._held):
-            if request.connection in connections:
-                dropped[request.connection].append(request)
-        self._queue = deque(r for r in self._queue if r.connection not in connections)
-        self._held = [r for r in self._held if r.connection not in connections]
-        for connection, requests in dropped.items():
-            connection.abandon(requests)
-
-    def _gather(self) -> tuple[list[Entry], list[Request], list[tuple[Request, int]]]:
-        """Take entries for one frame off the queue.
-
-        :returns: the entries, the requests that end in this frame, and how to undo the taking.
-        """
-        queue = self._queue
-        entries: list[Entry] = []
-        finished: list[Request] = []
-        undo: list[tuple[Request, int]] = []
-        room = self.payload_cap
-        while queue and len(entries) < self._entries_cap:
-            request = queue[0]
-            if self._locked is not None and self._overlaps_lock(request):
-                undo.append((request, request.state))
-                self._held.append(queue.popleft())
-                continue
-            done: int = request.state
-            length = request.length - done
-            payload = request.payload
-            if payload is None:
-                take = min(length, ZERO_ENTRY_BYTES_MAX)
-                kind = frames.ZEROES if request.flags & nbd.CMD_FLAG_NO_HOLE else frames.TRIM
-                entries.append(Entry(request.offset + done, take, kind, None))
-            else:
-                take = length
-                if take > room:
-                    if entries and request.length <= self.payload_cap:
-                        break
-                    take = room // self.minimum_block * self.minimum_block
-                    if not take:
-                        break
-                piece = payload if take == request.length else payload[done : done + take]
-                entries.append(Entry(request.offset + done, take, frames.WRITE, piece))
-                room -= take
-            undo.append((request, done))
-            if take == length:
-                queue.popleft()
-                finished.append(request)
-            else:
-                request.state = done + take
-        return entries, finished, undo
-
-    def _overlaps_lock(self, request: Request) -> bool:
-        assert self._locked is not None
-        first, last = self._locked
-        end = request.offset + request.length
-        # What overlaps a write that is held back must not overtake it.
-        return (request.offset < last and first < end) or any(
-            request.offset < held.offset + held.length and held.offset < end for held in self._held
-        )
-
-    def _frame(
-        self,
-        kind: int,
-        placement: Placement,
-        entries: Sequence[Entry] = (),
-        control: Sequence[Buffer] = (),
-        gsns: tuple[int, int] | None = None,
-    ) -> tuple[UnitFrame, Writes]:
-        """Make the next frame of this LDSU's history, and the writes that append it.
-
-        :param gsns: first number and count, where they are not the next ones (void ranges).
-        """
-        group = self.group
-        first, count = gsns or group.take_gsns(len(entries) or 1)
-        body: list[Buffer] = [
-            b"".join([frames.ENTRY.pack(e[0], e[1], e[2], 0, 0) for e in entries]),
-            *[e[3] for e in entries if e[3] is not None],
-            *control,
-        ]
-        header, chain = frames.build_header(
-            kind=kind,
-            ldsu=self.index,
-            generation=group.generation,
-            sequence=self._sequence,
-            gsn_first=first,
-            gsn_count=count,
-            durable_gsn=group.durable_gsn,
-            time_ns=group.runtime.wall_ns(),
-            previous_chain=self._chain,
-            entry_count=len(entries),
-            body=body,
-        )
-        frame = UnitFrame(self, placement.end, self._sequence, chain, first + count - 1)
-        frame.entries = entries
-        frame.weight = placement.record_bytes
-        self._sequence += 1
-        self._chain = chain
-        size = HEADER_BYTES + sum(map(len, body))
-        return frame, self.writelog.record(placement, size, [header, *body], self.durable_end)
 
     def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
         self._appending = True
@@ -439,7 +283,7 @@ class DriverUnit:
         if placement is None:
             self.group.checkpoints.want_space()
             return None
-        frame, writes = self._frame(kind, placement, (), [payload])
+        frame, writes = self._framing.make(kind, placement, (), [payload])
         self.group.framed(frame)
         self._urgent = True
         self._append(frame, writes, ())
@@ -456,9 +300,9 @@ class DriverUnit:
     def _recovered(self, kind: int, payload: bytes, first: int, count: int) -> Writes:
         placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
         assert placement is not None, "the reserve holds room for what recovery records"
-        frame, writes = self._frame(kind, placement, (), [payload], (first, count))
+        frame, writes = self._framing.make(kind, placement, (), [payload], (first, count))
         self.durable_end = self.applied_end = frame.end
-        self.durable_point = self.applied_point = Point(self._sequence, self._chain)
+        self.durable_point = self.applied_point = self._framing.point
         self.applied_sequence = self.synced_sequence = frame.sequence
         return writes
 
@@ -501,9 +345,7 @@ class DriverUnit:
 
     def go_direct(self) -> None:
         """Write past the writelog what waits: the group is in bypass."""
-        waiting = [*self._held, *self._queue, *self.direct.held]
-        self._held.clear()
-        self._queue.clear()
+        waiting = [*self.waiting.drop(), *self.direct.held]
         self.direct.held = []
         if waiting:
             self.direct.take(waiting)
@@ -513,7 +355,7 @@ class DriverUnit:
     @property
     def is_locked(self) -> bool:
         """Whether a refresh that was ended still reads its last chunk."""
-        return self._locked is not None
+        return self.waiting.is_locked
 
     @property
     def spare_bytes(self) -> int:
@@ -523,14 +365,11 @@ class DriverUnit:
 
     def lock(self, offset: int, length: int) -> None:
         """Hold back writes to a range until :meth:`unlock` (rules.md 14)."""
-        assert self._locked is None, "one refresh chunk at a time"
-        self._locked = (offset, offset + length)
+        self.waiting.lock(offset, length)
 
     def unlock(self) -> None:
         """Let the writes go on that were held back, in their order."""
-        self._locked = None
-        self._queue.extendleft(reversed(self._held))
-        self._held.clear()
+        self.waiting.unlock()
         self.pump()
 
     def append_chunk(self, offset: int, data: bytes | None, length: int) -> UnitFrame | None:
@@ -549,7 +388,7 @@ class DriverUnit:
             return None
         kind = frames.REFRESH_ZEROES if data is None else frames.REFRESH
         payload = None if data is None else memoryview(data)
-        frame, writes = self._frame(
+        frame, writes = self._framing.make(
             frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
         )
         frame.entries = ()
@@ -652,12 +491,12 @@ class DriverUnit:
 
     def _flush(self, request: Request) -> None:
         if self.log_failed:
-            self._flushes.append((self._sequence - 1, request))
+            self._flushes.append((self._framing.sequence - 1, request))
             return
         if not self._appended and not self._appending:
             request.connection.answer([request])
             return
-        self._flushes.append((self._sequence - 1, request))
+        self._flushes.append((self._framing.sequence - 1, request))
         self._urgent = True
         self._commit()
 
@@ -691,11 +530,9 @@ class DriverUnit:
         self.refusal = reason
         waiting = [r for f in self._appended for r in f.waiting]
         waiting += [*self._late, *(r for _, r in self._flushes)]
-        waiting += [*self._queue, *self._held, *self.direct.drop()]
+        waiting += [*self.waiting.drop(), *self.direct.drop()]
         self._late.clear()
         self._flushes.clear()
-        self._queue.clear()
-        self._held.clear()
         for frame in self._appended:
             frame.waiting = []
         for request in waiting:
@@ -739,7 +576,7 @@ class DriverUnit:
         """Whether something accepted is not yet applied."""
         return bool(
             not self.refusal
-            and (self._queue or self._held or self._late or self.has_frames or self.direct.busy)
+            and (self.waiting.any or self._late or self.has_frames or self.direct.busy)
         )  # fmt: skip
 
     def close(self) -> list[Any]:

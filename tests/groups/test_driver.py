@@ -472,9 +472,9 @@ class RefreshTests(SynchronousTestCase):
         while world.group.refresh_job is not None and number < 200:
             number += 1
             block = random.randrange(29)
-            if unit._locked is not None and random.random() < 0.5:
+            if unit.waiting._locked is not None and random.random() < 0.5:
                 # Twice into the chunk that is being read or found to be a hole.
-                block = min(29, unit._locked[0] // BLOCK)
+                block = min(29, unit.waiting._locked[0] // BLOCK)
                 world.client.write(unit, block * BLOCK, unique(1000 + number, 2 * BLOCK))
             if random.random() < 0.3:
                 world.client.ask(unit, nbd.CMD_TRIM, block * BLOCK, 2 * BLOCK)

@@ -10,8 +10,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror import limits
 from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import refresh as refresh_module
+from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.refresh import Refresh
-from qdsmirror.groups.unit import DriverUnit, UnitFrame
+from qdsmirror.groups.unit import DriverUnit
 from tests.fakes import MemoryDevice
 from tests.groups import world as world_module
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, unique

@@ -255,7 +255,7 @@ class FrameTests(SynchronousTestCase):
         self.patch(limits, "ZERO_ENTRY_BYTES_MAX", 64 * KIB)
         from qdsmirror.groups import unit as unit_module
 
-        self.patch(unit_module, "ZERO_ENTRY_BYTES_MAX", 64 * KIB)
+        self.patch(waiting_module, "ZERO_ENTRY_BYTES_MAX", 64 * KIB)
         world = DriverWorld(self)
         unit = world.start()
         world.client.write(unit, 0, unique(1, 512 * KIB))

@@ -21,8 +21,9 @@ from qdsmirror.core.nbd import Request
 from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.core.watermark import Committed
 from qdsmirror.groups.driver import DriverGroup
+from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.groups.unit import DriverUnit, UnitFrame
+from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
