@@ -252,9 +252,6 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(world.data().content()[: len(data)], data)
 
     def test_long_zeroes_become_several_entries(self) -> None:
-        self.patch(limits, "ZERO_ENTRY_BYTES_MAX", 64 * KIB)
-        from qdsmirror.groups import unit as unit_module
-
         self.patch(waiting_module, "ZERO_ENTRY_BYTES_MAX", 64 * KIB)
         world = DriverWorld(self)
         unit = world.start()
