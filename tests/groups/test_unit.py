@@ -10,6 +10,7 @@ from qdsmirror import limits
 from qdsmirror.core import nbd
 from qdsmirror.core.extents import HOLE, ZERO
 from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups import waiting as waiting_module
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, FakeConnection, unique
 
 
