@@ -15,8 +15,10 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.sim.process import End
+from tests.sim.profile import Profile
 from tests.sim.runs import a_base
-from tests.sim.world import Profile, World
+from tests.sim.watch import installed
+from tests.sim.world import World
 
 #: Both ways together; the handshake takes about 1100 of them.
 BYTES = 2400
@@ -70,7 +72,7 @@ class EveryByteTests(SynchronousTestCase):
         with a_base() as base:
             world = World(seed, base, profile)
             try:
-                with world.installed():
+                with installed(world):
                     world._make_disks()
                     world.due |= dict.fromkeys(("driver", "pmd", "rmd"), 0.0)
                     world._liveness()

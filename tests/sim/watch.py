@@ -16,8 +16,8 @@ from qdsmirror.core.records import RECORD_HEADER_BYTES
 from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups import remote as remote_module
+from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
-from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.storage.writelog import Writelog
@@ -49,7 +49,7 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(remote_module, "RECEIVED_BYTES_MAX", profile.limit)
         patch(remote_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
-        patch(DriverUnit, "_frame", _watched_frame(world, DriverUnit._frame))
+        patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:
             yield
             return
@@ -64,17 +64,17 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
 
 def _watched_frame(world: Sites, original: Any) -> Any:
     def frame(
-        unit: DriverUnit,
+        framing: Framing,
         kind: int,
         placement: Any,
         entries: Any = (),
         control: Any = (),
         gsns: Any = None,
     ) -> Any:
-        before = unit._chain
+        before, unit = framing.chain, framing._unit
         group = unit.group
         first = gsns[0] if gsns else group.next_gsn
-        made, writes = original(unit, kind, placement, entries, control, gsns)
+        made, writes = original(framing, kind, placement, entries, control, gsns)
         world.model.framed(
             unit.index,
             group.generation,
