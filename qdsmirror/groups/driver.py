@@ -151,6 +151,8 @@ class DriverGroup:
         if any(one.untrusted for one in opened):
             go_on_past(self, opened, plan, self._latch)
             return
+        for one in opened:
+            one.writelog.clear_end(one.reached.position)
         superblocks = [unit.writelog.superblock for unit in opened]
         settled = settle(superblocks)
         self.generation = settled.generations[-1].id

@@ -347,6 +347,22 @@ class Writelog:
         """Read from one of its devices, by number."""
         return self._device(device).pread(length, offset)
 
+    def clear_end(self, end: int) -> None:
+        """Destroy what is left of lost records behind a log's end, durably on return.
+
+        To be called before anything is appended to a log that was scanned: a record that was cut
+        off from the log by the loss of the pad before it, or of a sector of its own, would follow
+        again when that is written anew.
+
+        :param end: the position behind the last record found.
+        """
+        last = self.durable_tail + self.ring.size - self.ring.align
+        nothing = bytes(self.ring.align)
+        for position in (end, *self.ring.boundaries(end, last)):
+            if position <= last:
+                self.write([(self.ring.physical(position), [nothing])])
+        self.sync()
+
     def reader(self, cursor: Cursor, *, contiguous: bool = False) -> LogReader:
         """Read the log's frames from a cursor."""
         generations = frozenset(g.id for g in self.superblock.generations)

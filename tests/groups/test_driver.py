@@ -20,7 +20,7 @@ from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.paths import Paths
 from qdsmirror.storage.writelog import read_superblock
-from tests.fakes import at_random, nothing
+from tests.fakes import at_random, everything, nothing
 from tests.groups.world import BLOCK, GENERATION, KIB, MIB, DriverWorld, FakeConnection, unique
 
 
@@ -313,7 +313,8 @@ class RecoveryTests(SynchronousTestCase):
 
         def watched(buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
             if offset >= start:
-                voids.append(offset)
+                # What is cleared behind the log's end is no void range.
+                voids.extend([offset] if any(map(any, buffers)) else [])
             else:
                 self.assertTrue(voids)
                 self.assertFalse([w for w in log.unsynced if w.offset >= start], "rules.md 6")
@@ -322,6 +323,35 @@ class RecoveryTests(SynchronousTestCase):
         log.pwritev = watched  # type: ignore[method-assign]
         world.start()
         self.assertEqual(len(voids), 1)
+
+    def test_record_that_lost_its_pad_does_not_come_back(self) -> None:
+        """A pad that is written anew would make it follow again (rules.md 2)."""
+        world = DriverWorld(self, log=256 * KIB)
+        unit = world.start()
+        world.attach()
+        ring = unit.writelog.ring
+        number = 0
+        # Up to a record that goes behind the ring's end, and the pad before it.
+        while unit.writelog.head < ring.size:
+            self.assertTrue(world.client.answered(world.client.write(unit, 0, unique(number))))
+            world.commit()
+            world.settle(2.0)
+            number += 1
+            if ring.size - unit.writelog.head == BLOCK:
+                break
+        lost = world.client.write(unit, 0, unique(100))
+        self.assertTrue(world.client.answered(lost))
+        unsynced = world.log().unsynced
+        self.assertEqual([len(write.data) for write in unsynced[-2:]], [BLOCK, 2 * BLOCK])
+        pad = unsynced[-2]
+        world.crash(lambda write: nothing(write) if write is pad else everything(write))
+        unit = world.start()
+        self.assertEqual(world.data().content()[:BLOCK], unique(number - 1))
+        world.client.write(unit, 0, unique(101))
+        pad = world.log().unsynced[-2]
+        world.crash(lambda write: everything(write) if write is pad else nothing(write))
+        world.start()
+        self.assertEqual(world.data().content()[:BLOCK], unique(number - 1))
 
     def test_corrupt_group_is_refused_before_anything_is_replayed(self) -> None:
         world = DriverWorld(self, ldsus=2, stepped=True)

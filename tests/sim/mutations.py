@@ -210,6 +210,11 @@ def _chain_not_checked(patch: Patch) -> None:
     patch(logreader_module, "chain_follows", lambda *_: True)
 
 
+@mutation("RECOVER", sequence=("wrap", "power cut", "wrap"))
+def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
+    patch(Writelog, "clear_end", lambda _self, _end: None)
+
+
 @mutation("RECOVER", seeds=300)
 def _void_ranges_not_recorded(patch: Patch) -> None:
     real = driver_module.judge
