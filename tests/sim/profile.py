@@ -14,6 +14,7 @@ class Profile:
     """What a run is made of; drawn from the seed.
 
     :ivar steps: of the safety phase.
+    :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
 
@@ -31,6 +32,7 @@ class Profile:
     buffer: int
     clients: int
     eager: float
+    slow: str
     faults: dict[str, int]
 
     @classmethod
@@ -61,5 +63,6 @@ class Profile:
             buffer=choose((8, 32, 1024)) * KIB,
             clients=choose((1, 1, 2)),
             eager=random.random(),
+            slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
             faults=faults,
         )

@@ -40,6 +40,7 @@ PROFILE = Profile(
     buffer=1 << 20,
     clients=1,
     eager=0.0,
+    slow="",
     faults={},
 )
 
