@@ -59,12 +59,6 @@ class GrantedTests(SynchronousTestCase):
             raise SkipTest("the right to lock memory (CAP_IPC_LOCK or no limit) is missing")
         self.assertLess(found["resident_kib"] * 1024, 80 * MIB)
 
-    def test_io_flusher(self) -> None:
-        found = self.run_one()
-        if not found["io_flusher"]:
-            raise SkipTest(f"CAP_SYS_RESOURCE is missing: {found['refused']}")
-        self.assertEqual(found["flusher_in_thread"], 1)
-
 
 class RefusedTests(SynchronousTestCase):
     def setUp(self) -> None:

@@ -23,11 +23,11 @@ from qdsmirror.tools.attach_keeper import Keeper
 from qdsmirror.tools.attach_netlink import KernelNbd
 from qdsmirror.tools.attach_state import Attached, read_state, write_state
 from tests.tools import nbdkernel
-from tests.tools.nbdkernel import FakeKernel, FakeKernelTests, RealKernelTests, number
+from tests.tools.nbdkernel import FakeKernel, FakeKernelTests, number
 from tests.tools.nbdserver import FLAGS, NbdServer
 from tests.tools.sites import host_root
 
-__all__ = ["FakeKernelTests", "RealKernelTests"]
+__all__ = ["FakeKernelTests"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Long enough for a keeper that does not wait for the kernel to be too early.
