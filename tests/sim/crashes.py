@@ -83,7 +83,7 @@ def _halves(size: int) -> Iterator[list[tuple[int, int]]]:
 
 def _beginnings(size: int) -> Iterator[list[tuple[int, int]]]:
     sectors = _sectors(size)
-    for count in range(1, len(sectors)):
+    for count in range(1, len(sectors), max(1, len(sectors) // 8)):
         yield sectors[:count]
 
 
