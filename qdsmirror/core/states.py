@@ -126,9 +126,14 @@ class GroupModes:
         self.reason = ""
 
     @property
+    def shown(self) -> list[Mode]:
+        """The modes that hold, in the order of :class:`Mode`."""
+        return [mode for mode in Mode if mode in self.modes]
+
+    @property
     def state(self) -> Mode:
-        """The first mode that holds, in the order of :class:`Mode`."""
-        return next(mode for mode in Mode if mode in self.modes)
+        """The first of the modes that hold, in the order of :class:`Mode`."""
+        return self.shown[0]
 
     def allows(self, event: Event) -> bool:
         """Tell whether an event means anything in the present modes."""

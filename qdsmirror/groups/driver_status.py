@@ -30,7 +30,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "role": "primary",
         "operation": config.operation,
         "state": group.state.value,
-        "modes": sorted(mode.value for mode in group.modes.modes),
+        "modes": [mode.value for mode in group.modes.shown],
         "since": group.failed_since if failed else group.modes.since,
         "reason": group.reason,
         "coherent": group.coherent,

@@ -29,7 +29,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         "role": "secondary",
         "operation": group.config.operation,
         "state": modes[0],
-        "modes": sorted(modes),
+        "modes": modes,
         "since": group.since,
         "reason": reason or (superblock.reason if superblock else "") or _break_text(bypass),
         "coherent": coherent,

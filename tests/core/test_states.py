@@ -105,6 +105,12 @@ class StatesTests(SynchronousTestCase):
             self.assertEqual(len(modes - {R, B}), 1)
             self.assertFalse({R, B} <= modes)
 
+    def test_modes_are_shown_in_their_order(self) -> None:
+        group = GroupModes(0.0)
+        group.modes = frozenset({C, A, B, R})
+        self.assertEqual(group.shown, [R, B, A, C])
+        self.assertEqual(group.state, R)
+
     def test_the_state_that_is_shown(self) -> None:
         group = GroupModes(1.0)
         self.assertEqual((group.state, group.since), (S, 1.0))

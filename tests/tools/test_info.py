@@ -143,7 +143,7 @@ class MergeTests(TestCase):
         self.assertEqual(status.failure_of(group), (EXIT_IDENTITY, "wrong name"))
 
     def test_refresh(self) -> None:
-        told = driver_status(refresh=REFRESH, modes=["connected", "refresh"], state="refresh")
+        told = driver_status(refresh=REFRESH, modes=["refresh", "connected"], state="refresh")
         (group,) = self.groups(host_root(self), Answers(dsgrp000_driver=told))
         self.assertEqual(group["refresh"], REFRESH)
 
@@ -186,10 +186,11 @@ class PredicateTests(TestCase):
     """What --is and --wait ask."""
 
     def test_states(self) -> None:
-        group = group_of(state="refresh", modes=["connected", "refresh"])
+        group = group_of(state="refresh", modes=["refresh", "connected"])
         self.assertTrue(info.is_so(group, "refresh"))
         self.assertTrue(info.is_so(group, "connected"))
         self.assertFalse(info.is_so(group, "accumulating"))
+        self.assertIn("is refresh+connected", info.describe(group, "accumulating"))
 
     def test_coherent(self) -> None:
         self.assertTrue(info.is_so(group_of(), "coherent"))
