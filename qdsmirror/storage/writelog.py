@@ -322,10 +322,11 @@ class Writelog:
         :raises OSError: a device refuses.
         """
         for (number, offset), buffers in writes:
+            self._device(number).pwritev(buffers, offset)
             if number:
+                # Not before it: a sync that ran in between would have taken it for synced.
                 with self._place_lock:
                     self._unsynced.add(number)
-            self._device(number).pwritev(buffers, offset)
 
     def sync(self) -> None:
         """Make every record that was written before durable.
@@ -335,9 +336,13 @@ class Writelog:
         if self.extensions:
             with self._place_lock:
                 written, self._unsynced = self._unsynced, set()
-                devices = [self.extensions[n].device for n in written if n in self.extensions]
-            for device in devices:
-                device.fdatasync()
+            try:
+                for extension in filter(None, map(self.extensions.get, written)):
+                    extension.device.fdatasync()
+            except (OSError, DeviceError):
+                with self._place_lock:
+                    self._unsynced |= written
+                raise
         self.device.fdatasync()
 
     def _device(self, number: int) -> IBlockDevice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -353,8 +353,26 @@ class ChainTests(SynchronousTestCase):
         world.log.extend(world.pool[0])
         world.fill(3000)
         world.devices[1].fail("fdatasync")
-        with self.assertRaises(DeviceFailedError):
-            world.sync()
+        for _ in range(2):
+            with self.assertRaises(DeviceFailedError):
+                world.sync()
+
+    def test_a_write_beside_a_sync_is_not_taken_for_synced(self) -> None:
+        world = Log(1)
+        world.fill(3000)
+        world.log.extend(world.pool[0])
+        device = world.devices[1]
+        write = device.pwritev
+
+        def after_a_sync(buffers: Sequence[Any], offset: int) -> None:
+            world.log.sync()
+            write(buffers, offset)
+
+        device.pwritev = after_a_sync  # type: ignore[method-assign]
+        world.fill(3000)
+        self.assertTrue(device.unsynced)
+        world.sync()
+        self.assertFalse(device.unsynced)
 
     def test_refused(self) -> None:
         world = Log(EXTENSIONS_PER_LOG_MAX + 1)
