@@ -70,75 +70,60 @@ class RemoteError(Exception):
         return str(self.args[0])
 
 
-_ERRORS: dict[type[Exception], bytes] = {RemoteError: ampbox.QDS_ERROR}
 _JSON: list[tuple[bytes, amp.Argument]] = [(b"json", Spread())]
 
 
-class Status(amp.Command):
-    """What the daemon, or the group, is doing."""
+class _Command(amp.Command):
+    """What all commands have: their errors, and most their answer."""
 
     response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
+    errors: ClassVar[dict[type[Exception], bytes]] = {RemoteError: ampbox.QDS_ERROR}
 
 
-class Refresh(amp.Command):
+class Status(_Command):
+    """What the daemon, or the group, is doing."""
+
+
+class Refresh(_Command):
     """Begin a refresh of the kind given; answered once it has durably begun."""
 
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"kind", amp.Unicode())]
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
-class Bypass(amp.Command):
+class Bypass(_Command):
     """Enter (``on``) or leave (``off``) bypass; answered once that is durable."""
 
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"to", amp.Unicode())]
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
-class Extend(amp.Command):
+class Extend(_Command):
     """Extend an LDSU's writelog by a device (empty: any); answered once that is durable."""
 
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [
         (b"ldsu", amp.Unicode()),
         (b"device", amp.Unicode()),
     ]
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
-class Free(amp.Command):
+class Free(Extend):
     """Begin to free a device of an LDSU's writelog (empty: any); answered once that is durable."""
 
-    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = Extend.arguments
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
-
-class KillRefresh(amp.Command):
+class KillRefresh(_Command):
     """End the refresh that is running."""
 
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
-
-class Apply(amp.Command):
+class Apply(_Command):
     """Take up changed, new and removed group files (masters only)."""
 
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
-
-class ForgetFailures(amp.Command):
+class ForgetFailures(_Command):
     """Forget a group's failed devices: its logs were initialised anew (masters only)."""
 
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"group", amp.Unicode())]
-    response: ClassVar[list[tuple[bytes, amp.Argument]]] = _JSON
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
-class AttachPmd(amp.Command):
+class AttachPmd(_Command):
     """Hand the pmd the writelogs, read-only, and the watermark socket (driver only)."""
 
     response: ClassVar[list[tuple[bytes, amp.Argument]]] = [
@@ -146,7 +131,6 @@ class AttachPmd(amp.Command):
         (b"logs", Descriptors()),
         (b"watermarks", amp.Descriptor()),
     ]
-    errors: ClassVar[dict[type[Exception], bytes]] = _ERRORS
 
 
 class _BoundedAmp(amp.AMP):
