@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from qdsmirror.tools import cli
-from qdsmirror.tools.refresh import call_driver, primaries, tell, wait_for_room
-from qdsmirror.tools.status import collect_groups
+from qdsmirror.tools.refresh import call_driver, looking, primaries, tell, wait_for_room
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,11 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     configs, broken = primaries(paths, arguments)
-    host = configs[0].primary_host
     done = []
     for config in configs:
         if arguments.to == "off":
-            wait_for_room(config, lambda one: collect_groups(paths, host, [one])[0])
+            wait_for_room(config, looking(paths))
         answer = call_driver(paths, config, "Bypass", to=arguments.to)
         done.append({**answer, "group": config.number, "name": config.name})
     text = "in bypass; its mirror grows older until qdsbypass off"

@@ -76,12 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     configs, broken = primaries(paths, arguments)
-    host = configs[0].primary_host
-    for config in configs:
-        wait_for_room(config, lambda one: collect_groups(paths, host, [one])[0])
-    begun = [begin(paths, config, arguments.kind) for config in configs]
+    begun = _begin_all(paths, configs, arguments.kind)
     with _display(arguments.json) as show:
-        follow(configs, lambda one: collect_groups(paths, host, [one])[0], show)
+        follow(configs, looking(paths), show)
     return tell(arguments.json, begun, "refreshed", broken)
 
 
@@ -91,10 +88,7 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
     arguments = build_launch_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
     configs, broken = primaries(paths, arguments)
-    host = configs[0].primary_host
-    for config in configs:
-        wait_for_room(config, lambda one: collect_groups(paths, host, [one])[0])
-    begun = [begin(paths, one, arguments.kind) for one in configs]
+    begun = _begin_all(paths, configs, arguments.kind)
     return tell(arguments.json, begun, "refresh has begun", broken)
 
 
@@ -109,6 +103,17 @@ def kill_main(argv: Sequence[str] | None = None) -> int:
         call_driver(paths, config, "KillRefresh")
         ended.append({"group": config.number, "name": config.name})
     return tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", broken)
+
+
+def looking(paths: Paths) -> Look:
+    """Give what looks at a group of which this host is primary."""
+    return lambda config: collect_groups(paths, config.primary_host, [config])[0]
+
+
+def _begin_all(paths: Paths, configs: Sequence[GroupConfig], kind: str) -> list[dict[str, Any]]:
+    for config in configs:
+        wait_for_room(config, looking(paths))
+    return [begin(paths, config, kind) for config in configs]
 
 
 def begin(paths: Paths, config: GroupConfig, kind: str, call: Call | None = None) -> dict[str, Any]:
