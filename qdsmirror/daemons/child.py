@@ -22,14 +22,12 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from qdsmirror import errors, limits
-from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.daemons import logs, memory
 from qdsmirror.daemons.channel import Channel
-from qdsmirror.daemons.hosting import Factory, Hosting
+from qdsmirror.daemons.hosting import Factory, GroupParts, Hosting
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
-from qdsmirror.storage.latch import FailureLatch
 
 _log = Logger()
 
@@ -49,46 +47,28 @@ def _runtime(reactor: Any) -> Runtime:
     return Runtime.real(reactor)
 
 
-def _driver(
-    config: GroupConfig,
-    host: HostConfig,
-    paths: Paths,
-    reactor: Any,
-    nbd: int | None,
-    latch: FailureLatch,
-) -> IGroup:
+def _driver(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.driver import DriverGroup
 
+    config, host, paths, reactor, nbd, latch = parts
     assert nbd is not None
     runtime = _runtime(reactor)
     group: IGroup = DriverGroup(config, host, paths, reactor, nbd, runtime=runtime, latch=latch)
     return group
 
 
-def _primary(
-    config: GroupConfig,
-    host: HostConfig,
-    paths: Paths,
-    reactor: Any,
-    _nbd: int | None,
-    _latch: FailureLatch,
-) -> IGroup:
+def _primary(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.primary import PrimaryGroup
 
+    config, host, paths, reactor, _, _ = parts
     group: IGroup = PrimaryGroup(config, host, paths, reactor, runtime=_runtime(reactor))
     return group
 
 
-def _remote(
-    config: GroupConfig,
-    host: HostConfig,
-    paths: Paths,
-    reactor: Any,
-    _nbd: int | None,
-    latch: FailureLatch,
-) -> IGroup:
+def _remote(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.remote import RemoteGroup
 
+    config, host, paths, reactor, _, latch = parts
     runtime = _runtime(reactor)
     group: IGroup = RemoteGroup(config, host, paths, reactor, runtime=runtime, latch=latch)
     return group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults, inlineCallbacks
 from twisted.internet.interfaces import IDelayedCall
@@ -26,26 +26,23 @@ _log = Logger()
 FATAL_CODES = frozenset({errors.EXIT_CONFIG, errors.EXIT_IDENTITY, errors.EXIT_BROKEN})
 
 
-class Factory(Protocol):
-    """Makes a group.
+class GroupParts(NamedTuple):
+    """What a group is made of.
 
-    ``nbd`` is the driver's listening NBD socket, else ``None``; it stays the caller's.  ``latch``
-    knows the group's failed devices, and is to learn of more.
+    :ivar nbd: the driver's listening NBD socket, else ``None``; it stays the child's.
+    :ivar latch: knows the group's failed devices, and is to learn of more.
     """
 
-    def __call__(
-        self,
-        config: GroupConfig,
-        host: HostConfig,
-        paths: Paths,
-        reactor: Any,
-        nbd: int | None,
-        latch: FailureLatch,
-        /,
-    ) -> IGroup:
-        """Construct the group without starting it."""
+    config: GroupConfig
+    host: HostConfig
+    paths: Paths
+    reactor: Any
+    nbd: int | None
+    latch: FailureLatch
 
 
+#: Makes a group, without starting it.
+Factory = Callable[[GroupParts], IGroup]
 Report = Callable[[int, str, str, int], None]
 #: Told (group number, device path, reason) of a failed sync.
 ReportFailure = Callable[[int, str, str], None]
@@ -156,7 +153,9 @@ class HostedGroup:
     def _make(self) -> IGroup:
         host = load_host(self._paths)
         config = load_group(self._paths, self.number)
-        return self._factory(config, host, self._paths, self._reactor, self._nbd, self._latch)
+        return self._factory(
+            GroupParts(config, host, self._paths, self._reactor, self._nbd, self._latch)
+        )
 
     def _failed(self, error: Exception) -> None:
         """Report a failed start, and try again later if that can help."""

@@ -11,12 +11,10 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
-from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.daemons import child
+from qdsmirror.daemons.hosting import GroupParts
 from qdsmirror.errors import BrokenError, DeviceError
 from qdsmirror.interfaces import IGroup
-from qdsmirror.paths import Paths
-from qdsmirror.storage.latch import FailureLatch
 
 
 class Greeter:
@@ -41,20 +39,12 @@ class Greeter:
 
 @implementer(IGroup)
 class FakeGroup:
-    def __init__(
-        self,
-        config: GroupConfig,
-        host: HostConfig,
-        paths: Paths,
-        reactor: Any,
-        nbd: int | None,
-        _latch: FailureLatch,
-    ) -> None:
-        self.number = config.number
-        self._config = config
-        self._paths = paths
-        self._reactor = reactor
-        self._nbd = nbd
+    def __init__(self, parts: GroupParts) -> None:
+        self.number = parts.config.number
+        self._config = parts.config
+        self._paths = parts.paths
+        self._reactor = parts.reactor
+        self._nbd = parts.nbd
         self._greeter: Greeter | None = None
         self._kept: list[int] = []
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from qdsmirror import errors
 from qdsmirror.daemons.refusal import RefusingAuthority, refusal_of
-from qdsmirror.errors import (
-    EXIT_BROKEN,
-    EXIT_CONFIG,
-    EXIT_FAILED,
-    EXIT_IDENTITY,
-    BrokenError,
-    ConfigError,
-    IdentityError,
-    QdsError,
-)
+from qdsmirror.errors import BrokenError, ConfigError, IdentityError, QdsError
 from qdsmirror.net.handshake import PrimaryHandshake, RemoteHandshake
 from tests.net.test_handshake import DIGEST, SECRET, HandshakeTestCase, offer
 
@@ -45,10 +37,10 @@ class RefusalTests(HandshakeTestCase):
 
     def test_the_reason_travels(self) -> None:
         for code, kind in (
-            (EXIT_CONFIG, ConfigError),
-            (EXIT_IDENTITY, IdentityError),
-            (EXIT_BROKEN, BrokenError),
-            (EXIT_FAILED, QdsError),
+            (errors.EXIT_CONFIG, ConfigError),
+            (errors.EXIT_IDENTITY, IdentityError),
+            (errors.EXIT_BROKEN, BrokenError),
+            (errors.EXIT_FAILED, QdsError),
         ):
             told = self.refuse(code)
             self.assertIs(type(told), kind)
@@ -56,6 +48,6 @@ class RefusalTests(HandshakeTestCase):
             self.assertIn("qdsconfigtool apply", told.hint)
 
     def test_not_to_one_without_the_secret(self) -> None:
-        told = self.refuse(EXIT_CONFIG, secret=bytes(32))
+        told = self.refuse(errors.EXIT_CONFIG, secret=bytes(32))
         self.assertIs(type(told), IdentityError)
         self.assertNotIn("/dev/m", told.message + told.hint)
