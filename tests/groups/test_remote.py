@@ -321,7 +321,7 @@ class RebaseTests(SynchronousTestCase):
         ]
         group.supersede()
         self.successResultOf(group.rebase(points))
-        self.assertEqual(group.status()["modes"], ["refresh", "accumulating"])
+        self.assertEqual(group.status()["modes"], ["refresh", "connected"])
         size = world.superblock.slot_bytes
         for slot in range(2):
             device = MemoryDevice(MIB, content=world.journal.durable())
