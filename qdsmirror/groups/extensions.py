@@ -170,11 +170,13 @@ class Extensions:
         superblock, devices = log.superblock, dict(log.extensions)
         sizes = superblock.ring.bytes_between(0, superblock.ring.size)
         used = superblock.ring.bytes_between(log.durable_tail, log.head)
+        uncommitted = superblock.ring.bytes_between(unit.committed_end, log.head)
         return [
             {
                 "device": devices[one.number].device.path,
                 "size": sizes.get(one.number, 0),
                 "used_bytes": used.get(one.number, 0),
+                "uncommitted_bytes": uncommitted.get(one.number, 0),
                 "leaving": one.leaving,
             }
             for one in superblock.extensions
@@ -318,12 +320,14 @@ class Extensions:
 
     def _answer(self, unit: DriverUnit, path: str) -> dict[str, Any]:
         row = next((one for one in self.chain(unit) if one["device"] == path), None)
+        leaving = row if row is not None and row["leaving"] else None
         log = unit.writelog
         return {
             "ldsu": unit.name,
             "device": path,
-            "state": "free" if row is None else "leaving" if row["leaving"] else "chained",
-            "drain_bytes": row["used_bytes"] if row is not None and row["leaving"] else 0,
+            "state": "free" if row is None else "leaving" if leaving else "chained",
+            "drain_bytes": leaving["used_bytes"] if leaving else 0,
+            "uncommitted_bytes": leaving["uncommitted_bytes"] if leaving else 0,
             "size": log.ring.size,
             "used_bytes": log.used_bytes,
             "pool_free": self.status()["free"],

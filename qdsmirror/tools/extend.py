@@ -56,11 +56,13 @@ def free_main(argv: Sequence[str] | None = None) -> int:
     done = _call("Free", build_free_parser().parse_args(argv))
     if done is not None:
         state = "is free"
-        if done["state"] != "free":
+        if done["uncommitted_bytes"]:
             state = (
-                f"leaves the writelog: {size_text(done['drain_bytes'])} in it have yet to reach "
-                "the secondary"
+                f"leaves the writelog: {size_text(done['uncommitted_bytes'])} in it have yet to "
+                "reach the secondary"
             )
+        elif done["state"] != "free":
+            state = "leaves the writelog: drained, and free at the next checkpoint"
         print(f"{done['ldsu']}: {done['device']} {state}")
     return 0
 

@@ -163,7 +163,7 @@ class UseTests(SynchronousTestCase):
         self.world.settle(5.0)
         answer = self.world.free()
         self.assertEqual(answer["state"], "leaving")
-        self.assertGreater(answer["drain_bytes"], 0)
+        self.assertTrue(0 < answer["uncommitted_bytes"] <= answer["drain_bytes"], answer)
         self.assertEqual(self.world.states(), ["leaving", "free"])
         self.refused(lambda: self.world.group.free("qds0", ""), DegradedError, "not drained")
         path = self.world.pool[0]
@@ -175,6 +175,28 @@ class UseTests(SynchronousTestCase):
         self.assertEqual(self.world.states(), ["free", "free"])
         self.assertEqual(self.unit.writelog.extensions, {})
         self.assertEqual(read_extension(self.world.devices[path]).log, b"")
+
+    def test_what_the_secondary_has_waits_for_a_checkpoint_only(self) -> None:
+        world = PoolWorld(self, stepped=True)
+        unit = world.start()
+        world.fill(unit)
+        extended = world.group.extend("qds0", "")
+        world.settle()
+        self.successResultOf(extended)
+        for _ in range(4):
+            world.write(unit)
+            world.settle()
+        world.attach()
+        world.commit(world.group.durable_gsn // 2)
+        world.settle(5.0)
+        freed = world.group.free("qds0", "")
+        world.commit()
+        world.step("qds0 commit")
+        answer = self.successResultOf(freed)
+        self.assertEqual((answer["state"], answer["uncommitted_bytes"]), ("leaving", 0))
+        self.assertGreater(answer["drain_bytes"], 0)
+        world.settle()
+        self.assertEqual(world.states(), ["free", "free"])
 
     def test_an_unused_one_is_free_at_once(self) -> None:
         self.world.extend()

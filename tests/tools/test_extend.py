@@ -16,11 +16,15 @@ CHAINED = {
     "device": "/dev/e0",
     "state": "chained",
     "drain_bytes": 0,
+    "uncommitted_bytes": 0,
     "size": 1 << 27,
     "used_bytes": 1 << 26,
     "pool_free": 3,
 }
-LEAVING = {**CHAINED, "state": "leaving", "drain_bytes": 1 << 20}
+DRAINED = {**CHAINED, "state": "leaving", "drain_bytes": 3 << 20}
+
+
+LEAVING = {**DRAINED, "uncommitted_bytes": 1 << 20}
 
 
 class CommandTests(TestCase):
@@ -55,6 +59,14 @@ class CommandTests(TestCase):
             "qds0: /dev/e0 leaves the writelog: 1 MiB in it have yet to reach the secondary\n",
         )
         self.assertEqual(driver.calls, [("Free", {"ldsu": "qds0", "device": ""})])
+
+    def test_free_what_is_drained(self) -> None:
+        self.driver({"Free": DRAINED})
+        code, output, _ = captured(self, extend.free_main, "qds0", "--root", self.root)
+        self.assertEqual(code, 0)
+        self.assertEqual(
+            output, "qds0: /dev/e0 leaves the writelog: drained, and free at the next checkpoint\n"
+        )
 
     def test_free_at_once(self) -> None:
         self.driver({"Free": {**CHAINED, "state": "free"}})
