@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fio
+import outage
 import phases
 import tlsrate
 from systems import MIB, Lab, MissingError, Nbdkit, QemuMirror, System
@@ -55,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--writelog", type=int, default=1024, help="MiB (default: 1024)")
     parser.add_argument("--outage", type=float, default=20, help="seconds (default: 20)")
     parser.add_argument("--rate", default="20M", help="of writes in the outage (default: 20M)")
+    parser.add_argument(
+        "--bypass",
+        action="store_true",
+        help="the outage's writelog holds a tenth of it: it fills, and the group goes into bypass",
+    )
     parser.add_argument(
         "--only",
         choices=("peers", "drain", "refresh", "memory"),
@@ -134,7 +140,8 @@ def judged(what: str, value: float, first: float, goal: float) -> None:
 
 def row(*cells: str) -> None:
     """Print one row of a table."""
-    print("".join([f"{cells[0]:40}", *(f"{cell:>24}" for cell in cells[1:])]).rstrip())
+    wide = 24 if len(cells) < 6 else 10
+    print("".join([f"{cells[0]:40}", *(f"{cell:>{wide}}" for cell in cells[1:])]).rstrip())
 
 
 def say(text: str) -> None:
@@ -163,11 +170,11 @@ def measure_peers(options: argparse.Namespace, directory: Path) -> Rates:
 
 
 def measure_lab(
-    options: argparse.Namespace, directory: Path, size: int, writelog: int, name: str
+    directory: Path, size: int, writelog: int, name: str, overflow: str = "block"
 ) -> tuple[Lab, ExitStack]:
     """Start a lab for one phase; the stack stops it."""
     stack = ExitStack()
-    lab = Lab(directory, size, writelog, name)
+    lab = Lab(directory, size, writelog, name, overflow)
     stack.callback(lab.stop)
     try:
         lab.start()
@@ -181,7 +188,7 @@ def measure_flow(options: argparse.Namespace, directory: Path, what: str) -> dic
     """Measure draining or a refresh, each round beside a bare TLS transfer."""
     writelog = options.writelog * MIB
     size = max(options.size * MIB, writelog)
-    lab, stack = measure_lab(options, directory, size, writelog, what)
+    lab, stack = measure_lab(directory, size, writelog, what)
     figures: dict[str, Any] = {"tls": [], what: []}
     with stack:
         for turn in range(options.rounds):
@@ -203,21 +210,25 @@ def measure_flow(options: argparse.Namespace, directory: Path, what: str) -> dic
     return figures
 
 
-def measure_memory(options: argparse.Namespace, directory: Path) -> dict[str, int]:
+def measure_memory(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Measure the children's memory through an outage."""
-    size = options.size * MIB
-    writelog = phases.writelog_for(options.outage, options.rate)
-    lab, stack = measure_lab(options, directory, size, writelog, "memory")
+    seconds, rate, overflow = options.outage, options.rate, "bypass" if options.bypass else "block"
+    writelog = outage.writelog_for(seconds, rate, options.bypass)
+    lab, stack = measure_lab(directory, options.size * MIB, writelog, "memory", overflow)
     with stack:
-        memory = phases.outage(lab, size, options.outage, options.rate)
-    print()
-    row(f"{memory.seconds:g} s outage at {options.rate}/s", "peak MiB", "first", "goal", "")
+        memory = outage.outage(lab, options.size * MIB, seconds, rate)
+    bypass = "no bypass" if memory.bypass is None else f"bypass after {memory.bypass:.0f} s"
+    print(f"\n{seconds:g} s outage at {rate}/s, {writelog // MIB} MiB writelog, {bypass}")
+    row("MiB", "start", "middle", "end", "after", "peak", "first", "goal", "")
     first, goal = MEMORY_TARGET_MIB
     for name, peak in sorted(memory.peaks.items()):
-        mib = peak / MIB
-        verdict = "goal" if mib <= goal else "first" if mib <= first else "MISSED"
-        row(name, f"{mib:.0f}", str(first), str(goal), verdict)
-    return memory.peaks
+        verdict = "goal" if peak <= goal * MIB else "first" if peak <= first * MIB else "MISSED"
+        held = [one.get(name, 0) for one in memory[:4]]
+        shown = [f"{one / MIB:.1f}" if one else "-" for one in (*held, peak)]
+        row(name, *shown, str(first), str(goal), verdict)
+    if options.bypass and memory.bypass is None:
+        raise MissingError("the outage did not lead into bypass")
+    return memory._asdict()
 
 
 def main() -> int:

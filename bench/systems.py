@@ -168,11 +168,19 @@ class Lab:
     """qdsmirror: a lab of two sites on this machine, mirroring live over TLS.
 
     :param writelog: bytes; a benchmark that fills it measures the drain rate.
+    :param overflow: what a full writelog leads to, ``block`` or ``bypass``.
     """
 
     name = "qdsmirror"
 
-    def __init__(self, directory: Path, size: int, writelog: int, name: str = "lab") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        size: int,
+        writelog: int,
+        name: str = "lab",
+        overflow: str = "block",
+    ) -> None:
         self.directory = directory / name
         self.primary = self.directory / "primary"
         self.secondary = self.directory / "secondary"
@@ -181,6 +189,7 @@ class Lab:
             raise MissingError("no qdslab beside this Python (make venv)")
         sizes = {"--size": size, "--writelog": writelog, "--journal": max(writelog, 128 * MIB)}
         options = [text for key, value in sizes.items() for text in (key, f"{value // MIB}M")]
+        options += ["--overflow", overflow]
         self.tool("qdslab", "create", str(self.directory), *options)
         self.uri = ""
 
@@ -230,11 +239,13 @@ def processes(site: Path, names: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def peak_memory(pid: int) -> int:
-    """Give the largest resident memory that a process has had, in bytes (0: it is gone)."""
+def memory(pid: int) -> tuple[int, int]:
+    """Give the resident memory of a process and its peak, in bytes (0: it is gone)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    if "VmRSS" not in fields:
+        return 0, 0  # It is ending.
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
