@@ -9,7 +9,8 @@ import argparse
 from collections.abc import Sequence
 
 from qdsmirror.tools import cli
-from qdsmirror.tools.refresh import call_driver, looking, primaries, tell, wait_for_room
+from qdsmirror.tools.orders import order_all, primaries, tell
+from qdsmirror.tools.refresh import looking, wait_for_room
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,14 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``qdsbypass``: return once the groups are in bypass, or their refreshes have begun."""
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs, broken = primaries(paths, arguments)
-    done = []
-    for config in configs:
-        if arguments.to == "off":
-            wait_for_room(config, looking(paths))
-        answer = call_driver(paths, config, "Bypass", to=arguments.to)
-        done.append({**answer, "group": config.number, "name": config.name})
+    configs, failed = primaries(paths, arguments)
     text = "in bypass; its mirror grows older until qdsbypass off"
     if arguments.to == "off":
         text = "bypass left, a full refresh has begun; watch it with qdsinfo"
-    return tell(arguments.json, done, text, broken)
+        for config in configs:
+            wait_for_room(config, looking(paths))
+    done = order_all(paths, configs, failed, "Bypass", to=arguments.to)
+    return tell(arguments.json, done, text, failed)

@@ -12,7 +12,7 @@ from typing import Any
 
 from qdsmirror.tools import cli
 from qdsmirror.tools.info_view import size_text
-from qdsmirror.tools.refresh import call_driver, primaries
+from qdsmirror.tools.orders import order, primaries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,8 +73,7 @@ def _call(command: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
     arguments.numbers, arguments.names = [], [arguments.ldsu]
     (config,), _ = primaries(paths, arguments)
     device = os.path.abspath(arguments.device) if arguments.device else ""
-    answer = call_driver(paths, config, command, ldsu=arguments.ldsu, device=device)
-    done = {**answer, "group": config.number, "name": config.name}
+    done = order(paths, config, command, ldsu=arguments.ldsu, device=device)
     if not arguments.json:
         return done
     cli.print_json(done)

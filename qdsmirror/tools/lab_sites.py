@@ -34,6 +34,7 @@ from qdsmirror.limits import (
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
 from qdsmirror.tools import launch, refresh, status, wlinit
+from qdsmirror.tools.orders import order
 
 SITES = ("primary", "secondary")
 DAEMONS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
@@ -298,7 +299,7 @@ class Lab:
         if linked and group["coherent"] is False and group["refresh"] is None:
             config = next(one for one in configs if one.number == group["group"])
             with contextlib.suppress(DegradedError, UnreachableError):
-                refresh.begin(self.paths["primary"], config, "full")
+                order(self.paths["primary"], config, "Refresh", kind="full")
 
     # -- looking -----------------------------------------------------------------------------------
 

@@ -12,23 +12,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.errors import BrokenError, ConfigError, QdsError, UnreachableError
+from qdsmirror.config import GroupConfig
+from qdsmirror.errors import BrokenError, QdsError, UnreachableError
 from qdsmirror.limits import REFRESH_RING_SHARE
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
-from qdsmirror.tools.client import ControlClient
+from qdsmirror.tools.orders import order_all, primaries, tell
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
-#: The driver answers when the beginning is durable in every writelog of the group.
-BEGIN_SECONDS = 30.0
 POLL_SECONDS = 0.2
 #: A failure that has stood for so many looks is one.
 REFUSED_LOOKS = 5
 LINE_SECONDS = 10.0
 
-#: Calls a command of a group's driver: (group, command, arguments) -> answer.
-Call = Callable[..., dict[str, Any]]
 #: Gives a group object as it is now.
 Look = Callable[[GroupConfig], Group]
 #: Shows a group's progress: (group object).
@@ -75,11 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``qdsrefresh``: return once every group's refresh has durably ended."""
     arguments = build_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs, broken = primaries(paths, arguments)
-    begun = _begin_all(paths, configs, arguments.kind)
+    configs, failed = primaries(paths, arguments)
+    begun = _begin_all(paths, configs, failed, arguments.kind)
+    # What was refused is told before the others are waited for.
+    code = cli.report_all(failed, arguments.json)
+    numbers = [one["group"] for one in begun]
     with _display(arguments.json) as show:
-        follow(configs, looking(paths), show)
-    return tell(arguments.json, begun, "refreshed", broken)
+        ended = follow([one for one in configs if one.number in numbers], looking(paths), show)
+    done = [one for one in begun if one["group"] not in ended]
+    untold = [*(failed if arguments.json else ()), *ended.values()]
+    told = tell(arguments.json, done, "refreshed", untold)
+    return code or told
 
 
 @cli.run
@@ -87,9 +89,9 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run ``launchrefresh``: return once every group's refresh has durably begun."""
     arguments = build_launch_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    configs, broken = primaries(paths, arguments)
-    begun = _begin_all(paths, configs, arguments.kind)
-    return tell(arguments.json, begun, "refresh has begun", broken)
+    configs, failed = primaries(paths, arguments)
+    begun = _begin_all(paths, configs, failed, arguments.kind)
+    return tell(arguments.json, begun, "refresh has begun", failed)
 
 
 @cli.run
@@ -97,12 +99,9 @@ def kill_main(argv: Sequence[str] | None = None) -> int:
     """Run ``killrefresh``."""
     arguments = build_kill_parser().parse_args(argv)
     paths = cli.paths_of(arguments)
-    ended = []
-    configs, broken = primaries(paths, arguments)
-    for config in configs:
-        call_driver(paths, config, "KillRefresh")
-        ended.append({"group": config.number, "name": config.name})
-    return tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", broken)
+    configs, failed = primaries(paths, arguments)
+    ended = order_all(paths, configs, failed, "KillRefresh")
+    return tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", failed)
 
 
 def looking(paths: Paths) -> Look:
@@ -110,22 +109,12 @@ def looking(paths: Paths) -> Look:
     return lambda config: collect_groups(paths, config.primary_host, [config])[0]
 
 
-def _begin_all(paths: Paths, configs: Sequence[GroupConfig], kind: str) -> list[dict[str, Any]]:
+def _begin_all(
+    paths: Paths, configs: Sequence[GroupConfig], failed: list[QdsError], kind: str
+) -> list[dict[str, Any]]:
     for config in configs:
         wait_for_room(config, looking(paths))
-    return [begin(paths, config, kind) for config in configs]
-
-
-def begin(paths: Paths, config: GroupConfig, kind: str, call: Call | None = None) -> dict[str, Any]:
-    """Have a group's refresh begin.
-
-    :param kind: ``full``.
-    :returns: the driver's answer with the group's number and name.
-    :raises QdsError: the driver does not answer, or refuses.
-    """
-    ask = call or call_driver
-    answer = ask(paths, config, "Refresh", kind=kind)
-    return {**answer, "group": config.number, "name": config.name, "kind": kind}
+    return order_all(paths, configs, failed, "Refresh", kind=kind)
 
 
 def wait_for_room(
@@ -163,14 +152,15 @@ def follow(
     look: Look,
     show: Show,
     sleep: Callable[[float], None] = time.sleep,
-) -> None:
+) -> dict[int, QdsError]:
     """Wait for the durable end of the groups' refreshes; daemons may come and go meanwhile.
 
-    :raises BrokenError: a refresh ended and its mirror is not coherent: it was killed.
-    :raises QdsError: the link is refused for good.
+    :returns: by group number why there was none: the refresh ended and its mirror is not coherent
+        (it was killed), or the link is refused for good.
     """
     waiting = list(configs)
-    failed: dict[str, int] = {}
+    refusals: dict[int, int] = {}
+    ended: dict[int, QdsError] = {}
     while waiting:
         for config in list(waiting):
             try:
@@ -181,14 +171,16 @@ def follow(
             try:
                 if _ended(group):
                     waiting.remove(config)
-                failed.pop(group["name"], None)
-            except QdsError:
+                refusals.pop(config.number, None)
+            except QdsError as error:
                 # The link may have been refused for what the refresh is about to overcome.
-                looks = failed[group["name"]] = failed.get(group["name"], 0) + 1
+                looks = refusals[config.number] = refusals.get(config.number, 0) + 1
                 if group["refresh"] is None or looks >= REFUSED_LOOKS:
-                    raise
+                    waiting.remove(config)
+                    ended[config.number] = error
         if waiting:
             sleep(POLL_SECONDS)
+    return ended
 
 
 def _ended(group: Group) -> bool:
@@ -252,39 +244,3 @@ def _bars() -> Iterator[Show]:
                 bar.update(task, completed=total, total=total)
 
         yield show
-
-
-def call_driver(paths: Paths, config: GroupConfig, command: str, **words: str) -> dict[str, Any]:
-    """Call a command of a group's driver.
-
-    :raises QdsError: what it says, or that it does not answer.
-    """
-    control = paths.control_socket(f"{config.name}.driver")
-    return ControlClient(control, BEGIN_SECONDS).call(command, **words)
-
-
-def primaries(paths: Paths, arguments: argparse.Namespace) -> cli.Selection:
-    """Give the selected groups of which this host is primary, and which have broken files.
-
-    :raises ConfigError: there is none, or one that was named is not.
-    """
-    host = load_host(paths)
-    selected, broken = cli.load_selection(arguments, paths)
-    here = [one for one in selected if one.role_of(host.name) == "primary"]
-    others = [one for one in selected if one not in here]
-    if not here or (others and (arguments.numbers or arguments.names)):
-        raise ConfigError(
-            f"host {host.name} is not the primary of {(others or selected)[0].name}",
-            hint=f"run this on {(others or selected)[0].primary_host}",
-        )
-    return cli.Selection(here, broken)
-
-
-def tell(as_json: bool, groups: list[dict[str, Any]], text: str, broken: Sequence[QdsError]) -> int:
-    """Say what was done to which groups; give the exit code."""
-    if as_json:
-        cli.print_json({"groups": groups, **cli.errors_json(broken)})
-    else:
-        for group in groups:
-            print(f"{group['name']}: {text}")
-    return cli.report_all(broken, as_json)

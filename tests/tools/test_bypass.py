@@ -34,6 +34,15 @@ class CommandTests(TestCase):
         self.assertEqual(code, EXIT_DEGRADED)
         self.assertEqual(errors, "dsgrp000 is in bypass already; qdsbypass off\n")
 
+    def test_one_that_is_on_stops_no_other(self) -> None:
+        paths = host_root(self, groups=2)
+        refusal = DegradedError("dsgrp000 is in bypass already", "qdsbypass off")
+        FakeDaemon(self, paths.control_socket("dsgrp000.driver"), {"Bypass": refusal})
+        FakeDaemon(self, paths.control_socket("dsgrp001.driver"), {"Bypass": STATE})
+        code, output, errors = captured(self, bypass.main, "on", "--root", str(paths.root))
+        self.assertEqual((code, errors), (3, "dsgrp000 is in bypass already; qdsbypass off\n"))
+        self.assertTrue(output.startswith("dsgrp001: in bypass"), output)
+
     def test_off(self) -> None:
         driver = self.driver({"Bypass": {"kind": "full"}, "Status": driver_status()})
         code, output, _ = captured(self, bypass.main, "off", "--root", self.root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 from twisted.trial.unittest import TestCase
@@ -74,6 +75,29 @@ class CommandTests(TestCase):
         code, _, errors = captured(self, refresh.launch_main, "--root", self.root)
         self.assertEqual((code, errors), (3, "dsgrp000: a refresh is running already; wait\n"))
 
+    def test_one_that_is_refused_stops_no_other(self) -> None:
+        self.patch(refresh, "POLL_SECONDS", 0.001)
+        for main, command, done in (
+            (refresh.main, "Refresh", "dsgrp001: refreshed"),
+            (refresh.launch_main, "Refresh", "dsgrp001: refresh has begun"),
+            (refresh.kill_main, "KillRefresh", "dsgrp001: refresh has ended"),
+        ):
+            paths = host_root(self, groups=2)
+            refusal = DegradedError("dsgrp000: not now", "wait")
+            for number, answer in enumerate((refusal, progress(0, 100))):
+                name = f"dsgrp{number:03d}"
+                answers = {command: answer, "Status": driver_status(number)}
+                FakeDaemon(self, paths.control_socket(f"{name}.driver"), answers)
+                FakeDaemon(self, paths.control_socket(f"{name}.pmd"), {"Status": pmd_status()})
+            code, output, errors = captured(self, main, "--root", str(paths.root))
+            self.assertEqual((code, errors), (3, "dsgrp000: not now; wait\n"))
+            self.assertTrue(output.startswith(done), output)
+            code, output, errors = captured(self, main, "--json", "--root", str(paths.root))
+            self.assertEqual((code, errors), (3, ""))
+            found = json.loads(output)
+            self.assertEqual([one["name"] for one in found["groups"]], ["dsgrp001"])
+            self.assertEqual(found["errors"][0]["message"], "dsgrp000: not now")
+
     def test_kill(self) -> None:
         driver = self.driver({"KillRefresh": {}})
         self.assertEqual(captured(self, refresh.kill_main, "--root", self.root)[0], 0)
@@ -104,9 +128,11 @@ class FollowTests(TestCase):
                 raise one
             return one
 
-        config: Any = object()
-        refresh.follow([config], look, shown.append, lambda seconds: None)
+        config: Any = SimpleNamespace(number=0)
+        ended = refresh.follow([config], look, shown.append, lambda seconds: None)
         self.assertEqual(looks, [])
+        for error in ended.values():
+            raise error
         return shown
 
     def test_daemons_come_and_go(self) -> None:
@@ -117,6 +143,21 @@ class FollowTests(TestCase):
 
     def test_killed(self) -> None:
         self.assertRaises(BrokenError, self.follow, [driver_status(coherent=False)])
+
+    def test_one_that_is_killed_stops_no_other(self) -> None:
+        killed = driver_status(coherent=False, reason="killed")
+        running = driver_status(1, refresh=progress(1, 1), coherent=False)
+        looks = {0: [killed], 1: [running, running, driver_status(1)]}
+        configs: Any = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
+        ended = refresh.follow(
+            configs,
+            lambda config: looks[config.number].pop(0),
+            lambda group: None,
+            lambda seconds: None,
+        )
+        self.assertEqual(looks, {0: [], 1: []})
+        self.assertEqual([*ended], [0])
+        self.assertIsInstance(ended[0], BrokenError)
 
     def test_refused_link(self) -> None:
         link = {"pid": 1, "state": "refused", "reason": "wrong name", "code": 12}
