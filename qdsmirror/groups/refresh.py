@@ -22,6 +22,7 @@ from twisted.internet.defer import Deferred
 from qdsmirror.core import frames
 from qdsmirror.core.records import Point
 from qdsmirror.core.ring import align_up
+from qdsmirror.errors import DegradedError
 from qdsmirror.limits import (
     RECORD_ALIGN_BYTES,
     REFRESH_READ_BYTES,
@@ -91,6 +92,8 @@ class Refresh:
         if not known:
             return None
         refresh = cls(group, max(known, key=lambda s: float(s["started"])))
+        # Nobody waits to hear that it has begun.
+        refresh.begun.addErrback(lambda failure: failure.trap(DegradedError))
         for index, state in enumerate(states):
             if state is not None and state["id"] == refresh.id.hex():
                 refresh._done[index] = min(state["done"], group.units[index].size)

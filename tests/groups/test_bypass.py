@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +162,20 @@ class OverflowTests(Case):
         world.start()
         self.assertEqual(world.group.state, "bypass")
         self.assertFalse(world.group.coherent)
+
+    def test_ends_a_refresh_that_was_taken_up_at_the_start(self) -> None:
+        world = self.world = overflowing(self)
+        world.start()
+        world.group.refresh("full")
+        world.settle()
+        world.kill()
+        world.start()
+        self.assertIsNotNone(world.group.refresh_job)
+        world.group.switch_bypass("on")
+        world.settle()
+        self.assertEqual(world.group.state, "bypass")
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_after_leaving_there_is_time_to_make_room(self) -> None:
         world = self.world = overflowing(self)
