@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qdsmirror.config import load_groups, load_host
-from qdsmirror.errors import EXIT_OK, ConfigError, DeviceError, QdsError
+from qdsmirror.errors import DeviceError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import attach_fuse, attach_nbd, cli
 from qdsmirror.tools.attach_state import Attached, directory, read_state
+from qdsmirror.tools.orders import primaries
 from qdsmirror.tools.status import nbd_uri
 
 DEAD_SECONDS_DEFAULT = 300
@@ -61,19 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check_root("qdsattach")
     paths = cli.paths_of(arguments)
-    units = _units(paths, arguments)
+    units, failed = _units(paths, arguments)
     via = _way(arguments.via)
     stop = _on_signals() if arguments.foreground else None
     done = []
     for name, uri in units.items():
-        done.append(attach(paths, name, uri, max(arguments.dead_timeout, 1), via))
+        try:
+            done.append(attach(paths, name, uri, max(arguments.dead_timeout, 1), via))
+        except QdsError as error:
+            # The other devices are needed no less.
+            failed.append(error)
+            continue
         if not arguments.json:
             print(f"{name}: {done[-1].device} -> {done[-1].node}", flush=True)
     if arguments.json:
-        cli.print_json({"attached": [asdict(one) for one in done]})
-    if stop is not None:
+        cli.print_json({"attached": [asdict(one) for one in done], **cli.errors_json(failed)})
+    code = cli.report_all(failed, arguments.json)
+    if stop is not None and done:
         _stay(paths, done, stop)
-    return EXIT_OK
+    return code
 
 
 @cli.run
@@ -83,19 +89,29 @@ def detach_main(argv: Sequence[str] | None = None) -> int:
     _check_root("qdsdetach")
     paths = cli.paths_of(arguments)
     known = {path.stem for path in directory(paths).glob("*.json")}
+    failed: list[QdsError] = []
     if arguments.names:
         wanted = set(arguments.names)
         if wanted - known:
             _units(paths, arguments)  # names that never were an LDSU's are refused
+    elif arguments.numbers:
+        units, failed = _units(paths, arguments)
+        wanted = known & set(units)
     else:
-        wanted = known & set(_units(paths, arguments)) if arguments.numbers else known
+        wanted = known
+    done = []
     for name in sorted(wanted):
-        detach(paths, name)
+        try:
+            detach(paths, name)
+        except QdsError as error:
+            failed.append(error)
+            continue
+        done.append(name)
         if not arguments.json:
             print(f"{name}: detached")
     if arguments.json:
-        cli.print_json({"detached": sorted(wanted)})
-    return EXIT_OK
+        cli.print_json({"detached": done, **cli.errors_json(failed)})
+    return cli.report_all(failed, arguments.json)
 
 
 def attach(
@@ -200,18 +216,16 @@ def _way(wanted: str | None) -> str:
     return attach_fuse.VIA
 
 
-def _units(paths: Paths, arguments: argparse.Namespace) -> dict[str, str]:
-    """Give the NBD URIs of the selected LDSUs by name; here an LDSU selects itself only."""
-    host = load_host(paths)
-    found = {}
-    for group in cli.select_groups(arguments, load_groups(paths)):
-        if group.role_of(host.name) == "primary":
-            for ldsu in group.ldsus:
-                if not arguments.names or ldsu.name in arguments.names:
-                    found[ldsu.name] = nbd_uri(paths, group, ldsu)
-        elif arguments.names or arguments.numbers:
-            raise ConfigError(
-                f"host {host.name} is not the primary of {group.name}",
-                hint=f"run this on {group.primary_host}",
-            )
-    return found
+def _units(paths: Paths, arguments: argparse.Namespace) -> tuple[dict[str, str], list[QdsError]]:
+    """Give the NBD URIs of the selected LDSUs by name; here an LDSU selects itself only.
+
+    :returns: and an error for each selected group whose file is broken.
+    """
+    groups, broken = primaries(paths, arguments)
+    found = {
+        ldsu.name: nbd_uri(paths, group, ldsu)
+        for group in groups
+        for ldsu in group.ldsus
+        if not arguments.names or ldsu.name in arguments.names
+    }
+    return found, broken

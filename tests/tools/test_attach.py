@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.config import load_groups
 from qdsmirror.errors import DeviceError, UnreachableError
+from qdsmirror.paths import Paths
 from qdsmirror.tools import attach, attach_fuse, attach_netlink
-from qdsmirror.tools.attach_state import mount_points, read_state
+from qdsmirror.tools.attach_state import Attached, mount_points, read_state
 from qdsmirror.tools.status import nbd_uri
 from tests.tools.sites import captured, host_root
 
@@ -69,6 +73,74 @@ class PureTests(TestCase):
         self.assertEqual(captured(self, attach.detach_main, "--root", root), (0, "", ""))
         self.assertEqual(captured(self, attach.detach_main, "--root", root, "qds0")[0], 0)
         self.assertEqual(captured(self, attach.detach_main, "--root", root, "qds7")[0], 2)
+
+
+class SelectionTests(TestCase):
+    """Of three groups the second's file is broken, and the first's device cannot be had."""
+
+    def setUp(self) -> None:
+        self.paths = host_root(self, groups=3)
+        self.paths.group_config(1).write_text("operation = nonsense\n")
+        self.done: list[str] = []
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(attach, "_way", lambda wanted: "nbd")
+        self.patch(attach, "attach", self.attach)
+        self.patch(attach, "detach", lambda paths, name: self.attach(paths, name))
+
+    def attach(self, paths: Paths, name: str, *how: Any) -> Attached:
+        if name == "qds0":
+            raise DeviceError("qds0: it is mounted")
+        self.done.append(name)
+        return Attached(name, "", "nbd", 1, "/dev/nbd7", f"/dev/qds/{name}")
+
+    def run_both(self, *argv: str) -> Iterator[tuple[int, str, str]]:
+        place = attach.directory(self.paths)
+        place.mkdir(exist_ok=True)
+        for number in (0, 2):
+            (place / f"qds{number}.json").touch()
+        for main in (attach.main, attach.detach_main):
+            self.done.clear()
+            yield captured(self, main, "--root", str(self.paths.root), *argv)
+
+    def test_what_fails_stops_nothing_else(self) -> None:
+        for code, output, errors in self.run_both():
+            self.assertEqual(self.done, ["qds2"])
+            self.assertTrue(output.startswith("qds2: "), output)
+            told = errors.splitlines()
+            self.assertEqual(told.pop(), "qds0: it is mounted")
+            # Without a selection, what is attached is taken away without the configuration.
+            self.assertEqual(code, 10 if told else 1)
+            for line in told:
+                self.assertIn("dsgrp001.cfg", line)
+        for code, output, errors in self.run_both("-g", "0", "-g", "1", "-g", "2", "--json"):
+            found = json.loads(output)
+            self.assertEqual((code, errors, self.done), (10, "", ["qds2"]))
+            self.assertEqual(len(found.get("attached") or found["detached"]), 1)
+            self.assertEqual([one["code"] for one in found["errors"]], ["configuration", "device"])
+
+    def test_a_good_one_selected(self) -> None:
+        for code, _, errors in self.run_both("-g", "2"):
+            self.assertEqual((code, self.done), (0, ["qds2"]))
+            self.assertTrue(errors.startswith("warning: "), errors)
+            self.assertIn("dsgrp001.cfg", errors)
+
+    def test_the_broken_one_selected(self) -> None:
+        for code, _, errors in self.run_both("-g", "1"):
+            self.assertEqual((code, self.done), (10, []))
+            self.assertIn("dsgrp001.cfg", errors)
+
+    def test_nothing_to_stay_for(self) -> None:
+        arguments = ["--root", str(self.paths.root), "--foreground", "qds0"]
+        self.patch(attach, "_on_signals", lambda: self.fail)
+        code, _, errors = captured(self, attach.main, *arguments)
+        self.assertEqual(code, 1)
+        self.assertIn("qds0: it is mounted", errors)
+
+    def test_at_the_secondary(self) -> None:
+        paths = host_root(self, "beta")
+        code, _, errors = captured(self, attach.main, "--root", str(paths.root))
+        self.assertEqual(code, 10)
+        self.assertIn("run this on alpha", errors)
 
 
 class DeviceTests(TestCase):
