@@ -164,7 +164,7 @@ class OverflowTests(Case):
         self.assertFalse(world.group.coherent)
 
     def test_ends_a_refresh_that_was_taken_up_at_the_start(self) -> None:
-        world = self.world = overflowing(self)
+        world = self.world = overflowing(self, stepped=True)
         world.start()
         world.group.refresh("full")
         world.settle()
