@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qdsmirror.core.failures import Failed
+from qdsmirror.config import LdsuConfig
+from qdsmirror.core.failures import Dead, Failed, Untrusted
+from qdsmirror.core.frames import NUMBERS_END
 from qdsmirror.errors import BrokenError, DeviceFailedError, QdsError
+from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
 
 
 class FailureMemory:
@@ -111,6 +114,28 @@ class FailureLatch:
         """
         return self._read()[1]
 
+    def known(self, ldsus: Iterable[LdsuConfig], now: float) -> Failed:
+        """Give what is known of a primary's failed devices before any is opened.
+
+        :param ldsus: all of the group.
+        :param now: seconds since 1970: since when a device has failed that only a sync's failure is
+            recorded of.
+        :raises BrokenError: the file cannot be read.
+        """
+        group, failed = self.group(), self.failures()
+        untrusted, dead = dict(group.untrusted), dict(group.dead)
+        for ldsu in ldsus:
+            log, data = failed.get(ldsu.writelog_device), failed.get(ldsu.data_device)
+            # A crash came between the failure and its recording: then nothing has gone past the
+            # log.
+            if log is not None and ldsu.index not in untrusted:
+                reason = f"writelog {ldsu.writelog_device} failed: {log}"
+                untrusted[ldsu.index] = Untrusted(_shorten(reason), now, NUMBERS_END - 1, False, 0)
+            if data is not None and ldsu.index not in dead:
+                reason = f"data device {ldsu.data_device} failed: {data}"
+                dead[ldsu.index] = Dead(_shorten(reason), now, 0)
+        return Failed(untrusted, dead, group.generation)
+
     def _recorded(self) -> dict[str, str]:
         return self._read()[0]
 
@@ -193,3 +218,7 @@ class FailureLatch:
     def clear(self) -> None:
         """Forget all failures in the file, on the operator's word."""
         self.path.unlink(missing_ok=True)
+
+
+def _shorten(reason: str) -> str:
+    return reason[:FAILURE_REASON_CHARS_MAX]

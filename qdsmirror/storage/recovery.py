@@ -66,6 +66,11 @@ class OpenUnit:
         """Where the writelog's history ends."""
         return self.finding.reached
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether the writelog has failed and is not needed: all that it held is applied."""
+        return self.untrusted is not None and self.untrusted.drained
+
 
 @contextmanager
 def closing_on_error() -> Iterator[ExitStack]:
@@ -139,6 +144,14 @@ def open_units(
 def believed(units: Sequence[OpenUnit]) -> list[Superblock]:
     """Give the superblocks of the logs that are trusted."""
     return [unit.writelog.superblock for unit in units if unit.untrusted is None]
+
+
+def failures_of(units: Sequence[OpenUnit]) -> Failed:
+    """Give the failed devices among these LDSUs', by what state file and superblocks say."""
+    return Failed(
+        {one.config.index: one.untrusted for one in units if one.untrusted is not None},
+        {one.config.index: one.dead for one in units if one.dead is not None},
+    )
 
 
 def _open_logs(
@@ -257,15 +270,11 @@ def judge(units: Sequence[OpenUnit]) -> Recovery:
 
     :raises CorruptError: durable data is missing.
     """
-    if not any(_is_absent(unit) for unit in units):
+    if not any(unit.is_unread for unit in units):
         plan = decide([unit.finding for unit in units])
         return plan if not any(unit.untrusted for unit in units) else Recovery(plan.next_gsn, ())
-    needed = [unit.finding for unit in units if not _is_absent(unit)]
+    needed = [unit.finding for unit in units if not unit.is_unread]
     return abandon(needed, min(unit.untrusted.upto for unit in units if unit.untrusted))
-
-
-def _is_absent(unit: OpenUnit) -> bool:
-    return unit.untrusted is not None and unit.untrusted.drained
 
 
 def replay(unit: OpenUnit) -> int:
@@ -282,7 +291,7 @@ def replay(unit: OpenUnit) -> int:
     """
     if unit.dead is not None:
         return 0
-    if _is_absent(unit):
+    if unit.is_unread:
         return 0
     count = 0
     reader = unit.writelog.reader(unit.writelog.superblock.applied)

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.failures import Failed
+from qdsmirror.core.generations import settle
 from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceFailedError, QdsError
 from qdsmirror.paths import Paths
+from qdsmirror.storage.bitmap import read_bitmap
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.extension import PoolDevice, open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import (
     DataDeviceError,
+    OpenUnit,
+    believed,
     close_units,
+    failures_of,
     judge,
     open_units,
     replay,
 )
 from qdsmirror.tools import cli
+from qdsmirror.tools.info_view import size_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: list[dict[str, Any]] = []
     for group in here:
         try:
-            found.append(_scan(paths, group, host.name, arguments.check))
+            found.append(_scan(paths, group, host.name, arguments.check, failed))
         except QdsError as error:
             # The others are to be known no less.
             failed.append(error)
@@ -74,15 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.report_all(failed, arguments.json)
 
 
-def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str, Any]:
+def _scan(
+    paths: Paths, group: GroupConfig, host: str, check: bool, failed: list[QdsError]
+) -> dict[str, Any]:
+    """Scan a group's logs.
+
+    :param failed: takes what is known of failed devices; what can be scanned without them is.
+    """
     latch = FailureLatch(paths.state_file(group.number))
     try:
         if host == group.primary_host:
             cli.refuse_beside_daemon(paths, group, "driver")
-            for ldsu in group.ldsus:
-                latch.check((ldsu.data_device, ldsu.writelog_device))
             with cli.naming(group.name):
-                return _scan_primary(group, check, latch.group())
+                return _scan_primary(group, check, latch, failed)
         cli.refuse_beside_daemon(paths, group, "rmd")
         latch.check((group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus)))
         with cli.naming(group.name):
@@ -93,37 +105,41 @@ def _scan(paths: Paths, group: GroupConfig, host: str, check: bool) -> dict[str,
         raise
 
 
-def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, Any]:
-    needed = any(not log.drained for log in known.untrusted.values())
-    pool, problems = open_pool(group.pool, group.number, open_device, failed=needed)
-    for error in problems.values():
-        print(f"warning: {error.message}", file=sys.stderr)
+def _scan_primary(
+    group: GroupConfig, check: bool, latch: FailureLatch, failed: list[QdsError]
+) -> dict[str, Any]:
+    now = time.time()
+    known = latch.known(group.ldsus, now)
+    pool = _open_pool(group, known, latch.failures())
     try:
         units = open_units(group, open_device, known, pool)
     except BaseException:
+        failed += _failure_errors(group, known)
         _close_pool(pool)
         raise
     try:
+        failed += _failure_errors(group, failures_of(units))
         refused, voids = "", []
         try:
             voids = [[void.range.first, void.range.length] for void in judge(units).voids]
         except CorruptError as error:
             refused = error.message
-        logs = [
-            {
-                "name": unit.config.name,
-                "device": unit.writelog.device.path,
-                "tail": unit.writelog.superblock.tail.position,
-                "applied": unit.writelog.superblock.applied.position,
-                "head": unit.reached.position,
-                "frames_to_replay": len(unit.finding.ranges),
-                "entries_to_replay": sum(span.length for span in unit.finding.ranges),
-                "stopped": unit.finding.stopped,
-            }
-            for unit in units
-        ]
-        generation = units[0].writelog.superblock.generation
-        if not check and not refused:
+        settled = settle(believed(units) or [unit.writelog.superblock for unit in units])
+        bypass = dict(settled.bypass) if settled.bypass is not None else None
+        if bypass is not None:
+            bypass["dirty_bytes"] = sum(map(_dirty_bytes, units))
+        found = {
+            "group": group.name,
+            "role": "primary",
+            "generation": settled.generations[-1].id.hex(),
+            "logs": [_log(unit) for unit in units],
+            "voids": voids,
+            "bypass": bypass,
+            "failed": _failed_devices(group, failures_of(units), now),
+            "replayed": not check and not refused,
+            "refused": refused,
+        }
+        if found["replayed"]:
             for unit in units:
                 with cli.naming(unit.config.data_device):
                     try:
@@ -133,15 +149,74 @@ def _scan_primary(group: GroupConfig, check: bool, known: Failed) -> dict[str, A
     finally:
         close_units(units)
         _close_pool(pool)
+    return found
+
+
+def _open_pool(group: GroupConfig, known: Failed, latched: Mapping[str, str]) -> list[PoolDevice]:
+    """Open what the driver would of a group's extension pool; warn of the rest."""
+    needed = any(not log.drained for log in known.untrusted.values())
+    good = [path for path in group.pool if path not in latched or needed]
+    pool, problems = open_pool(good, group.number, open_device, failed=needed)
+    for path in group.pool:
+        if path in latched:
+            print(f"warning: extension {path} has failed: {latched[path]}", file=sys.stderr)
+        elif path in problems:
+            print(f"warning: {problems[path].message}", file=sys.stderr)
+    return pool
+
+
+def _log(unit: OpenUnit) -> dict[str, Any]:
+    """Give what the scan of a writelog found; of one that is not read any more nothing."""
+    superblock, read = unit.writelog.superblock, not unit.is_unread
     return {
-        "group": group.name,
-        "role": "primary",
-        "generation": generation.hex(),
-        "logs": logs,
-        "voids": voids,
-        "replayed": not check and not refused,
-        "refused": refused,
+        "name": unit.config.name,
+        "device": unit.config.writelog_device,
+        "tail": superblock.tail.position if read else None,
+        "applied": superblock.applied.position if read else None,
+        "head": unit.reached.position if read else None,
+        "frames_to_replay": len(unit.finding.ranges),
+        "entries_to_replay": sum(span.length for span in unit.finding.ranges),
+        "stopped": unit.finding.stopped,
     }
+
+
+def _dirty_bytes(unit: OpenUnit) -> int:
+    """Give what was written past a writelog; everything, where its bitmap has failed with it."""
+    area = unit.writelog.superblock.bitmap
+    if unit.untrusted is not None or area is None:
+        return unit.device.size
+    stored = read_bitmap(unit.writelog.device, area)
+    return DirtyBitmap(area, unit.device.size, stored).dirty_bytes
+
+
+def _failed_devices(group: GroupConfig, failed: Failed, now: float) -> list[dict[str, Any]]:
+    """Give a group's failed devices, as --json shows them."""
+    return [
+        {
+            "ldsu": ldsu.name,
+            "use": use,
+            "device": device,
+            # What a crash kept from being recorded is known of since now.
+            "since": one.since if one.since < now else None,
+            "reason": one.reason,
+        }
+        for ldsu in group.ldsus
+        for use, device, one in (
+            ("writelog", ldsu.writelog_device, failed.untrusted.get(ldsu.index)),
+            ("data device", ldsu.data_device, failed.dead.get(ldsu.index)),
+        )
+        if one is not None
+    ]
+
+
+def _failure_errors(group: GroupConfig, failed: Failed) -> list[QdsError]:
+    return [
+        BrokenError(
+            f"{group.name}: {one['ldsu']}: {one['reason']}",
+            hint="see Failed devices in qdsmirror-architecture(7)",
+        )
+        for one in _failed_devices(group, failed, 0)
+    ]
 
 
 def _close_pool(pool: Sequence[PoolDevice]) -> None:
@@ -172,6 +247,8 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
         "generation": superblock.generation.hex(),
         "logs": [log],
         "voids": [],
+        "bypass": dict(superblock.bypass) if superblock.bypass is not None else None,
+        "failed": [],
         "replayed": False,
         "refused": scan.damage,
     }
@@ -180,12 +257,32 @@ def _scan_secondary(group: GroupConfig) -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     print(f"{found['group']} ({found['role']}), generation {found['generation'] or 'none yet'}")
     for log in found["logs"]:
-        print(
-            f"  {log['name']}: {log['device']}: tail {log['tail']}, applied {log['applied']}, "
-            f"head {log['head']}; {log['frames_to_replay']} frames with "
-            f"{log['entries_to_replay']} entries to replay"
-        )
+        place = "not read any more"
+        if log["head"] is not None:
+            place = (
+                f"tail {log['tail']}, applied {log['applied']}, head {log['head']}; "
+                f"{log['frames_to_replay']} frames with {log['entries_to_replay']} entries to "
+                "replay"
+            )
+        print(f"  {log['name']}: {log['device']}: {place}")
+    for one in found["failed"]:
+        since = f"since {_time_text(one['since'])}: " if one["since"] is not None else ""
+        print(f"  {one['ldsu']}: {since}{one['reason']}")
+    if found["bypass"] is not None:
+        print(f"  {_bypass_text(found)}")
     for first, length in found["voids"]:
         print(f"  void range: GSN {first} to {first + length - 1}")
     if found["replayed"]:
         print("  replayed onto the data devices")
+
+
+def _bypass_text(found: dict[str, Any]) -> str:
+    bypass = found["bypass"]
+    since = f"since {_time_text(bypass['since'])} ({bypass['reason']})"
+    if found["role"] == "primary":
+        return f"in bypass {since}; {size_text(bypass['dirty_bytes'])} dirty"
+    return f"the primary went into bypass {since}; the mirror ends there"
+
+
+def _time_text(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from twisted.trial.unittest import TestCase
 
@@ -130,6 +132,19 @@ class Site:
         latch = FailureLatch(self.paths.state_file(group))
         latch.record(str(self.device(name)), DeviceFailedError("fdatasync: EIO"))
         return latch
+
+    @contextmanager
+    def failing_sync(self, name: str) -> Iterator[None]:
+        """Have every sync of a device fail meanwhile; afterwards the kernel calls them good."""
+        inner, failing = os.fdatasync, str(self.device(name))
+
+        def fdatasync(fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}") == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            inner(fd)
+
+        with mock.patch("os.fdatasync", fdatasync):
+            yield
 
     # -- logs ---------------------------------------------------------------------------------
 

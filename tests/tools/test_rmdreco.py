@@ -240,19 +240,11 @@ class RefuseTests(RecoverTestCase):
 
     def test_a_failed_sync_is_remembered(self) -> None:
         self.fill()
-        inner, failing = os.fdatasync, str(self.site.device("mirror1"))
-
-        def fdatasync(fd: int) -> None:
-            if os.readlink(f"/proc/self/fd/{fd}") == failing:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            inner(fd)
-
-        self.patch(os, "fdatasync", fdatasync)
-        code, _, errors = self.site.run(main)
+        failing = str(self.site.device("mirror1"))
+        with self.site.failing_sync("mirror1"):
+            code, _, errors = self.site.run(main)
         self.assertEqual(code, 1)
         self.assertIn(failing, errors)
-        # The kernel calls the next one good.
-        self.patch(os, "fdatasync", inner)
         self.site.refused(main, 4, failing, "has failed")
 
     def test_a_failed_device(self) -> None:

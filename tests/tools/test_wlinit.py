@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import subprocess
-from typing import Any
 
 from twisted.trial.unittest import SkipTest, TestCase
 
@@ -348,15 +347,8 @@ class LatchTests(TestCase):
     def test_stays_until_the_last_log_is_made(self) -> None:
         site = Site(self)
         latch = site.latch("log0")
-        fdatasync = FileDevice.fdatasync
-
-        def failing(device: FileDevice) -> Any:
-            if device.path.endswith("log1"):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return fdatasync(device)
-
-        self.patch(FileDevice, "fdatasync", failing)
-        code, _, errors = site.run(main)
+        with site.failing_sync("log1"):
+            code, _, errors = site.run(main)
         self.assertEqual(code, 1)
         self.assertIn(str(site.device("log1")), errors)
         self.assertEqual(list(latch.failures()), [str(site.device("log0"))])

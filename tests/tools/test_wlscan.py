@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core import frames
+from qdsmirror.core.failures import Dead, Failed, Untrusted
 from qdsmirror.core.frames import REFRESH, Entry
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.storage.filedevice import FileDevice
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.tools import wlinit
 from qdsmirror.tools.wlscan import main
 from tests.storage.logworld import append
-from tests.tools.offline import LOG, Site, entry, json_error
+from tests.tools.offline import DATA, LOG, Site, entry, json_error
 
 
 class ScanTestCase(TestCase):
@@ -200,35 +204,6 @@ class PrimaryTests(ScanTestCase):
         for argv in (["--check"], []):
             self.site.refused(main, 4, "writelog of qds1", "is of a time before", argv=argv)
 
-    def test_a_failed_device_is_not_written(self) -> None:
-        self.filled()
-        self.site.latch("data1")
-        for argv in ([], ["--check"]):
-            self.site.refused(main, 4, str(self.site.device("data1")), "has failed", argv=argv)
-
-    def test_a_failed_sync_is_remembered(self) -> None:
-        self.filled()
-        inner, failing = os.fdatasync, str(self.site.device("data1"))
-
-        def fdatasync(fd: int) -> None:
-            if os.readlink(f"/proc/self/fd/{fd}") == failing:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            inner(fd)
-
-        self.patch(os, "fdatasync", fdatasync)
-        code, _, errors = self.site.run(main)
-        self.assertEqual(code, 1)
-        self.assertIn(failing, errors)
-        # The kernel calls the next one good.
-        self.patch(os, "fdatasync", inner)
-        self.site.refused(main, 4, failing, "has failed")
-
-    def test_a_failed_writelog_is_not_believed(self) -> None:
-        self.filled()
-        self.site.latch("log1")
-        for argv in ([], ["--check"]):
-            self.site.refused(main, 4, str(self.site.device("log1")), "has failed", argv=argv)
-
     def test_a_data_device_that_cannot_be_written(self) -> None:
         self.filled()
 
@@ -254,6 +229,142 @@ class PrimaryTests(ScanTestCase):
         with self.site.locked("log1"):
             self.site.run(main)
         self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+
+
+class FailedDeviceTests(ScanTestCase):
+    """What the driver would serve past is scanned past (rules.md 13, 16)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.filled()
+        self.before = self.site.content()
+
+    def scanned(self, *argv: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Scan with --json; give the group and the failed device that it names."""
+        got, output, errors = self.site.run(main, "--json", *argv)
+        self.assertEqual((got, errors), (4, ""), output)
+        told = json.loads(output)
+        (group,) = told["groups"]
+        (failed,) = group["failed"]
+        (error,) = told["errors"]
+        self.assertEqual(error["code"], "broken")
+        self.assertIn(f"{failed['ldsu']}: {failed['reason']}", error["message"])
+        self.assertEqual(group["refused"], "")
+        return group, failed
+
+    def recorded(self, failed: Failed) -> None:
+        """Record it in the group's state file, as the driver does."""
+        FailureLatch(self.site.paths.state_file(0)).record_group(failed)
+
+    def changed(self) -> list[str]:
+        after = self.site.content()
+        return [name for name, content in self.before.items() if after[name] != content]
+
+    def test_a_data_device(self) -> None:
+        self.site.latch("data1")
+        group, failed = self.scanned("--check")
+        found = [(log["frames_to_replay"], log["entries_to_replay"]) for log in group["logs"]]
+        self.assertEqual(found, [(2, 3), (2, 2)])
+        self.assertEqual(self.changed(), [])
+        self.assertTrue(self.scanned()[0]["replayed"])
+        self.assertEqual(self.changed(), ["data0"])
+        self.assertEqual((failed["ldsu"], failed["use"]), ("qds1", "data device"))
+        self.assertEqual(failed["device"], str(self.site.device("data1")))
+        self.assertIsNone(failed["since"], "nobody recorded it")
+
+    def test_a_sync_that_fails_here(self) -> None:
+        with self.site.failing_sync("data1"):
+            code, _, errors = self.site.run(main)
+        self.assertEqual(code, 1)
+        self.assertIn(str(self.site.device("data1")), errors)
+        self.assertIn("fdatasync", self.scanned()[1]["reason"])
+
+    def test_a_writelog_of_which_something_is_needed(self) -> None:
+        self.site.latch("log1")
+        synced: list[str] = []
+        fdatasync = os.fdatasync
+
+        def note(fd: int) -> None:
+            synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+            fdatasync(fd)
+
+        self.patch(os, "fdatasync", note)
+        group, failed = self.scanned()
+        self.assertEqual(group["logs"][1]["frames_to_replay"], 2)
+        self.assertEqual(failed["use"], "writelog")
+        self.assertIn("log0", synced)
+        self.assertNotIn("log1", synced, "what it holds is in the page cache only")
+        self.assertEqual(self.changed(), ["data0", "data1"])
+
+    def test_a_writelog_that_is_not_needed(self) -> None:
+        path = self.site.device("log1")
+        lost = Untrusted(f"writelog {path} failed: EIO", 1790000000.0, 2, True, DATA)
+        generation = self.site.superblock("log0").generation.hex()
+        self.recorded(Failed({1: lost}, {}, generation))
+        path.unlink()
+        del self.before["log1"]
+        group, failed = self.scanned()
+        self.assertEqual((failed["since"], failed["reason"]), (lost.since, lost.reason))
+        log = group["logs"][1]
+        self.assertEqual((log["tail"], log["applied"], log["head"]), (None, None, None))
+        self.assertEqual(group["generation"], generation)
+        self.assertEqual(self.changed(), ["data0"])
+        code, output, errors = self.site.run(main)
+        self.assertEqual(code, 4)
+        self.assertIn(f"qds1: {path}: not read any more", output)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lost.since))
+        self.assertIn(f"qds1: since {since}: {lost.reason}", output)
+        self.assertEqual(len(errors.splitlines()), 1)
+        self.assertIn("qdsmirror-architecture(7)", errors)
+
+    def test_only_superblocks_know_it(self) -> None:
+        dead = Dead("data device x failed: EIO", 1790000000.0, DATA)
+        with self.site.log("log0") as log:
+            log.update(failures=Failed({}, {1: dead}).to_json())
+        self.assertEqual(self.scanned()[1]["reason"], dead.reason)
+        self.assertIn("data0", self.changed())
+        self.assertNotIn("data1", self.changed())
+
+    def test_it_is_told_beside_what_stops_the_scan(self) -> None:
+        self.site.latch("data1")
+        self.site.device("log0").unlink()
+        code, output, errors = self.site.run(main)
+        self.assertEqual((code, output), (4, ""))
+        first, second = errors.splitlines()
+        self.assertIn("data1 failed", first)
+        self.assertIn("log0", second)
+
+
+class BypassTests(ScanTestCase):
+    STATE = {"id": "ab", "since": 1790000000.0, "reason": "writelog of qds0 is full"}
+    SINCE = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1790000000.0))
+
+    def test_primary(self) -> None:
+        self.assertIsNone(self.scan("--check")["bypass"])
+        for name in ("log0", "log1"):
+            with self.site.log(name) as log:
+                log.update(both=True, bypass=self.STATE)
+        area = self.site.superblock("log1").bitmap
+        assert area is not None
+        self.site.put("log1", area.start, b"\x01")
+        dirty = min(area.chunk, DATA)
+        group = self.unchanged("--check")
+        self.assertEqual(group["bypass"], {**self.STATE, "dirty_bytes": dirty})
+        code, output, _ = self.site.run(main)
+        self.assertEqual(code, 0)
+        self.assertIn(f"in bypass since {self.SINCE} (writelog of qds0 is full); 64 KiB", output)
+        # The bitmap of a failed writelog is not believed.
+        self.site.latch("log0")
+        self.assertEqual(self.scan(code=4)["bypass"]["dirty_bytes"], DATA + dirty)
+
+    def test_secondary(self) -> None:
+        self.site.be("beta")
+        self.site.initialise()
+        self.assertIsNone(self.scan()["bypass"])
+        with self.site.log("journal0") as log:
+            log.update(both=True, generations=(Generation(b"G" * 16, 1),), bypass=self.STATE)
+        self.assertEqual(self.scan()["bypass"], self.STATE)
+        self.assertIn(f"bypass since {self.SINCE}", self.site.run(main)[1])
 
 
 class SecondaryTests(ScanTestCase):
