@@ -239,6 +239,12 @@ class MemoryDevice:
             os.close(self._memory)
             self._memory = None
 
+    def discard(self) -> None:
+        """Give the memory back at once: a closed daemon and its devices hold on to each other."""
+        self.close()
+        self._disk, self._seen = bytearray(), bytearray()
+        self.unsynced = []
+
     def _write(self, offset: int, data: bytes) -> None:
         if offset < 0 or offset + len(data) > self.size:
             raise OSError(errno.ENOSPC, "range exceeds the device", self.path)

@@ -130,6 +130,7 @@ class DataDeviceTests(SynchronousTestCase):
                 world.start()
                 self.assertEqual(world.group.coherent, not changed, (changed, after))
                 self.stop(world)
+                world.close()
                 if ended:
                     break
             self.assertTrue(ended)

@@ -257,7 +257,7 @@ class RecoveryTests(SynchronousTestCase):
                 must[place] = max(n, must.get(place, 0))
         world.start()
         self._assert_content(world, must, may, f"seed {seed}")
-        world.kill()
+        world.close()
 
     def _assert_content(
         self,

@@ -485,6 +485,7 @@ class Run:
         found.kill()
         found.start()
         self.test.assertEqual(found.states(), ["chained"] * 3)
+        found.close()
 
 
 class SiteTests(TestCase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import nbd
 from qdsmirror.core.failures import Failed, Untrusted, worst
 from qdsmirror.core.inbound import Intake
-from qdsmirror.core.nbd import Request
 from qdsmirror.core.records import BoundUnit, Cursor, Generation
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import DegradedError, DeviceFailedError, QdsError
@@ -21,6 +20,7 @@ from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, MemoryDevice, at_random, everything, nothing
+from tests.groups.application import Application, Power, cut_before_each
 from tests.groups.world import (
     BLOCK,
     GENERATION,
@@ -116,27 +116,6 @@ class FailureWorld(DriverWorld):
         return index in recorded and all(index in mark.untrusted for mark in marks)
 
 
-class Power:
-    """Cuts the power before the I/O with a given number: of devices, and of the state file."""
-
-    def __init__(self, test: SynchronousTestCase) -> None:
-        self.count = 0
-        self.limit: int | None = None
-        enter = MemoryDevice._enter
-
-        def counted(device: MemoryDevice, method: str, writes: bool = False, **more: Any) -> None:
-            enter(device, method, writes, **more)
-            if writes:
-                self.tick()
-
-        test.patch(MemoryDevice, "_enter", counted)
-
-    def tick(self) -> None:
-        if self.limit is not None and self.count >= self.limit:
-            raise OSError(errno.EIO, "the power is cut")
-        self.count += 1
-
-
 class Far:
     """A secondary: takes what may be sent, and knows that it was durable (NO-AHEAD)."""
 
@@ -169,64 +148,23 @@ class Far:
                 self.disks[header.ldsu][entry.offset : entry.offset + entry.length] = data
 
 
-class Story:
-    """What an application asks of two LDSUs, and what it was promised."""
+class Story(Application):
+    """What an application asks of two LDSUs, and a secondary."""
+
+    world: FailureWorld
 
     def __init__(self, test: SynchronousTestCase, ldsus: int = 2, **more: Any) -> None:
-        self.test = test
-        self.world = FailureWorld(test, ldsus, **more)
+        super().__init__(test, FailureWorld(test, ldsus, **more))
         self.far = Far(test, ldsus)
-        self.promised: dict[tuple[int, int], bytes] = {}
-        self.possible: dict[tuple[int, int], set[bytes]] = {}
-        self.asked: dict[Request, tuple[tuple[int, int], bytes]] = {}
-        self.flushes: dict[Request, list[Request]] = {}
-        self.numbers = iter(range(1, 10_000))
 
     def unit(self, ldsu: int) -> DriverUnit:
         return self.world.group.units[ldsu]
-
-    def write(self, ldsu: int, block: int, fua: bool = False) -> Request:
-        place, data = (ldsu, block * BLOCK), unique(next(self.numbers))
-        self.possible.setdefault(place, {bytes(BLOCK)}).add(data)
-        self.promised.pop(place, None)
-        self.asked = {r: one for r, one in self.asked.items() if one[0] != place}
-        request = self.world.client.request(
-            nbd.CMD_WRITE, place[1], BLOCK, data, nbd.CMD_FLAG_FUA if fua else 0
-        )
-        self.asked[request] = place, data
-        self.unit(ldsu).submit([request])
-        self.settle()
-        return request
-
-    def flush(self, ldsu: int) -> Request:
-        client = self.world.client
-        before = [r for r, one in self.asked.items() if one[0][0] == ldsu and r in client.done]
-        request = client.request(nbd.CMD_FLUSH)
-        self.flushes[request] = before
-        self.unit(ldsu).submit([request])
-        self.settle()
-        return request
 
     def settle(self) -> None:
         if not self.world.stepped:
             for _ in range(3):
                 self.world.reactor.advance(0.01)
         self.note()
-
-    def note(self) -> None:
-        """Take note of what was promised by now."""
-        done = set(self.world.client.done)
-        for request in [r for r in self.asked if r in done and r.flags & nbd.CMD_FLAG_FUA]:
-            self._promise(request)
-        for request in [r for r in self.flushes if r in done]:
-            for write in self.flushes.pop(request):
-                self._promise(write)
-
-    def _promise(self, request: Request) -> None:
-        if request in self.asked:
-            place, data = self.asked.pop(request)
-            self.promised[place] = data
-            self.possible[place] = {data}
 
     def committed(self) -> None:
         """Let the secondary take and commit all that it may."""
@@ -249,18 +187,12 @@ class Story:
         self.far.receive(self.world)
         for (ldsu, offset), data in self.promised.items():
             if ldsu != dead:
-                found = self._content(ldsu, offset)
+                found = self.content(ldsu, offset)
                 self.test.assertEqual(found, data, f"DURABLE {ldsu} {offset}")
             elif not self.world.group.failures.restarted:
                 found = bytes(self.far.disks[ldsu][offset : offset + BLOCK])
                 self.test.assertEqual(found, data, f"DURABLE, at the mirror {ldsu} {offset}")
-        for (ldsu, offset), some in self.possible.items():
-            if ldsu == dead:
-                continue
-            found = self._content(ldsu, offset)
-            for at in range(0, BLOCK, 512):
-                fits = {one[at : at + 512] for one in some}
-                self.test.assertIn(found[at : at + 512], fits, f"of another time: {ldsu} {offset}")
+        self.check_possible(dead)
         known = self.world.latch.before_crash
         if known is None:
             known = self.world.group.failures.recorded
@@ -271,11 +203,8 @@ class Story:
         for unit in self.world.group.units:
             if unit.index == dead:
                 continue
-            near, far = self._content(unit.index, 0, SIZE), self.far.disks[unit.index]
+            near, far = self.content(unit.index, 0, SIZE), self.far.disks[unit.index]
             self.test.assertTrue(near == bytes(far), f"NO-HIDDEN LDSU {unit.index}")
-
-    def _content(self, ldsu: int, offset: int, length: int = BLOCK) -> bytes:
-        return self.world.client.read(self.unit(ldsu), offset, length)
 
     def check_bypass(self, *paths: str) -> None:
         """Check that the group is LOUD about these writelogs, and takes writes nevertheless."""
@@ -695,30 +624,19 @@ class DataDeviceTests(SynchronousTestCase):
 class CrashTests(SynchronousTestCase):
     """The power is cut before each I/O, whatever of the unsynced writes is on the disks."""
 
-    def cuts(self, tell: Callable[[Story], None], ldsus: int = 2) -> Iterator[Story]:
-        """Tell a story to its end, then cut it before each of its I/Os."""
-        power = Power(self)
-        limit: int | None = None
-        total = 0
-        while limit is None or limit < total:
-            story = Story(self, ldsus)
-            story.world.latch.before = power.tick
-            power.limit, power.count = None, 0
-            story.world.start()
-            power.count, power.limit = 0, limit
-            tell(story)
-            if limit is None:
-                total = power.count
-            power.limit = None
-            yield story
-            limit = 0 if limit is None else limit + 1
-        self.assertGreater(total, 40)
+    def begin(self, power: Power) -> Story:
+        """Begin a story whose state file is cut too."""
+        story = Story(self)
+        story.world.latch.before = power.tick
+        return story
 
     def cut_everywhere(
         self, fault: Callable[[FailureWorld], None], choose: Choice, dead: int | None = None
     ) -> set[str]:
         found = set()
-        for story in self.cuts(lambda s: before_and_after(s, lambda: fault(s.world))):
+        for story in cut_before_each(
+            self, self.begin, lambda s: before_and_after(s, lambda: fault(s.world))
+        ):
             world = story.world
             world.crash(choose)
             world.start()
@@ -796,6 +714,7 @@ class AnyOrderTests(SynchronousTestCase):
             world.settle(2)
             story.note()
             self.assertIn(request, world.client.done)
+        world.close()
         return bool(recorded), before
 
     def do(self, story: Story, dice: random.Random) -> None:

@@ -85,7 +85,6 @@ class FakeConnection:
         self.errors: dict[Request, int] = {}
         self.extents: dict[Request, list[tuple[int, int]]] = {}
         self.abandoned: list[Request] = []
-        self.abandoned: list[Request] = []
         self.gone = False
 
     def answer(self, requests: Sequence[Request]) -> None:
@@ -269,7 +268,7 @@ class DriverWorld:
         self.paths = Paths.of("/tmp/qds-no-such-root")
         self.latch: FailureLatch | None = None
         self._descriptors: list[int] = []
-        test.addCleanup(self._close)
+        test.addCleanup(self.close)
 
     def data(self, index: int = 0) -> WatchedDevice:
         device = self.devices[f"/near/data{index}"]
@@ -329,6 +328,7 @@ class DriverWorld:
             new.__class__ = WatchedDevice
             assert isinstance(new, WatchedDevice)
             new.log = old.log
+        old.discard()
         return new
 
     def _forget(self) -> None:
@@ -337,13 +337,17 @@ class DriverWorld:
         for call in self.reactor.getDelayedCalls():
             call.cancel()
 
-    def _close(self) -> None:
-        for device in self.devices.values():
-            device.close()
+    def close(self) -> None:
+        """Check it for the last time, and give all back; a test of many worlds does so at once."""
+        devices, self.devices = list(self.devices.values()), {}
+        descriptors, self._descriptors = self._descriptors, []
+        for device in devices:
+            device.discard()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        for device in devices:
             if isinstance(device, WatchedDevice):
                 self.test.assertEqual(device.violations, 0, "NO-HIDDEN")
-        for descriptor in self._descriptors:
-            os.close(descriptor)
 
     def _open(self, path: str, **_: Any) -> MemoryDevice:
         device = self.devices[path]
