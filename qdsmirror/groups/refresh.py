@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from qdsmirror.core import frames
 from qdsmirror.core.records import Point
@@ -93,7 +94,7 @@ class Refresh:
             return None
         refresh = cls(group, max(known, key=lambda s: float(s["started"])))
         # Nobody waits to hear that it has begun.
-        refresh.begun.addErrback(lambda failure: failure.trap(DegradedError))
+        refresh.begun.addErrback(_was_ended)
         for index, state in enumerate(states):
             if state is not None and state["id"] == refresh.id.hex():
                 refresh._done[index] = min(state["done"], group.units[index].size)
@@ -327,6 +328,10 @@ class Refresh:
             "eta_seconds": round((total - done) / rate, 1) if rate else None,
             "started": self.started,
         }
+
+
+def _was_ended(failure: Failure) -> None:
+    failure.trap(DegradedError)
 
 
 def _chunk_cap(unit: DriverUnit) -> int:
