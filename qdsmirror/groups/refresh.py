@@ -331,7 +331,7 @@ class Refresh:
 
 
 def _was_ended(failure: Failure) -> None:
-    failure.trap(DegradedError)
+    failure.trap(DegradedError)  # type: ignore[no-untyped-call]
 
 
 def _chunk_cap(unit: DriverUnit) -> int:
