@@ -18,8 +18,10 @@ from typing import Any
 
 from blake3 import blake3
 
+from qdsmirror.core.generations import settle
 from qdsmirror.core.records import Point
 from qdsmirror.groups.driver import DriverGroup
+from qdsmirror.storage.extension import open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
 from tests.sim.disk import Disk
@@ -229,12 +231,14 @@ class Recoverer:
         script = self.script
         process, runtime = script._process("recovery", Instant, disks)
         if self.again.randrange(_WHOLE):
-            units = open_units(script.config, runtime.open_device)
+            pool, _ = open_pool(script.config.pool, 0, runtime.open_device)
+            units = open_units(script.config, runtime.open_device, pool=pool)
             judge(units)
             for unit in units:
                 replay(unit)
             points = [unit.reached.point(unit.config.index) for unit in units]
-            generation = units[0].writelog.superblock.generation
+            settled = settle([unit.writelog.superblock for unit in units])
+            generation, bypass = settled.generations[-1].id, settled.bypass is not None
         else:
             self.counts["whole drivers"] += 1
             group = DriverGroup(
@@ -247,15 +251,21 @@ class Recoverer:
                 process.kill()
                 failures[0].raiseException()
             points = [unit.framed_point for unit in group.units]
-            generation = group.generation
+            generation, bypass = group.generation, group.bypass.phase != "off"
         process.kill()
         return [
-            self._judge_unit(moment, disks, index, generation, point)
+            self._judge_unit(moment, disks, index, generation, point, bypass)
             for index, point in enumerate(points)
         ]
 
     def _judge_unit(
-        self, moment: Moment, disks: dict[str, Disk], index: int, generation: bytes, point: Point
+        self,
+        moment: Moment,
+        disks: dict[str, Disk],
+        index: int,
+        generation: bytes,
+        point: Point,
+        bypass: bool,
     ) -> bytes:
         model = self.script.model
         tip = model.find(index, generation, point.chain)
@@ -263,7 +273,8 @@ class Recoverer:
             raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
         model.check_kept(moment.held[index], tip)
         content = bytes(disks[self.script.config.ldsus[index].data_device].durable)
-        model.check_content(tip, content)
+        dirty = self.script.dirty_bitmap(disks, index) if bypass else None
+        model.check_content(tip, content, generation, dirty)
         moment.sectors[index].check_survived(content, f"LDSU {index}")
         return content
 

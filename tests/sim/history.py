@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from qdsmirror.core.frames import (
+    BREAK,
     ENTRIES,
     GENESIS,
     REFRESH,
     REFRESH_ZEROES,
+    SWITCH,
+    VOID,
     Entry,
 )
 from tests.fakes import Unsynced
@@ -17,6 +20,8 @@ from tests.fakes import Unsynced
 SECTOR = 512
 TAG = 16
 _OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
+#: Frames that leave a mirror as it is: of a switch, until the refresh begins that it leads to.
+_CHANGING_NOTHING = frozenset((BREAK, SWITCH, VOID))
 
 
 class Violation(Exception):
@@ -50,34 +55,43 @@ def tag_of(sector: bytes | bytearray | memoryview) -> bytes:
 ZERO_TAG = bytes(TAG)
 
 
+#: What is to be on the platters: path, byte offset, data.
+Written = tuple[str, int, bytes]
+
+
 class Made:
     """A frame that the driver has made.
 
     :ivar parent: the frame before it in its LDSU's history; ``None`` for the root.
+    :ivar begins_with: of a generation's first frame, what the LDSU held before it, where writes
+        had gone past the writelog.
     :ivar control: a control frame's payload: the id of a refresh or bypass.
     :ivar durable: seen on the writelog's platters.
     :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
     """
 
     __slots__ = (
-        "_content", "chain", "control", "copies", "durable", "end", "entries", "gsn_first",
-        "gsn_last", "journaled", "kind", "ldsu", "parent", "sequence", "writes",
+        "_content", "begins_with", "chain", "control", "copies", "durable", "end", "entries",
+        "generation", "gsn_first", "gsn_last", "journaled", "kind", "ldsu", "parent", "sequence",
+        "writes",
     )  # fmt: skip
 
     def __init__(
         self,
         ldsu: int,
         parent: Made | None,
+        generation: bytes,
         sequence: int,
         chain: bytes,
         kind: int,
         gsns: tuple[int, int],
         entries: Sequence[Entry],
         end: int,
-        writes: Sequence[tuple[int, bytes]],
+        writes: Sequence[Written],
     ) -> None:
         self.ldsu = ldsu
         self.parent = parent
+        self.generation = generation
         self.sequence = sequence
         self.chain = chain
         self.kind = kind
@@ -86,13 +100,14 @@ class Made:
         self.end = end
         self.writes = writes
         self.control = b""
+        self.begins_with: bytes | None = None
         self.durable = self.journaled = False
         self.copies: list[tuple[int, bytes]] = []
         self._content: bytes | None = None
 
     @classmethod
-    def root(cls, ldsu: int, content: bytes) -> Made:
-        made = cls(ldsu, None, 0, GENESIS, 0, (0, 0), (), 0, ())
+    def root(cls, ldsu: int, generation: bytes, content: bytes) -> Made:
+        made = cls(ldsu, None, generation, 0, GENESIS, 0, (0, 0), (), 0, ())
         made.durable = made.journaled = True
         made._content = content
         return made
@@ -103,10 +118,12 @@ class Made:
         at = self
         while at._content is None:
             steps.append(at)
+            if at.begins_with is not None:
+                break
             assert at.parent is not None
             at = at.parent
         if steps:
-            content = bytearray(at._content)
+            content = bytearray(steps[-1].begins_with or at._content or b"")
             for step in reversed(steps):
                 if step.kind == ENTRIES:
                     for offset, length, _, data in step.entries:
@@ -114,10 +131,64 @@ class Made:
             self._content = bytes(content)
         return self._content  # type: ignore[return-value]
 
+    def mirrored(self) -> bytes:
+        """Give what a coherent mirror holds that stands behind this frame.
+
+        Behind a switch it is what it was before the bypass, until the refresh has ended.
+        """
+        at = self
+        while at.kind in _CHANGING_NOTHING:
+            assert at.parent is not None
+            at = at.parent
+        return at.content()
+
     def line(self) -> str:
         entries = [(e.offset, e.length, e.kind) for e in self.entries]
         return f"LDSU {self.ldsu} frame {self.sequence} GSN {self.gsn_first}-{self.gsn_last} " \
             f"kind {self.kind} {entries}"  # fmt: skip
+
+
+class Lineage:
+    """The generations of one history; each but the first began when a bypass was left.
+
+    :ivar newest: of which frames are made now.
+    """
+
+    def __init__(self, first: bytes) -> None:
+        self.newest = first
+        self._before: dict[bytes, bytes] = {}
+        self._contents: dict[bytes, list[bytes]] = {}
+
+    def announce(self, generation: bytes, contents: Sequence[bytes]) -> None:
+        """Learn of a generation that may begin: the newest one's bypass is being left.
+
+        :param contents: what the LDSUs hold by then, by index.
+        """
+        self._before[generation] = self.newest
+        self._contents[generation] = list(contents)
+
+    def knows(self, generation: bytes) -> bool:
+        """Tell whether it is one of this history, or may become so."""
+        return generation == self.newest or generation in self._before or (
+            generation in self.before(self.newest)
+        )  # fmt: skip
+
+    def begin(self, generation: bytes) -> bool:
+        """Take it for the newest; tell whether it can be."""
+        if self._before.get(generation) == self.newest:
+            self.newest = generation
+        return generation == self.newest
+
+    def before(self, generation: bytes) -> list[bytes]:
+        """Give those before one, newest first."""
+        found = []
+        while (at := self._before.get(generation)) is not None:
+            found.append(at)
+            generation = at
+        return found
+
+    def began_with(self, generation: bytes, ldsu: int) -> bytes:
+        return self._contents[generation][ldsu]
 
 
 class Sectors:

@@ -8,10 +8,11 @@ are compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qdsmirror.core import frames
+from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.frames import (
     GENESIS,
     REFRESH,
@@ -22,7 +23,17 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
 from tests.sim.disk import Disk
-from tests.sim.history import SECTOR, TAG, ZERO_TAG, Made, Sectors, Violation, first_difference
+from tests.sim.history import (
+    SECTOR,
+    TAG,
+    ZERO_TAG,
+    Lineage,
+    Made,
+    Sectors,
+    Violation,
+    Written,
+    first_difference,
+)
 
 _OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
 
@@ -30,20 +41,22 @@ _OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
 class Model:
     """All frames of one group, and what is known of each.
 
+    :param disks: all of the group, by path.
     :ivar tips: by LDSU, the last frame of the present history; ``held``: the last that the
         secondary has durably.
+    :ivar acked: the last GSN that the secondary has acknowledged.
     """
 
     def __init__(
         self,
         generation: bytes,
         contents: Sequence[bytes],
-        logs: Sequence[Disk],
+        disks: Mapping[str, Disk],
         data: Sequence[Disk],
         mirrors: Sequence[Disk],
         journal: Disk,
     ) -> None:
-        self.logs, self.data, self.mirrors, self.journal = logs, data, mirrors, journal
+        self.disks, self.data, self.mirrors, self.journal = disks, data, mirrors, journal
         self.made: dict[tuple[int, bytes, bytes], Made] = {}
         self.tags: dict[tuple[int, bytes], list[Made]] = {}
         self.tips: list[Made] = []
@@ -52,8 +65,10 @@ class Model:
         self._pending: list[Made] = []
         self._journal_gsn = 1
         self._ends: dict[bytes, list[Made]] = {}
-        #: Tells whether writes may go past the writelogs now, as is durably recorded.
+        #: Tells whether writes go past the writelogs for good: one has failed, durably recorded.
         self.goes_direct: Callable[[], bool] = lambda: False
+        #: Gives an LDSU's dirty bitmap as it is on the platters.
+        self.dirty: Callable[[int], DirtyBitmap]
         #: LDSUs whose data device has failed: nothing waits for it any more (rules.md 16).
         self.dead: set[int] = set()
         #: LDSUs whose writelog has failed: writes go past it, its end may be lost (rules.md 13).
@@ -62,8 +77,11 @@ class Model:
         self.counts: dict[str, int] = {}
 
     def begin_generation(self, generation: bytes, contents: Sequence[bytes]) -> None:
-        self.generation = generation
-        self.tips = [Made.root(index, content) for index, content in enumerate(contents)]
+        self.lineage = Lineage(generation)
+        self.acked = 0
+        self.tips = [
+            Made.root(index, generation, content) for index, content in enumerate(contents)
+        ]
         for tip in self.tips:
             self.made[tip.ldsu, generation, GENESIS] = tip
         self._applied_checked = list(self.tips)
@@ -95,22 +113,24 @@ class Model:
         gsns: tuple[int, int],
         entries: Sequence[Entry],
         end: int,
-        writes: Sequence[tuple[int, bytes]],
+        writes: Sequence[Written],
         control: bytes = b"",
     ) -> None:
-        parent = self.made.get((ldsu, generation, before))
-        if parent is None:
+        parent = self.find(ldsu, generation, before)
+        if parent is None or not self.lineage.begin(generation):
             raise Violation(f"GENERATION: LDSU {ldsu} goes on behind a frame that was never made")
         if sequence != parent.sequence + 1 or gsns[0] <= parent.gsn_last:
             raise Violation(f"PREFIX: LDSU {ldsu}: numbers do not follow {parent.line()}")
-        known = self.find(ldsu, generation, chain)
+        known = self.made.get((ldsu, generation, chain))
         if known is not None:
             # Made once more, after a crash: the same frame in every bit.
             known.writes, known.durable = writes, False
             self.tips[ldsu] = known
             return
-        made = Made(ldsu, parent, sequence, chain, kind, gsns, entries, end, writes)
+        made = Made(ldsu, parent, generation, sequence, chain, kind, gsns, entries, end, writes)
         made.control = control
+        if parent.generation != generation:
+            made.begins_with = self.lineage.began_with(generation, ldsu)
         self.made[ldsu, generation, chain] = made
         self.tips[ldsu] = made
         if kind == REFRESH_END:
@@ -130,14 +150,22 @@ class Model:
     def _check_chunk(self, parent: Made, entry: Entry) -> None:
         """COHERENT: a chunk holds what the history before it says (rules.md 14)."""
         offset, length, _, data = entry
-        if parent.content()[offset : offset + length] != (bytes(length) if data is None else data):
+        held = self.content_in(parent, self.lineage.newest)[offset : offset + length]
+        if held != (bytes(length) if data is None else data):
             raise Violation(f"COHERENT: the chunk at {offset} of LDSU {parent.ldsu} is out of date")
+
+    def content_in(self, tip: Made, generation: bytes) -> bytes:
+        """Give what an LDSU holds whose last frame this is, in a generation."""
+        if tip.generation != generation:
+            return self.lineage.began_with(generation, tip.ldsu)
+        return tip.content()
 
     def is_durable(self, made: Made) -> bool:
         """Tell whether the writelog's platters hold a frame."""
         if not made.durable:
-            durable = self.logs[made.ldsu].durable
-            made.durable = all(durable[at : at + len(w)] == w for at, w in made.writes)
+            made.durable = all(
+                self.disks[path].durable[at : at + len(w)] == w for path, at, w in made.writes
+            )
             if made.durable:
                 made.writes = ()
         return made.durable
@@ -157,21 +185,30 @@ class Model:
         return True
 
     def _data_write(self, ldsu: int, offset: int, data: bytes) -> None:
-        """NO-HIDDEN: what is written to a data device is durable in its writelog."""
+        """NO-HIDDEN: what is written to a data device is durable in its writelog, or its bitmap."""
         self._count("data writes")
         if self.goes_direct():
             return
-        for at in range(0, len(data), SECTOR):
-            tag = data[at : at + TAG]
-            if tag == ZERO_TAG:
-                continue
-            if not any(self.is_durable(made) for made in self.tags.get((ldsu, tag), ())):
-                raise Violation(
-                    f"NO-HIDDEN: LDSU {ldsu} at {offset + at}: {tag!r} is written to the data "
-                    "device and not durable in the writelog"
-                )
+        unlogged = [at for at in range(0, len(data), SECTOR) if not self._logged(ldsu, data, at)]
         if not any(data) and not self._zeroed(ldsu, offset, len(data)):
-            raise Violation(f"NO-HIDDEN: LDSU {ldsu}: zeroes at {offset} not in the writelog")
+            unlogged = list(range(0, len(data), SECTOR))
+        if not unlogged:
+            return
+        self._count("direct writes")
+        dirty = self.dirty(ldsu)
+        for at in unlogged:
+            if not dirty.is_marked(offset + at):
+                raise Violation(
+                    f"NO-HIDDEN: LDSU {ldsu} at {offset + at}: {data[at : at + TAG]!r} is written "
+                    "to the data device and not durable in the writelog or the dirty bitmap"
+                )
+
+    def _logged(self, ldsu: int, data: bytes, at: int) -> bool:
+        """Tell whether a frame is durable that wrote this sector (or whether it is zeroes)."""
+        tag = data[at : at + TAG]
+        return tag == ZERO_TAG or any(
+            self.is_durable(made) for made in self.tags.get((ldsu, tag), ())
+        )
 
     def _zeroed(self, ldsu: int, offset: int, length: int) -> bool:
         made: Made | None = self.tips[ldsu]
@@ -190,13 +227,18 @@ class Model:
     # -- sending ------------------------------------------------------------------------------
 
     def find(self, ldsu: int, generation: bytes, chain: bytes) -> Made | None:
-        return self.made.get((ldsu, generation, chain))
+        """Find a place in a generation's history, which goes on from those before."""
+        for one in (generation, *self.lineage.before(generation)):
+            made = self.made.get((ldsu, one, chain))
+            if made is not None:
+                return made
+        return None
 
     def sent(self, frame: memoryview) -> None:
         """NO-AHEAD: only what is durable in the writelog leaves."""
         self._count("frames sent")
         header = parse_header(frame)
-        made = self.find(header.ldsu, header.generation, header.chain)
+        made = self.made.get((header.ldsu, header.generation, header.chain))
         if made is None:
             raise Violation(f"NO-AHEAD: frame {header.sequence} was sent and never made")
         if not self.is_durable(made):
@@ -204,9 +246,10 @@ class Model:
 
     def told(self, committed: int, generation: bytes) -> None:
         """DURABLE (secondary): only what is durable in the journal is acknowledged."""
-        if generation != self.generation:
+        if not self.lineage.knows(generation):
             return
         self._count("ACKs")
+        self.acked = max(self.acked, committed)
         for tip in self.tips:
             made = self.upto(tip, committed)
             if not self.is_journaled(made):
@@ -219,6 +262,7 @@ class Model:
             raise Violation("GENERATION: the secondary is to begin at a place that never was")
         self.held[ldsu] = made
         self._journal_gsn = next_gsn
+        self.acked = next_gsn - 1
         while not made.journaled:
             made.journaled = True
             assert made.parent is not None
@@ -241,7 +285,7 @@ class Model:
         if at != RECORD_HEADER_BYTES:
             return
         header = parse_header(data, at)
-        made = self.find(header.ldsu, header.generation, header.chain)
+        made = self.made.get((header.ldsu, header.generation, header.chain))
         if made is None:
             raise Violation(f"PREFIX: frame {header.sequence} in the journal was never made")
         if header.gsn_first != self._journal_gsn:
@@ -290,6 +334,10 @@ class Model:
         """PREFIX, COHERENT, TAIL: what the secondary holds after a replay."""
         self._journal_gsn = cursor.gsn
         self._count("mirrors checked")
+        if self.lineage.knows(superblock.generation or b"") and cursor.gsn <= self.acked:
+            raise Violation(
+                f"DURABLE: the secondary acknowledged GSN {self.acked} and holds {cursor.gsn - 1}"
+            )
         for made in self.check_places(cursor, superblock, contents, self.tips):
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
@@ -302,17 +350,17 @@ class Model:
         tips: Sequence[Made],
     ) -> list[Made]:
         """Check that the mirrors stand at one place of the order that ends with ``tips``."""
-        generation = superblock.generation or self.generation
+        generation = superblock.generation or self.lineage.newest
         places = []
         for index, content in enumerate(contents):
             made = self._mirrored(index, generation, cursor.point(index))
-            if superblock.coherent and bytes(content) != made.content():
+            if superblock.coherent and bytes(content) != made.mirrored():
                 raise Violation(
                     f"PREFIX: mirror {index} says it is coherent and differs from the history's "
-                    f"prefix up to {made.line()} at {first_difference(content, made.content())}"
+                    f"prefix up to {made.line()} at {first_difference(content, made.mirrored())}"
                 )
             if (
-                generation == self.generation
+                self.lineage.knows(generation)
                 and not self.unlogged
                 and self.upto(tips[index], cursor.gsn - 1) is not made
             ):
@@ -361,7 +409,7 @@ class Model:
     def writelog_recorded(self, superblock: Superblock) -> None:
         """TAIL: what a writelog's superblock calls applied or free is."""
         index = superblock.units[0].index
-        if superblock.generation != self.generation:
+        if not self.lineage.knows(superblock.generation):
             return
         self._count("superblocks")
         tip = self.tips[index]
@@ -373,6 +421,16 @@ class Model:
         self._tail_checked[index] = self._passed(
             tip, done, superblock.tail.position, self._check_committed
         )
+
+    def leaves_bypass(self, generation: bytes) -> None:
+        """Learn that a writelog's superblock is to name a new generation (rules.md 11)."""
+        if self.lineage.knows(generation):
+            return
+        self._count("generations begun")
+        for index, disk in enumerate(self.data):
+            if disk.unsynced:
+                raise Violation(f"NO-HIDDEN: bypass is left, and of LDSU {index} not all is synced")
+        self.lineage.announce(generation, [bytes(disk.durable) for disk in self.data])
 
     @staticmethod
     def _passed(tip: Made, done: Made, position: int, check: Any) -> Made:
@@ -397,7 +455,11 @@ class Model:
             for at in range(offset, offset + length, SECTOR):
                 tag = bytes(durable[at : at + TAG])
                 want = ZERO_TAG if data is None else bytes(data[at - offset : at - offset + TAG])
-                if tag != want and not self._later(made, at, tag):
+                if (
+                    tag != want
+                    and not self._later(made, at, tag)
+                    and not self.dirty(made.ldsu).is_marked(at)
+                ):
                     raise Violation(
                         f"TAIL: the writelog gives up {made.line()}, and the data device does not "
                         f"hold it at {at}: {tag!r}"
@@ -425,18 +487,18 @@ class Model:
     def recovered(
         self, generation: bytes, points: Sequence[Point], next_gsn: int, direct: bool
     ) -> None:
-        """DURABLE, NO-AHEAD, RECOVER: what the driver found.
+        """DURABLE, NO-AHEAD, NO-HIDDEN, RECOVER: what the driver found.
 
         :param direct: writes may have gone past the writelogs.
         """
         self._count("recoveries")
-        if generation != self.generation:
+        if not self.lineage.begin(generation):
             raise Violation("GENERATION: the driver found another generation")
         for index, point in enumerate(points):
             found = bytes(self.data[index].durable)
             tip = self._stand_at(index, point)
-            if not direct and index not in self.dead | self.unlogged:
-                self.check_content(tip, found)
+            if index not in self.dead and not self.unlogged:
+                self.check_content(tip, found, generation, self.dirty(index) if direct else None)
             if index not in self.dead:
                 self.sectors[index].check_survived(found, f"LDSU {index}")
             self.sectors[index].recovered(found, self.data[index].unsynced)
@@ -445,7 +507,7 @@ class Model:
 
     def _stand_at(self, index: int, point: Point) -> Made:
         """Take the place in a history that a recovered driver goes on from."""
-        tip = self.find(index, self.generation, point.chain)
+        tip = self.find(index, self.lineage.newest, point.chain)
         if tip is None or tip.sequence + 1 != point.sequence:
             raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
         if index not in self.unlogged:
@@ -455,15 +517,26 @@ class Model:
         self._applied_checked[index] = self._tail_checked[index] = tip
         return tip
 
-    @staticmethod
-    def check_content(tip: Made, found: bytes) -> None:
-        """Check that a data device holds its history, all of it and nothing else."""
-        content = tip.content()
-        if found != content:
+    def check_content(
+        self, tip: Made, found: bytes, generation: bytes, dirty: DirtyBitmap | None
+    ) -> None:
+        """Check that a data device holds its history, all of it and nothing else.
+
+        :param dirty: in bypass: it may differ where this says so.
+        """
+        content = self.content_in(tip, generation)
+        if found == content:
+            return
+        if dirty is None:
             raise Violation(
                 f"RECOVER: data device {tip.ldsu} differs from the history up to {tip.line()} at "
                 f"{first_difference(found, content)}"
             )
+        for at in range(0, len(found), SECTOR):
+            if found[at : at + SECTOR] != content[at : at + SECTOR] and not dirty.is_marked(at):
+                raise Violation(
+                    f"NO-HIDDEN: data device {tip.ldsu} differs at {at}, and no dirty bit says so"
+                )
 
     @staticmethod
     def check_kept(held: Made, tip: Made) -> None:

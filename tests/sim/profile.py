@@ -14,6 +14,8 @@ class Profile:
     """What a run is made of; drawn from the seed.
 
     :ivar steps: of the safety phase.
+    :ivar pool: extension devices.
+    :ivar corruption: at how many power cuts a sector of a log is damaged, of 1.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
@@ -25,6 +27,9 @@ class Profile:
     journal: int
     block: int
     durability: str
+    on_overflow: str
+    pool: int
+    corruption: float
     metadata_entries: int
     metadata_seconds: float
     window: int
@@ -48,6 +53,10 @@ class Profile:
         faults["stop driver"] = choose((0, 0, 400))
         faults["error"] = choose((0, 0, 0, 500))
         faults["refresh"] = choose((0, 0, 300))
+        faults["bypass"] = choose((0, 0, 0, 100, 300))
+        pool = choose((0, 0, 1, 2))
+        faults["extend"] = choose((0, 60, 200)) if pool else 0
+        faults["free"] = choose((60, 200)) if faults["extend"] else 0
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -56,6 +65,9 @@ class Profile:
             journal=choose((log, 400 * KIB)),
             block=choose((512, 512, 4096)),
             durability=choose(("flush", "flush", "always")),
+            on_overflow=choose(("block", "bypass")),
+            pool=pool,
+            corruption=choose((0.0, 0.5)),
             metadata_entries=choose((1, 5, 50, 4096)),
             metadata_seconds=choose((0.1, 1.0, 20.0)),
             window=choose((8, 64, 1024)) * KIB,

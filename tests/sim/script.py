@@ -9,7 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from twisted.internet.defer import maybeDeferred
+
 from qdsmirror.core import nbd
+from qdsmirror.errors import QdsError
 from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
 from tests.fakes import Choice, Unsynced
 from tests.sim.history import SECTOR, Made, Violation
@@ -33,6 +36,9 @@ PROFILE = Profile(
     journal=WRITELOG_BYTES_MIN // SECTOR * SECTOR,
     block=512,
     durability="flush",
+    on_overflow="block",
+    pool=1,
+    corruption=0.0,
     metadata_entries=4096,
     metadata_seconds=1.0,
     window=1 << 20,
@@ -106,8 +112,22 @@ def _power_cut(world: Script) -> None:
 
 
 def _refresh(world: Script) -> None:
-    """A full refresh begins, and ends if time passes."""
-    world.begin_refresh()
+    """A full refresh begins, and ends if time passes; it leaves bypass."""
+    world.change_group("refresh", "full")
+
+
+def _bypass_on(world: Script) -> None:
+    """Bypass is entered, as far as it comes; a refresh leaves it."""
+    world.change_group("switch_bypass", "on")
+
+
+def _extend(world: Script) -> None:
+    """The first LDSU's writelog is chained to the pool's device."""
+    world.change_group("extend", "qds0", "")
+
+
+def _free(world: Script) -> None:
+    world.change_group("free", "qds0", "")
 
 
 #: Every operation that the product has; a new one is added here.
@@ -123,6 +143,9 @@ OPERATIONS: dict[str, Callable[[Script], None]] = {
     "checkpoint": _checkpoint,
     "wrap": _wrap,
     "refresh": _refresh,
+    "bypass on": _bypass_on,
+    "extend": _extend,
+    "free": _free,
     "power cut": _power_cut,
 }
 
@@ -233,10 +256,11 @@ class Script(World):
         self.driver.group.units[ldsu].submit([asked.request])
         self.run_ready()
 
-    def begin_refresh(self) -> None:
+    def change_group(self, how: str, *arguments: str) -> None:
+        """Ask the driver for something; what is not possible now is refused."""
         assert self.driver is not None
-        if self.driver.group.refresh_job is None:
-            self.driver.group.refresh("full").addErrback(lambda _: None)
+        asked = maybeDeferred(getattr(self.driver.group, how), *arguments)
+        asked.addErrback(lambda failure: failure.trap(QdsError))
 
     def run_ready(self) -> None:
         """Let happen what needs no time to pass: all of it in order, or some of it in any."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,20 +18,27 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
+from qdsmirror.core.bitmap import BitmapArea, DirtyBitmap
 from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.errors import BrokenError, QdsError, UnreachableError
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.limits import KIB
 from qdsmirror.paths import Paths
+from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, Unsynced, at_random, everything, nothing
+from tests.sim.corruption import Corruption
 from tests.sim.disk import Disk
 from tests.sim.history import Violation, payload
 from tests.sim.model import Model
 from tests.sim.process import Process, Wire
 from tests.sim.profile import Profile
+
+#: Of each extension device.
+POOL_BYTES = 192 * KIB
 
 _EPOCH = 1_790_000_000.0
 
@@ -66,6 +75,8 @@ class Sites:
         self.latched: set[str] = set()
         self.numbers = 0
         self.logged: list[Any] = []
+        #: Where each writelog's dirty bitmap stands: the same in all.
+        self._bitmap: BitmapArea
         self._make_sites()
 
     # -- the sites ----------------------------------------------------------------------------
@@ -78,13 +89,14 @@ class Sites:
             path=Path("/nowhere/dsgrp000.cfg"),
             operation="async",
             durability=profile.durability,
-            on_overflow="block",
+            on_overflow=profile.on_overflow,
             primary_host="alpha",
             primary_address="127.0.0.1",
             secondary_host="beta",
             secondary_address="127.0.0.1",
             port=575,
             journal_device="/far/journal",
+            pool=tuple(f"/near/pool{number}" for number in range(profile.pool)),
             tunables=Tunables(
                 metadata_entries=profile.metadata_entries,
                 metadata_seconds=profile.metadata_seconds,
@@ -118,23 +130,51 @@ class Sites:
             unit = BoundUnit(ldsu.index, ldsu.name, profile.size, ldsu.data_device)
             units.append(unit)
             self._make_log(ldsu.writelog_device, profile.log, "writelog", [unit], [generation])
+        for path in self.config.pool:
+            disk = self.disks[path] = Disk(path, POOL_BYTES)
+            device = Process("qdswlinit", self.clock, self.random).open(disk, "extension", 512)
+            PoolDevice.initialise(device, 0)
+            device.close()
         self._make_log(self.config.journal_device, profile.journal, "journal", units, [])
         self.model = Model(
             generation,
             contents,
-            [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus],
+            self.disks,
             [self.disks[ldsu.data_device] for ldsu in self.config.ldsus],
             [self.disks[ldsu.mirror_device] for ldsu in self.config.ldsus],
             self.disks[self.config.journal_device],
         )
+        ldsus = self.config.ldsus
+        self.corruption = {
+            "alpha": Corruption(
+                self.disks,
+                [ldsu.writelog_device for ldsu in ldsus],
+                [ldsu.data_device for ldsu in ldsus],
+                self.random,
+            ),
+            "beta": Corruption(
+                self.disks,
+                [self.config.journal_device],
+                [ldsu.mirror_device for ldsu in ldsus],
+                self.random,
+            ),
+        }
         self.model.goes_direct = self._goes_direct
+        self.model.dirty = partial(self.dirty_bitmap, self.disks)
+
+    def dirty_bitmap(self, disks: Mapping[str, Disk], index: int) -> DirtyBitmap:
+        """Read an LDSU's dirty bitmap from the platters."""
+        platters = disks[self.config.ldsus[index].writelog_device].durable
+        area = self._bitmap
+        stored = bytes(platters[area.start : area.start + area.size])
+        return DirtyBitmap(area, self.profile.size, stored)
 
     def _goes_direct(self) -> bool:
         """Tell whether a writelog's failure is on record, so that writes may go past it."""
-        if not any(path.startswith("/near/log") for path in self.latched):
+        if not any(path.startswith(("/near/log", "/near/pool")) for path in self.latched):
             return False
         state = self.paths["alpha"].state_file(0)
-        return state.exists() and "/near/log" in state.read_text()
+        return state.exists() and any(path in state.read_text() for path in self.latched)
 
     def _make_log(
         self, path: str, size: int, role: str, units: list[BoundUnit], ids: list[bytes]
@@ -149,6 +189,8 @@ class Sites:
             generations=[Generation(one, 1) for one in ids],
         )
         log.update(both=True, coherent=True, reason="")
+        if log.superblock.bitmap is not None:
+            self._bitmap = log.superblock.bitmap
         device.close()
 
     def _number(self) -> int:
@@ -220,12 +262,14 @@ class Sites:
                 group.generation,
                 [unit.framed_point for unit in group.units],
                 group.next_gsn,
-                direct=group.bypass.phase != "off" or bool(self.latched),
+                direct=group.bypass.phase != "off",
             )
             self.serving = True
+            self.corruption["alpha"].heal()
             self.driver_began()
         elif process is self.rmd:
             self.receiving = True
+            self.corruption["beta"].heal()
             self.check_mirror()
         self.note(f"started {process.name}")
 
@@ -236,7 +280,13 @@ class Sites:
         """Learn that the driver is gone."""
 
     def _start_failed(self, process: Process, failure: Failure) -> None:
-        if not isinstance(failure.value, Violation) and not self._excused(process, failure.value):
+        corruption = self.corruption["beta" if process is self.rmd else "alpha"]
+        if corruption.is_told_by(failure.value):
+            self.count("refused over corruption")
+            if corruption.has_spread():
+                Violation(f"RECOVER: {process.name} refuses its log, and has changed a device")
+            corruption.heal()
+        elif not isinstance(failure.value, Violation) and not self._excused(process, failure.value):
             Violation(f"RECOVER: {process.name} does not start: {failure.value!r}")
         self.note(f"{process.name} does not start")
         process.kill()
@@ -296,6 +346,11 @@ class Sites:
         for path, disk in self.disks.items():
             if path.startswith(near):
                 disk.power_cut(choose)
+        if self.random.random() < self.profile.corruption and not self.corruption[site].any:
+            struck = self.corruption[site].strike()
+            if struck:
+                self.count("corruption")
+                self.note(struck)
 
     def _choice(self) -> Choice:
         match self.random.randrange(6):
@@ -324,8 +379,8 @@ class Sites:
                 answered.errback(error)
                 return
             pmd.adoptable[end] = driver.ends[-1].wire
-            logs = [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus]
-            pmd.descriptors += zip(descriptors, logs, strict=True)
+            disks = {disk.inode: disk for disk in self.disks.values()}
+            pmd.descriptors += [(fd, disks[os.fstat(fd).st_ino]) for fd in descriptors]
             answered.callback((json.loads(json.dumps(info)), descriptors, end))
 
         pmd.callLater(self.random.random() * 0.01, ask)

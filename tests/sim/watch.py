@@ -12,7 +12,7 @@ from unittest import mock
 from twisted.logger import LogLevel, globalLogPublisher
 
 from qdsmirror.core import stream
-from qdsmirror.core.records import RECORD_HEADER_BYTES
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
 from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups import remote as remote_module
@@ -21,6 +21,7 @@ from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.storage.writelog import Writelog
+from tests.sim.history import Written
 from tests.sim.sites import Sites
 
 
@@ -85,7 +86,7 @@ def _watched_frame(world: Sites, original: Any) -> Any:
             (first, made.gsn_last),
             list(entries),
             made.end,
-            _essence(writes),
+            _essence(unit.writelog, writes),
             b"".join(control),
         )
         return made, writes
@@ -102,11 +103,12 @@ def _watched_rebase(world: Sites, original: Any) -> Any:
     return rebase
 
 
-def _essence(writes: Any) -> list[tuple[int, bytes]]:
+def _essence(log: Writelog, writes: Any) -> list[Written]:
     """Give what must be on the platters: not what fills up a block."""
-    *pads, (at, pieces) = writes
-    essence = [(where.offset, bytes(pad[0][:RECORD_HEADER_BYTES])) for where, pad in pads]
-    return [*essence, (at.offset, b"".join(pieces[:-1]))]
+    *pads, last = writes
+    essence = [(where, bytes(pad[0][:RECORD_HEADER_BYTES])) for where, pad in pads]
+    essence.append((last[0], b"".join(last[1][:-1])))
+    return [(log._device(at.device).path, at.offset, data) for at, data in essence]
 
 
 def _watched_send_frames(world: Sites, original: Any) -> Any:
@@ -130,9 +132,11 @@ def _watched_send(world: Sites, original: Any) -> Any:
 
 
 def _watched_superblock(world: Sites, original: Any) -> Any:
-    def write_superblock(log: Writelog, *args: Any, **kw: Any) -> None:
+    def write_superblock(log: Writelog, superblock: Superblock, **kw: Any) -> None:
         before = log.superblock
-        original(log, *args, **kw)
+        if superblock.role == "writelog" and len(superblock.generations) > 1:
+            world.model.leaves_bypass(superblock.generation)
+        original(log, superblock, **kw)
         if not hasattr(world, "model"):
             return
         if log.superblock.role == "writelog":

@@ -79,6 +79,10 @@ class World(Clients):
             self._light_fuse()
         elif what == "refresh":
             self._refresh()
+        elif what == "bypass":
+            self.switch_bypass()
+        elif what in ("extend", "free"):
+            self._change_log(what)
         else:
             self._spoil()
 
@@ -128,6 +132,27 @@ class World(Clients):
         begun = maybeDeferred(self.driver.group.refresh, "full")
         begun.addErrback(lambda failure: failure.trap(QdsError))
 
+    def switch_bypass(self) -> None:
+        """Enter bypass, or leave it; what is not possible now is refused."""
+        if not self.serving or self.driver is None:
+            return
+        group = self.driver.group
+        to = "off" if group.bypass.phase == "on" else "on"
+        self.note(f"bypass {to}")
+        switched = maybeDeferred(group.switch_bypass, to)
+        switched.addCallback(lambda _: self.count(f"bypass {to}"))
+        switched.addErrback(lambda failure: failure.trap(QdsError))
+
+    def _change_log(self, how: str) -> None:
+        """Chain a device of the pool to a writelog, or take one back."""
+        if not self.serving or self.driver is None:
+            return
+        ldsu = self.random.choice(self.config.ldsus)
+        self.note(f"{how} {ldsu.name}")
+        changed = maybeDeferred(getattr(self.driver.group, how), ldsu.name, "")
+        changed.addCallback(lambda _: self.count(how))
+        changed.addErrback(lambda failure: failure.trap(QdsError))
+
     def _spoil(self) -> None:
         if self.latched:
             return
@@ -135,6 +160,9 @@ class World(Clients):
         method = self.random.choice(("fdatasync", "pwritev"))
         self.latched.add(path)
         self.disks[path].faults[method] = 1
+        if path in self.config.pool:
+            # Whose log it is a part of by then is not known.
+            self.model.unlogged.update(range(self.profile.ldsus))
         for start, failed in (("/near/data", self.model.dead), ("/near/log", self.model.unlogged)):
             if path.startswith(start):
                 failed.add(int(path.removeprefix(start)))
@@ -253,8 +281,11 @@ class World(Clients):
         self._until(self._at_rest, "everything to be mirrored")
         self._check_equal()
 
-    def _until(self, happened: Callable[[], bool], what: str) -> None:
-        """Go on without faults until something is so."""
+    def _until(self, happened: Callable[[], bool], what: str, alone: bool = False) -> None:
+        """Go on without faults until something is so; an operator leaves bypass.
+
+        :param alone: no operator is there.
+        """
         deadline = self.clock.seconds() + LIVENESS_SECONDS
         for _ in range(STEPS_MAX):
             if happened():
@@ -268,6 +299,8 @@ class World(Clients):
                 action()
                 self._after()
             else:
+                if not alone and self.driver is not None and self.driver.group.bypass.phase == "on":
+                    self.switch_bypass()
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
 
@@ -301,7 +334,7 @@ class World(Clients):
         before = [bytes(disk.seen) for disk in self.model.mirrors]
         for _ in range(self.random.randrange(1, 12)):
             self.ask()
-        self._until(self._refused, "a refusal")
+        self._until(self._refused, "a refusal", alone=True)
         if before != [bytes(disk.seen) for disk in self.model.mirrors]:
             raise Violation("GENERATION: the mirror takes up another history")
         self._refresh()
@@ -317,7 +350,6 @@ class World(Clients):
             self.disks[ldsu.writelog_device].discard()
             unit = BoundUnit(ldsu.index, ldsu.name, self.profile.size, ldsu.data_device)
             self._make_log(ldsu.writelog_device, self.profile.log, "writelog", [unit], [generation])
-        self.model.logs = [self.disks[ldsu.writelog_device] for ldsu in self.config.ldsus]
         return generation
 
     def _at_rest(self) -> bool:
@@ -325,7 +357,8 @@ class World(Clients):
             return False
         group = self.driver.group
         return (
-            group.mirrored_gsn == group.next_gsn - 1
+            group.bypass.phase == "off"
+            and group.mirrored_gsn == group.next_gsn - 1
             and group.all_applied
             and group.refresh_job is None
             and group.coherent
