@@ -99,18 +99,34 @@ def remarks(group: Group) -> list[str]:
         way = "leave it with qdsbypass off"
         if not all((unit.get("writelog") or {}).get("trusted", True) for unit in group["ldsus"]):
             way = "it needs new writelogs: see Failed devices in qdsmirror-architecture(7)"
-        lines.append(f"{group['name']}: in bypass, {dirty} dirty; {way}")
+        lines.append(f"{group['name']}: in bypass ({bypass['reason']}), {dirty} dirty; {way}")
     lines += _extension_lines(group)
-    seen: list[str] = []
-    parts = (group[part].get("reason") for part in ("pmd", "rmd"))
-    for reason in (group["reason"], *parts, *group.get("errors", ())):
-        # The same is often said by driver and pmd, or said again with a word before it.
-        if reason and not any(one in reason for one in seen):
-            seen.append(reason)
-    lines += [f"{group['name']}: {reason}" for reason in seen]
+    lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
         lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
     return lines
+
+
+def _reasons(group: Group) -> list[str]:
+    """Give why the group is as it is, each reason once."""
+    pmd, rmd = group["pmd"], group["rmd"]
+    told = [group["reason"], pmd.get("reason"), rmd.get("reason"), *group.get("errors", ())]
+    known = []
+    if group["role"] == "primary":
+        if group["bypass"]:
+            known = [group["bypass"]["reason"]]
+        if pmd.get("pid") is None and pmd.get("reason"):
+            # What the driver says of the link is that there is no pmd.
+            told = [one for one in told if one != rmd.get("reason")]
+        elif group["driver"]["pid"] is None and pmd.get("code") in (0, None):
+            # It says that there is no driver.
+            told.remove(pmd.get("reason"))
+    found: list[str] = []
+    for reason in told:
+        # The same is often said by driver and pmd, or said again with a word before it.
+        if reason and not any(one in reason for one in (*known, *found)):
+            found.append(reason)
+    return found
 
 
 def _extension_lines(group: Group) -> list[str]:

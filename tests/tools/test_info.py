@@ -376,6 +376,36 @@ class ViewTests(TestCase):
         name = group["name"]
         self.assertEqual(info_view.remarks(group), [f"{name}: {why}", f"{name}: another"])
 
+    def test_what_follows_from_a_missing_daemon_is_not_told(self) -> None:
+        name = group_of()["name"]
+        link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
+        gone = {"pid": None, "state": "stopped", "code": None, "reason": "pmd not running"}
+        group = group_of(
+            role="primary", reason=link["reason"], refresh=None, pmd=gone, rmd=link, ldsus=[]
+        )
+        self.assertEqual(info_view.remarks(group), [f"{name}: pmd not running"])
+        pmd = {"pid": 7, "state": "connecting", "code": 0, "reason": "no driver answers on x.ctl"}
+        group = group_of(
+            role="primary",
+            reason="driver not running",
+            refresh=None,
+            driver={"pid": None},
+            pmd=pmd,
+            ldsus=[],
+        )
+        self.assertEqual(info_view.remarks(group), [f"{name}: driver not running"])
+        group["pmd"] = {**pmd, "state": "refused", "code": 12, "reason": "wrong name"}
+        self.assertIn(f"{name}: wrong name", info_view.remarks(group))
+
+    def test_a_bypass_tells_its_reason_once(self) -> None:
+        bypass = {"id": "x", "since": 1.0, "reason": "asked for", "dirty_bytes": 4096}
+        group = group_of(
+            role="primary", reason="asked for", refresh=None, bypass=bypass, ldsus=[], errors=["y"]
+        )
+        line, other = info_view.remarks(group)
+        self.assertIn("in bypass (asked for), 4 KiB dirty", line)
+        self.assertEqual(other, f"{group['name']}: y")
+
     def test_bypass_names_the_way_out(self) -> None:
         for trusted, way in ((True, "qdsbypass off"), (False, "qdsmirror-architecture")):
             unit = {"name": "qds0", "errors": [], "writelog": {"trusted": trusted}}
