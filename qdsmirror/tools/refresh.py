@@ -188,7 +188,9 @@ def _ended(group: Group) -> bool:
         raise_failure(group)
         return False
     if group["coherent"] is not True:
-        reason = f" ({group['reason']})" if group["reason"] else ""
+        # The link's reason is another matter.
+        reason = group["reason"] if group["reason"] != group["pmd"].get("reason") else ""
+        reason = f" ({reason})" if reason else ""
         raise BrokenError(
             f"{group['name']}: the refresh was ended before its end{reason}", hint="qdsrefresh"
         )

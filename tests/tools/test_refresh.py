@@ -143,6 +143,11 @@ class FollowTests(TestCase):
 
     def test_killed(self) -> None:
         self.assertRaises(BrokenError, self.follow, [driver_status(coherent=False)])
+        # Why there is no link says nothing of that.
+        link = {"pid": 1, "state": "connecting", "reason": "nobody answers", "code": 0}
+        group = driver_status(coherent=False, reason="nobody answers", pmd=link)
+        error = self.assertRaises(BrokenError, self.follow, [group])
+        self.assertNotIn("nobody", str(error))
 
     def test_one_that_is_killed_stops_no_other(self) -> None:
         killed = driver_status(coherent=False, reason="killed")
