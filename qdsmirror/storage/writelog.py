@@ -463,8 +463,10 @@ class Writelog:
                 ring.without(self.durable_tail, self.durable_tail, leaving)
             ):
                 raise DegradedError(
-                    f"{self.device.path} cannot do without extension {number} now",
-                    hint="try again when its tail has moved on",
+                    f"{self.device.path} cannot do without extension {number} now "
+                    f"({self.extensions[number].device.path}): the rest is too small for what it "
+                    "holds",
+                    hint="try again when the secondary has committed more of it; see qdsinfo",
                 )
             with self._deciding():
                 self._write_next(both=True, **self._left(ring, extensions))

@@ -398,7 +398,7 @@ class ChainTests(SynchronousTestCase):
         world.fill(3000)
         world.sync()
         before = world.log.superblock
-        with self.assertRaisesRegex(DegradedError, "cannot do without extension 1 now"):
+        with self.assertRaisesRegex(DegradedError, "cannot do without extension 1 now .*/"):
             world.log.free(1)
         self.assertEqual(world.log.superblock, before)
         world.move_tail(12)
