@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -173,9 +174,14 @@ class DeviceTests(TestCase):
         self.server = subprocess.Popen(command)
         self.addCleanup(self.stop, self.server)
         deadline = time.monotonic() + 20
-        while not self.socket.exists():
+        while not self.is_served():
             self.assertTrue(time.monotonic() < deadline)
             time.sleep(0.01)
+
+    def is_served(self) -> bool:
+        # The socket is there before anybody listens.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            return connection.connect_ex(str(self.socket)) == 0
 
     def stop(self, server: subprocess.Popen[bytes]) -> None:
         if server.poll() is None:
