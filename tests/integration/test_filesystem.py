@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from twisted.trial.unittest import TestCase
 
 from tests.integration.lab import in_thread
-from tests.integration.world import World, need, need_root
+from tests.integration.world import World, digests, need_attached_ext4
 
 OPTIONS = ("--size", "40M", "--writelog", "16M", "--journal", "16M")
 FSCK_SECONDS = 60.0
@@ -38,32 +37,22 @@ for number in range(10**6):
 ROWS = 40
 
 
-def digests(place: Path) -> dict[str, str]:
-    """Give the contents of all files below a directory."""
-    return {
-        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(place.rglob("*"))
-        if path.is_file()
-    }
-
-
 class FilesystemTests(TestCase):
     """ext4 through qdsattach."""
 
     timeout = 170
 
     def setUp(self) -> None:
-        need_root()
-        need("nbdfuse", "nbdkit", "losetup", "mkfs.ext4", "e2fsck", "mount", "fusermount3")
-        if not os.path.exists("/dev/fuse"):
-            self.skipTest("/dev/fuse is missing")
+        need_attached_ext4()
 
-    def start(self) -> World:
+    def start(self) -> tuple[World, Path, Path]:
+        """Give a lab, its LDSU's block device, and where that is mounted."""
         world = World(self, *OPTIONS)
         world.create()
         world.start()
         world.at("primary", "qdsattach", "--via", "fuse")
-        return world
+        device = world.primary / "dev" / "qds0"
+        return world, device, world.mount_new(device)
 
     def check(self, world: World, image: Path) -> None:
         """Check a file system that was unmounted; nothing may have to be mended."""
@@ -72,11 +61,8 @@ class FilesystemTests(TestCase):
 
     @in_thread
     def test_files(self) -> None:
-        world = self.start()
-        device = world.primary / "dev" / "qds0"
+        world, device, place = self.start()
         self.assertTrue(device.is_block_device())
-        world.run(["mkfs.ext4", "-q", "-F", str(device)])
-        place = world.mount(device)
         source = random.Random(3)
         for number in range(60):
             directory = place / f"d{number % 7}"
@@ -101,10 +87,7 @@ class FilesystemTests(TestCase):
 
     @in_thread
     def test_sqlite_killed_with_everything(self) -> None:
-        world = self.start()
-        device = world.primary / "dev" / "qds0"
-        world.run(["mkfs.ext4", "-q", "-F", str(device)])
-        place = world.mount(device)
+        world, device, place = self.start()
         client = subprocess.Popen(
             [sys.executable, "-c", CLIENT, str(place / "base")], stdout=subprocess.PIPE, text=True
         )

@@ -12,8 +12,7 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.config import load_group
 from qdsmirror.paths import Paths
 from tests.integration.lab import in_thread
-from tests.integration.test_filesystem import digests
-from tests.integration.world import World, need, need_root
+from tests.integration.world import World, digests, need_attached_ext4
 
 OPTIONS = ("--size", "24M", "--writelog", "12M", "--journal", "12M")
 #: What the two group files say once the roles are reversed.
@@ -40,19 +39,14 @@ class TakeoverTests(TestCase):
     timeout = 170
 
     def setUp(self) -> None:
-        need_root()
-        need("nbdfuse", "nbdkit", "losetup", "mkfs.ext4", "e2fsck", "mount", "fusermount3")
-        if not os.path.exists("/dev/fuse"):
-            self.skipTest("/dev/fuse is missing")
+        need_attached_ext4()
 
     def start(self) -> tuple[World, Path]:
         world = World(self, *OPTIONS)
         world.create()
         world.start()
         world.at("primary", "qdsattach")
-        device = world.primary / "dev" / "qds0"
-        world.run(["mkfs.ext4", "-q", "-F", str(device)])
-        return world, world.mount(device)
+        return world, world.mount_new(world.primary / "dev" / "qds0")
 
     def write(self, place: Path, name: str) -> None:
         """Write a file as an application does that wants it to last."""

@@ -44,6 +44,14 @@ def need_root() -> None:
         raise SkipTest("/dev/loop-control is missing")
 
 
+def need_attached_ext4() -> None:
+    """Skip the test unless an LDSU can be attached through FUSE, with ext4 on it."""
+    need_root()
+    need("nbdfuse", "nbdkit", "losetup", "mkfs.ext4", "e2fsck", "mount", "fusermount3")
+    if not os.path.exists("/dev/fuse"):
+        raise SkipTest("/dev/fuse is missing")
+
+
 class World(LabFixture):
     """A lab, and what the tests of this directory do with it.
 
@@ -179,6 +187,11 @@ class World(LabFixture):
         self._mounts.append(place)
         return place
 
+    def mount_new(self, device: Path) -> Path:
+        """Make ext4 on a device and mount it."""
+        self.run(["mkfs.ext4", "-q", "-F", str(device)])
+        return self.mount(device)
+
     def unmount(self, place: Path) -> None:
         self.run(["umount", str(place)])
 
@@ -228,6 +241,15 @@ class World(LabFixture):
 def attempts(log: str, pattern: str) -> int:
     """Count the lines of a log that match."""
     return sum(1 for line in log.splitlines() if re.search(pattern, line))
+
+
+def digests(place: Path) -> dict[str, str]:
+    """Give the contents of all files below a directory, each as a hash."""
+    return {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }
 
 
 def pattern_file(path: Path, length: int, seed: int = 1) -> bytes:
