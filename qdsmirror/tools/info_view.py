@@ -96,10 +96,13 @@ def remarks(group: Group) -> list[str]:
     bypass = group["bypass"]
     if bypass and group["role"] == "primary":
         dirty = size_text(bypass["dirty_bytes"])
-        way = "leave it with qdsbypass off"
+        text = f"in bypass ({bypass['reason']}), {dirty} dirty; leave it with qdsbypass off"
         if not all((unit.get("writelog") or {}).get("trusted", True) for unit in group["ldsus"]):
-            way = "it needs new writelogs: see Failed devices in qdsmirror-architecture(7)"
-        lines.append(f"{group['name']}: in bypass ({bypass['reason']}), {dirty} dirty; {way}")
+            text = (
+                f"in bypass, {dirty} dirty; it needs new writelogs: see Failed devices in "
+                "qdsmirror-architecture(7)"
+            )
+        lines.append(f"{group['name']}: {text}")
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
@@ -110,11 +113,12 @@ def remarks(group: Group) -> list[str]:
 def _reasons(group: Group) -> list[str]:
     """Give why the group is as it is, each reason once."""
     pmd, rmd = group["pmd"], group["rmd"]
-    told = [group["reason"], pmd.get("reason"), rmd.get("reason"), *group.get("errors", ())]
-    known = []
+    told = [group["reason"], pmd.get("reason"), rmd.get("reason")]
+    # What is told beside.
+    known = [error for unit in group["ldsus"] for error in unit["errors"]]
     if group["role"] == "primary":
         if group["bypass"]:
-            known = [group["bypass"]["reason"]]
+            known.append(group["bypass"]["reason"])
         if pmd.get("pid") is None and pmd.get("reason"):
             # What the driver says of the link is that there is no pmd.
             told = [one for one in told if one != rmd.get("reason")]
@@ -122,10 +126,14 @@ def _reasons(group: Group) -> list[str]:
             # It says that there is no driver.
             told.remove(pmd.get("reason"))
     found: list[str] = []
+    # The same is often said by driver and pmd, or said again with a word before it.
     for reason in told:
-        # The same is often said by driver and pmd, or said again with a word before it.
         if reason and not any(one in reason for one in (*known, *found)):
             found.append(reason)
+    for error in group.get("errors", ()):
+        if not any(one in error for one in (*known, *found)):
+            found.append(f"earlier: {error}")
+            known.append(error)
     return found
 
 

@@ -371,10 +371,15 @@ class ViewTests(TestCase):
             ldsus=[],
             pmd={"reason": why},
             rmd={"reason": ""},
-            errors=[f"refused: {why}", f"refused: {why}", "another"],
+            errors=[f"refused: {why}", f"refused: {why}", "another", "another"],
         )
         name = group["name"]
-        self.assertEqual(info_view.remarks(group), [f"{name}: {why}", f"{name}: another"])
+        # What was noted may be over.
+        told = [f"{name}: {why}", f"{name}: earlier: another"]
+        self.assertEqual(info_view.remarks(group), told)
+        group["ldsus"] = [{"name": "qds0", "errors": [why]}]
+        told = [f"{name}: earlier: another", f"{name}: qds0: {why}"]
+        self.assertEqual(info_view.remarks(group), told)
 
     def test_what_follows_from_a_missing_daemon_is_not_told(self) -> None:
         name = group_of()["name"]
@@ -404,7 +409,7 @@ class ViewTests(TestCase):
         )
         line, other = info_view.remarks(group)
         self.assertIn("in bypass (asked for), 4 KiB dirty", line)
-        self.assertEqual(other, f"{group['name']}: y")
+        self.assertEqual(other, f"{group['name']}: earlier: y")
 
     def test_bypass_names_the_way_out(self) -> None:
         for trusted, way in ((True, "qdsbypass off"), (False, "qdsmirror-architecture")):
