@@ -27,7 +27,8 @@ _WAYS: dict[str, Any] = {attach_nbd.VIA: attach_nbd, attach_fuse.VIA: attach_fus
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of ``qdsattach``."""
-    made = cli.parser("qdsattach", "Make LDSUs block devices: /dev/qds/NAME.", groups=True)
+    made = cli.parser("qdsattach", "Make LDSUs block devices: /dev/qds/NAME.")
+    cli.add_selection(made, "only these LDSUs")
     made.add_argument(
         "--foreground",
         action="store_true",
@@ -52,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_detach_parser() -> argparse.ArgumentParser:
     """Make the parser of ``qdsdetach``."""
-    return cli.parser("qdsdetach", "Take away the block devices of LDSUs.", groups=True)
+    made = cli.parser("qdsdetach", "Take away the block devices of LDSUs.")
+    cli.add_selection(made, "only these LDSUs")
+    return made
 
 
 @cli.run

@@ -127,8 +127,13 @@ def paths_of(arguments: argparse.Namespace) -> Paths:
 # -- selection of groups ---------------------------------------------------------------------------
 
 
-def add_selection(to: argparse.ArgumentParser) -> None:
-    """Add ``-g N`` (repeatable) and ``LDSU...``; :func:`select_groups` evaluates them."""
+def add_selection(
+    to: argparse.ArgumentParser, names_help: str = "only the groups that have these LDSUs"
+) -> None:
+    """Add ``-g N`` (repeatable) and ``LDSU...``; :func:`select_groups` evaluates them.
+
+    :param names_help: what LDSUs select.
+    """
     to.add_argument(
         "-g",
         dest="numbers",
@@ -138,9 +143,7 @@ def add_selection(to: argparse.ArgumentParser) -> None:
         default=[],
         help=f"only logical group N, 0 to {GROUPS_MAX - 1}; may be repeated (default: all)",
     )
-    to.add_argument(
-        "names", metavar="LDSU", nargs="*", help="only the groups that have these LDSUs"
-    )
+    to.add_argument("names", metavar="LDSU", nargs="*", help=names_help)
 
 
 def _group_number(text: str) -> int:

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = cli.subcommands(made)
     default = Plan()
     create = cli.subcommand(commands, "create", "make a primary and a secondary below DIR")
-    create.add_argument("dir", metavar="DIR")
+    create.add_argument("dir", metavar="DIR", help="the lab's directory")
     for name, text in (
         ("groups", "logical groups"),
         ("ldsus", "LDSUs in each group"),
@@ -56,14 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
     for one in (start, stop):
-        one.add_argument("dir", metavar="DIR")
+        one.add_argument("dir", metavar="DIR", help="the lab's directory")
         one.add_argument(
             "sites", metavar="SITE", nargs="*", help="primary or secondary (default: both)"
         )
     show = cli.subcommand(commands, "status", "show daemons and groups of both sites")
-    show.add_argument("dir", metavar="DIR")
+    show.add_argument("dir", metavar="DIR", help="the lab's directory")
     destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
-    destroy.add_argument("dir", metavar="DIR")
+    destroy.add_argument("dir", metavar="DIR", help="the lab's directory")
     destroy.add_argument("--yes", action="store_true", help="needed: all its data is lost")
     return made
 

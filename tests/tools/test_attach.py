@@ -130,6 +130,11 @@ class SelectionTests(TestCase):
             self.assertEqual((code, self.done), (10, []))
             self.assertIn("dsgrp001.cfg", errors)
 
+    def test_an_ldsu_selects_itself_only(self) -> None:
+        for main in (attach.main, attach.detach_main):
+            _, output, _ = captured(self, main, "--help")
+            self.assertIn("only these LDSUs", output)
+
     def test_nothing_to_stay_for(self) -> None:
         arguments = ["--root", str(self.paths.root), "--foreground", "qds0"]
         self.patch(attach, "_on_signals", lambda: self.fail)
