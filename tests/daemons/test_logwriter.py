@@ -7,7 +7,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -43,11 +42,9 @@ class LogWriterTests(SynchronousTestCase):
         writer = self.pipe()
         os.write(writer._descriptor, b"f" * self.capacity)
         line = "x" * 99 + "\n"
-        before = time.monotonic()
         for _ in range(1000):
             writer.write(line)
         self.assertFalse(writer.finish(0.01))
-        self.assertLess(time.monotonic() - before, 5)
         self.assertEqual(writer.dropped, 1000 - 4096 // len(line))
         text = self.read(b"were lost)\n")
         self.assertIn("(960 lines of the log before this one were lost)", text)

@@ -107,6 +107,7 @@ async def until(predicate: Callable[[], Any]) -> Any:
 
 
 def pause(seconds: float) -> Deferred[None]:
+    """Wait for no event: to see that something does not happen, or between two pieces of data."""
     return deferLater(reactor, seconds, lambda: None)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,13 @@ def in_thread(test: Callable[..., None]) -> Callable[..., Deferred[None]]:
     run.__name__ = test.__name__
     run.__doc__ = test.__doc__
     return run
+
+
+def draw_seed(test: TestCase) -> int:
+    """Give a test's seed, ``QDS_SEED`` or a fresh one, and print it; trial keeps it in out.log."""
+    seed = int(os.environ.get("QDS_SEED") or random.randrange(1 << 32))
+    print(f"QDS_SEED={seed} {test.id()}", flush=True)
+    return seed
 
 
 class LabFixture:

@@ -11,7 +11,7 @@ import time
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import LabFixture, console_script, in_thread
+from tests.integration.lab import LabFixture, console_script, draw_seed, in_thread
 from tests.integration.order import Layout, check
 
 SLOTS = 2048
@@ -34,9 +34,7 @@ class KillTests(TestCase):
     timeout = 180
 
     def setUp(self) -> None:
-        self.random = random.Random()
-        self.seed = self.random.randrange(1 << 32)
-        self.random.seed(self.seed)
+        self.random = random.Random(draw_seed(self))
         self.layout = Layout(LDSUS, SLOTS)
 
     def start_lab(self) -> LabFixture:
@@ -95,7 +93,7 @@ class KillTests(TestCase):
         for count, name in enumerate(VICTIMS, 1):
             time.sleep(self.random.uniform(0.1, 0.6))
             self.kill(lab, name)
-            self.assertIsNone(writer.poll(), f"seed {self.seed}: the writer ended")
+            self.assertIsNone(writer.poll(), "the writer ended")
             if count % CHECK_EVERY == 0:
                 lab.wait("connected")
                 time.sleep(self.random.uniform(0.0, 0.5))

@@ -6,12 +6,11 @@ import os
 import random
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import console_script, in_thread
+from tests.integration.lab import console_script, draw_seed, in_thread
 from tests.integration.order import Layout, check
 from tests.integration.proxy import REFUSE, SWALLOW, Proxy
 from tests.integration.world import World, need, need_root
@@ -79,12 +78,10 @@ class LinkWorld(World):
         written = self.gsn("written")
         self.until(lambda: self.gsn("committed") > written, "more to be committed")
 
-    def accumulates(self, reason: str) -> None:
+    def accumulates(self) -> None:
         """Wait until the link is known to be gone, and writes go on nevertheless."""
         self.until(lambda: self.info()["state"] == "accumulating", "the loss to be seen")
-        told = self.info()
-        self.test.assertIn(reason, told["reason"])
-        written = told["gsn"]["written"]
+        written = self.gsn("written")
         self.until(lambda: self.gsn("written") > written, "more to be written")
         self.test.assertLess(self.gsn("committed"), self.gsn("written"))
 
@@ -93,9 +90,7 @@ class ProxyTests(TestCase):
     timeout = 170
 
     def setUp(self) -> None:
-        self.seed = int(os.environ.get("QDS_SEED") or random.randrange(1 << 32))
-        self.random = random.Random(self.seed)
-        print(f"seed {self.seed}", end=" ", flush=True)
+        self.random = random.Random(draw_seed(self))
 
     def start(self, *tunables: str) -> tuple[LinkWorld, Proxy]:
         world = LinkWorld(self)
@@ -112,7 +107,7 @@ class ProxyTests(TestCase):
     @in_thread
     def test_cut_anywhere(self) -> None:
         """Cut in mid-stream, in the handshake and behind it; the last piece is truncated."""
-        world, proxy = self.start("reconnect_max = 0.2")
+        world, proxy = self.start("reconnect_max = 0.1")
         world.write()
         world.goes_on()
         steps = range(1, SESSION_BYTES, SESSION_BYTES // (CUTS // 2))
@@ -136,7 +131,9 @@ class ProxyTests(TestCase):
         world.write()
         world.goes_on()
         proxy.mode = SWALLOW
-        world.accumulates("silent")
+        world.accumulates()
+        # The reason now may be another one already, of the next attempt.
+        world.logged("qdspmd", "silent")
         world.until(lambda: world.info("secondary")["state"] == "accumulating", "the rmd to see it")
         # The next ones come to nothing too, in the handshake.
         made = len(proxy.made)
@@ -231,19 +228,19 @@ class CableTests(TestCase):
         world.goes_on()
 
         near.ip("link", "set", near.link, "down")
-        world.accumulates("")
-        time.sleep(1)
+        world.accumulates()
+        world.until(lambda: "does not answer" in world.info()["reason"], "an attempt in vain")
         near.ip("link", "set", near.link, "up")
         world.goes_on()
 
         near.ip("route", "add", "blackhole", f"{NETWORK}.2/32")
-        world.accumulates("")
+        world.accumulates()
         near.ip("route", "del", "blackhole", f"{NETWORK}.2/32")
         world.goes_on()
 
         far.address(2, "del")
         far.address(3)
-        world.accumulates("")
+        world.accumulates()
         near.hosts.write_text(f"{NETWORK}.3 secondary.test\n")
         world.goes_on()
         world.end()

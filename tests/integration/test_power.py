@@ -1,17 +1,16 @@
 """Power cuts under load, with disks that lose or tear what no fsync has covered.
 
-Each test prints its seed (in the message of what fails); ``QDS_SEED`` sets it.
+Each test prints its seed; ``QDS_SEED`` sets it.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import time
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import in_thread
+from tests.integration.lab import draw_seed, in_thread
 from tests.integration.order import Layout
 from tests.integration.power import Application, PowerWorld
 
@@ -30,9 +29,7 @@ class PowerTests(TestCase):
     timeout = 170
 
     def setUp(self) -> None:
-        self.seed = int(os.environ.get("QDS_SEED") or random.randrange(1 << 32))
-        self.random = random.Random(self.seed)
-        print(f"seed {self.seed}", end=" ", flush=True)
+        self.random = random.Random(draw_seed(self))
 
     def start(self, durability: str = "flush") -> PowerWorld:
         world = PowerWorld(

@@ -38,7 +38,7 @@ IDENTITY = 12
 CONFIGURATION = 10
 BROKEN = 4
 #: Long enough to see a storm: a refused link is tried again after 1, 2, 4 ... seconds.
-WATCH_SECONDS = 3.0
+WATCH_SECONDS = 2.0
 TRIES_MAX = 3
 #: A link refused for some seconds is back within about as long again.
 MENDED_SECONDS = 40.0
@@ -62,16 +62,17 @@ class RefusalTests(TestCase):
     def refused(
         self, world: World, number: int, code: int, reason: str, at_secondary: str = ""
     ) -> None:
-        """A group is refused: both ends' qdsinfo and logs say why, and waiting ends at once."""
+        """A group is refused: both ends' qdsinfo and logs say why, and waiting ends at once.
+
+        (It ends with another exit code when its time is up.)
+        """
         reasons = {"primary": reason, "secondary": at_secondary or reason}
         for site, reason in reasons.items():
-            begun = time.monotonic()
             done = world.ask(site, "qdsinfo", "-g", str(number), "--wait", "connected",
                              "--timeout", "60")  # fmt: skip
             told = (site, number, done.returncode, done.stderr, world.logs())
             self.assertEqual(done.returncode, code, told)
             self.assertIn(reason, done.stderr, told)
-            self.assertLess(time.monotonic() - begun, 50, told)
             (group,) = [one for one in world.groups(site) if one["group"] == number]
             self.assertIn(reason, group["reason"], told)
         for daemon, reason in zip(("qdspmd", "qdsrmd"), reasons.values(), strict=True):
@@ -97,6 +98,7 @@ class RefusalTests(TestCase):
             }
 
         before = tries()
+        # What shall not come cannot be waited for: this wait is the test.
         time.sleep(WATCH_SECONDS)
         for number, count in tries().items():
             self.assertGreaterEqual(count, 1, number)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from typing import Any
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import in_thread
+from tests.integration.lab import draw_seed, in_thread
 from tests.integration.world import World, need
 
 VICTIMS = (
@@ -38,9 +37,8 @@ class VerifyTests(TestCase):
     @in_thread
     def test_fio_verifies_under_kills(self) -> None:
         need("fio", "nbdkit")
-        seed = int(os.environ.get("QDS_SEED") or random.randrange(1 << 32))
+        seed = draw_seed(self)
         source = random.Random(seed)
-        print(f"seed {seed}", end=" ", flush=True)
         world = World(self, "--size", "4M", "--writelog", "8M", "--journal", "6M")
         if "nbd" not in world.ended("fio", "--enghelp").stdout.split():
             raise SkipTest("fio has no nbd engine")
