@@ -5,7 +5,6 @@ Everything here blocks: tests run it in a thread (``deferToThread``), never on t
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,10 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
+
+from qdsmirror.config import load_groups, load_host
+from qdsmirror.paths import Paths
+from qdsmirror.tools.status import collect_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 90.0
@@ -139,8 +142,12 @@ class LabFixture:
 
     def info(self, site: str = "primary") -> dict[str, Any]:
         """Give a site's first group as ``qdsinfo --json`` shows it."""
-        told = json.loads(self.tool("qdsinfo", "--json", "--root", str(self.directory / site)))
-        return dict(told["groups"][0])
+        return self.groups(site)[0]
+
+    def groups(self, site: str = "primary") -> list[dict[str, Any]]:
+        """Give all groups as ``qdsinfo --json`` shows them, without a process for each look."""
+        paths = Paths.of(self.directory / site)
+        return collect_groups(paths, load_host(paths).name, load_groups(paths))
 
     # -- processes ----------------------------------------------------------------------------
 

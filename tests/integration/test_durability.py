@@ -15,6 +15,8 @@ from tests.integration.world import World, need, pattern_file
 SIZE = 8 << 20
 BLOCK = 4096
 BROKEN = 4
+#: Some 50 ms apart.
+LOOKS = 20
 
 
 class DurabilityTests(TestCase):
@@ -144,9 +146,9 @@ class DurabilityTests(TestCase):
         seen: list[int] = []
 
         def stands_still() -> bool:
-            # Nobody tells that a write waits: several looks, a new process each, find no progress.
+            # Nobody tells that a write waits: many looks find no progress.
             seen.append(world.info()["gsn"]["written"])
-            return len(seen) >= 4 and len(set(seen[-4:])) == 1
+            return len(seen) >= LOOKS and len(set(seen[-LOOKS:])) == 1
 
         world.until(stands_still, "the writer to wait")
         self.assertIsNone(writer.poll())

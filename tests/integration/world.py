@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -130,11 +129,6 @@ class World(LabFixture):
         self.at("secondary", "launchrmds")
         self.at("primary", "launchdriver")
         self.at("primary", "launchpmds")
-
-    def groups(self, site: str = "primary") -> list[dict[str, Any]]:
-        """Give all groups as ``qdsinfo --json`` shows them."""
-        told = json.loads(self.at(site, "qdsinfo", "--json"))
-        return list(told["groups"])
 
     def log(self, daemon: str) -> str:
         """Give the whole log of ``qdsdriver``, ``qdspmd`` or ``qdsrmd``."""
