@@ -79,6 +79,7 @@ class RmdTests(MasterCase):
         self.world.behave(0, "hang")
         os.kill(self.world.pid(0, "rmd"), signal.SIGKILL)
         await until(lambda: len(self.world.events(0)) == 2)
+        self.patch(limits, "HANDSHAKE_SECONDS", 0.5)
         answer = await deferToThread(exchange, port, hello("dsgrp000.qdsmirror"))
         self.assertEqual(answer, b"")
         os.kill(master.status()["groups"][0]["pid"], signal.SIGKILL)
