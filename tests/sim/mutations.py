@@ -12,18 +12,24 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+from twisted.internet.defer import succeed
+
 from qdsmirror.core.recovery import Recovery
+from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.attachment import DriverEnd
+from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
+from qdsmirror.storage import recovery as recovery_module
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
 
 Patch = Callable[[Any, str, Any], None]
@@ -36,6 +42,7 @@ class Mutation:
     :ivar breaks: the invariant whose rule it breaks.
     :ivar apply: makes the changes, each by a call of its argument (owner, name, value).
     :ivar seeds: how many seeds, at most, until the simulation has seen it.
+    :ivar first: the first of them: one that is known to see it soon.
     :ivar sequence: one whose crash states are examined before the seeds are run.
     """
 
@@ -44,6 +51,7 @@ class Mutation:
     apply: Callable[[Patch], None]
     seeds: int
     sequence: tuple[str, ...] = ()
+    first: int = 0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -60,11 +68,11 @@ MUTATIONS: list[Mutation] = []
 
 
 def mutation(
-    breaks: str, seeds: int = 100, sequence: tuple[str, ...] = ()
+    breaks: str, seeds: int = 100, sequence: tuple[str, ...] = (), first: int = 0
 ) -> Callable[[Callable[[Patch], None]], Any]:
     def keep(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         name = apply.__name__.strip("_").replace("_", " ")
-        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence))
+        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence, first))
         return apply
 
     return keep
@@ -219,6 +227,51 @@ def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
 def _void_ranges_not_recorded(patch: Patch) -> None:
     real = driver_module.judge
     patch(driver_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
+
+
+@mutation("RECOVER", seeds=400)
+def _damage_taken_for_a_tear(patch: Patch) -> None:
+    patch(LogReader, "look_ahead", lambda _self: Ahead())
+    real = recovery_module.decide
+    patch(
+        recovery_module,
+        "decide",
+        lambda findings: real([replace(f, expected=0, durable_gsn=0) for f in findings]),
+    )
+
+
+@mutation("DURABLE", seeds=200, sequence=("extend", "wrap", "flush"))
+def _extensions_not_synced(patch: Patch) -> None:
+    patch(Writelog, "sync", lambda log: log.device.fdatasync())
+
+
+# -- bypass ---------------------------------------------------------------------------------------
+
+
+@mutation("NO-HIDDEN", seeds=200, sequence=("bypass on", "write"))
+def _dirty_bits_not_synced(patch: Patch) -> None:
+    real = direct_module.write_blocks
+
+    def write_blocks(device: Any, *args: Any) -> None:
+        with mock.patch.object(device, "fdatasync", lambda: None):
+            real(device, *args)
+
+    patch(direct_module, "write_blocks", write_blocks)
+
+
+@mutation("DURABLE", seeds=200, first=45)
+def _bypass_before_everything_is_applied(patch: Patch) -> None:
+    patch(Bypass, "_is_all_applied", lambda _self: True)
+
+
+@mutation("NO-HIDDEN", seeds=200, sequence=("bypass on", "write", "refresh"))
+def _bypass_left_without_a_sync(patch: Patch) -> None:
+    patch(Bypass, "sync", lambda _self: succeed(None))
+
+
+@mutation("GENERATION", seeds=400, first=90)
+def _switch_not_completed_at_the_start(patch: Patch) -> None:
+    patch(driver_module, "awaits_switch", lambda *_: False)
 
 
 # -- between the sites ----------------------------------------------------------------------------
