@@ -70,6 +70,7 @@ class GuestTests(TestCase):
         self.assertIn("device /dev/nbd0", told, text)
         self.assertIn("contract OK", told, text)
         self.assertIn("errors 0", told, text)
+        self.assert_protected(told)
         killed = {line for line in told if line.startswith("killed ")}
         self.assertEqual(len(killed), len(KILL_AT), text)
         self.assertIn(f"reconnected {len(KILL_AT)}", told, text)
@@ -79,3 +80,13 @@ class GuestTests(TestCase):
             )
             digest = hashlib.sha256(lines.encode()).hexdigest()
             self.assertIn(f"sum f{number} {digest}", told, text)
+
+    def assert_protected(self, told: list[str]) -> None:
+        """Root has every capability there, so all of rules.md 20 is granted, and to no other."""
+        held = "\n".join(line for line in told if "threads flush" in line)
+        for role in ("driver", "pmd"):
+            wanted = rf"(?m)^{role}: (\d+) of \1 threads flush, [1-9]\d* kB locked, score -1000$"
+            self.assertRegex(held, wanted)
+        self.assertRegex(held, r"(?m)^rmd: 0 of \d+ threads flush, 0 kB locked, score 0$")
+        # The children's own word: each says what was refused.
+        self.assertIn("refused 0", told)

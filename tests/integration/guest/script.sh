@@ -18,6 +18,20 @@ driver() { cat "$primary/run/dsgrp000.driver.pid" 2>/dev/null; }
 until_file() { # NAME
     until [ -s "$place/$1" ] || [ -e /run/written ]; do sleep 0.2; done
 }
+protection() { # CHILD ROOT: what the kernel itself has granted to a child, and to how many threads
+    pid=$(cat "$2/run/dsgrp000.$1.pid")
+    threads=0 flushers=0
+    for stat in "/proc/$pid/task"/*/stat; do
+        read -r line <"$stat"
+        # Behind the name in brackets the seventh is the flags, of which PR_SET_IO_FLUSHER sets
+        # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (proc(5); the kernel's include/linux/sched.h).
+        set -- "$1" ${line##*) }
+        threads=$((threads + 1))
+        [ $(($8 & 0x180000)) -eq $((0x180000)) ] && flushers=$((flushers + 1))
+    done
+    locked=$(sed -n 's/^VmLck:[^0-9]*//p' "/proc/$pid/status")
+    tell "$1: $flushers of $threads threads flush, $locked locked, score $(cat "/proc/$pid/oom_score_adj")"
+}
 
 # The fake kernel of the unit tests promises what this one does.
 python "$REPOSITORY/tests/tools/nbdkernel.py" RealKernelTests 2>&1 | tail -n 1 >/run/contract &
@@ -64,6 +78,11 @@ for name in $KILL_AT; do
 done
 wait
 tell "written"
+# The driver's child is by now one that was started while its predecessor was missed.
+protection driver "$primary"
+protection pmd "$primary"
+protection rmd "$LAB/secondary"
+tell "refused $(cat "$primary"/var/qds*.log | grep -c 'not all that protects')"
 
 sync
 umount $place && tell "unmounted"
