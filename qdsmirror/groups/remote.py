@@ -1,8 +1,7 @@
 """RemoteGroup: a group's remote mirror daemon, its one writer at the secondary (rules.md 17).
 
-What arrives is checked, appended to the secondary journal, made durable, acknowledged, and applied
-to the mirror devices in order.  A newer authenticated connection supersedes an older one; where it
-goes on is what is durable in the journal then.
+Its life and its connections; what arrives goes to :class:`Committing`.  A newer authenticated
+connection supersedes an older one; where it goes on is what is durable in the journal then.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.protocol import Factory
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -23,11 +22,7 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream
-from qdsmirror.core.frames import control_payload
-from qdsmirror.core.generations import grown
-from qdsmirror.core.inbound import Intake
 from qdsmirror.core.records import Cursor, Generation, Point
-from qdsmirror.core.ring import Placement
 from qdsmirror.core.stream import Message
 from qdsmirror.errors import (
     BrokenError,
@@ -38,52 +33,27 @@ from qdsmirror.errors import (
     QdsError,
 )
 from qdsmirror.groups.authority import Authority
+from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.remote_status import remote_status
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.interfaces import IGroup, IWorker
-from qdsmirror.limits import (
-    RECEIVED_BYTES_MAX,
-    UNAUTHENTICATED_MAX,
-    UNMIRRORED_BYTES_MAX,
-)
-from qdsmirror.net.handshake import (
-    RebasePosition,
-    RemoteHandshake,
-    UnitPosition,
-)
+from qdsmirror.interfaces import IGroup
+from qdsmirror.limits import UNAUTHENTICATED_MAX
+from qdsmirror.net.handshake import RebasePosition, RemoteHandshake, UnitPosition
 from qdsmirror.net.link import ILinkOwner, Link
 from qdsmirror.paths import Paths
-from qdsmirror.storage.journal import Change, Mirror
+from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.writelog import Writes
 
 _ERRORS_KEPT = 8
-
-
-class _Received:
-    """A checked frame on its way; ``end`` is known once it is placed in the journal.
-
-    :ivar brings: the generation that begins with it.
-    """
-
-    __slots__ = ("brings", "change", "end", "frame", "points")
-
-    def __init__(self, change: Change, frame: bytes | bytearray | memoryview) -> None:
-        self.change = change
-        self.frame = frame
-        self.end = 0
-        self.brings: Generation | None = None
-        self.points: dict[int, Point] = {}
 
 
 @implementer(IGroup, ILinkOwner)
 class RemoteGroup:
     """The remote mirror daemon of one group.
 
-    :ivar committed_gsn: durable in the journal; ``mirrored_gsn``: on the mirror devices.
+    :ivar committing: what is received, from the start to the end of :meth:`stop`.
     :ivar since: when the link's state was entered, seconds since 1970.
     :ivar notes: the last errors, for ``qdsinfo``.
-    :ivar unmirrored_bytes: durable in the journal and not yet on the mirror devices.
     :ivar epoch: counts what invalidates positions that a handshake was told.
     """
 
@@ -107,32 +77,24 @@ class RemoteGroup:
         self._reactor = self.runtime.reactor
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.secret = b""
-        self.mirror: Mirror | None = None
+        self.committing: Committing | None = None
         self.epoch = 0
-        self.committed_gsn = self.mirrored_gsn = 0
-        self.failed = ""
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.since = self.runtime.wall()
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
-        self._intake: Intake | None = None
-        self._durable = Cursor()
-        self._journal_worker: IWorker
-        self._mirror_worker: IWorker
         self._link: Link | None = None
         self._handshakes = 0
-        self._received: deque[_Received] = deque()
-        self._received_bytes = 0
-        self._journaling = False
-        self._journal_full = False
-        self._ack_wanted = False
-        self._to_mirror: deque[_Received] = deque()
-        self.unmirrored_bytes = 0
-        self._mirroring = False
-        self._checkpointing = False
         self._paused = False
-        self._entries_at_checkpoint = 0
-        self._timer: Any = None
-        self._idle: list[Deferred[None]] = []
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """The journal and the mirror devices, while they are open."""
+        return self.committing.mirror if self.committing is not None else None
+
+    @property
+    def failed(self) -> str:
+        """Why nothing is committed any more; empty while all is well."""
+        return self.committing.failed if self.committing is not None else ""
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -144,12 +106,9 @@ class RemoteGroup:
             (self.config.journal_device, *(ldsu.mirror_device for ldsu in self.config.ldsus))
         )
         self.runtime.server_tls(self.host, self.config.primary_host)
-        pool = self._reactor.getThreadPool()
-        mirror: Mirror = yield deferToThreadPool(
-            self._reactor, pool, Mirror.open, self.config, self.runtime.open_device
-        )
+        mirror: Mirror = yield self._in_thread(Mirror.open, self.config, self.runtime.open_device)
         try:
-            replayed = yield deferToThreadPool(self._reactor, pool, mirror.replay)
+            replayed = yield self._in_thread(mirror.replay)
         except BaseException:
             mirror.close()
             raise
@@ -159,84 +118,35 @@ class RemoteGroup:
             self.log.info(
                 "{group}: replayed {count} frames of the journal", group=self.name, count=replayed
             )
-        self.mirror = mirror
-        self._journal_worker = self.runtime.quick_worker(f"{self.name} journal")
-        self._mirror_worker = self.runtime.quick_worker(f"{self.name} mirror")
-        self._stand_at(mirror.applied)
+        self.committing = Committing(
+            mirror, self.runtime, self._acknowledge, self._press, self._committing_failed
+        )
         self._say("connecting", "waiting for the primary")
-        self._tick()
-
-    def _stand_at(self, cursor: Cursor) -> None:
-        """Take a place as the end of what is durable, applied and expected next."""
-        assert self.mirror is not None
-        self.epoch += 1
-        self._durable = cursor
-        self.committed_gsn = self.mirrored_gsn = cursor.gsn - 1
-        self._new_intake()
-
-    def _new_intake(self) -> None:
-        assert self.mirror is not None
-        generations = self.mirror.journal.superblock.generations
-        sizes = [unit.size for unit in self.mirror.journal.superblock.units]
-        self._intake = Intake(self._durable, sizes, generations)
 
     @inlineCallbacks
     def stop(self) -> Any:
         """End the link, commit and apply what has arrived, close the devices."""
-        if self.mirror is None:
+        committing = self.committing
+        if committing is None:
             return
         self._drop_link("the remote mirror daemon was stopped")
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._journal()
-        yield self._quiet()
-        if not self.failed:
-            self._checkpoint()
-            yield self._quiet()
-        yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
-        if not self.failed:
-            yield self._leave_devices()
-        mirror, self.mirror = self.mirror, None
-        mirror.close()
+        yield committing.stop()
+        if not committing.failed:
+            yield self._leave_devices(committing.mirror)
+        self.committing = None
+        committing.mirror.close()
         self._say("stopped", "the rmd was stopped")
 
-    def _leave_devices(self) -> Deferred[None]:
-        assert self.mirror is not None
-        pool = self._reactor.getThreadPool()
-        done: Deferred[None] = deferToThreadPool(self._reactor, pool, self.mirror.seal)
-        return done.addErrback(
+    def _leave_devices(self, mirror: Mirror) -> Deferred[None]:
+        return self._in_thread(mirror.seal).addErrback(
             lambda failure: self.log.warn(
                 "{group}: changes made while it is stopped will not be noticed: {why}",
                 group=self.name, why=failure.getErrorMessage(),
             )
         )  # fmt: skip
 
-    @property
-    def _busy(self) -> bool:
-        return (
-            self._journaling
-            or self._mirroring
-            or self._checkpointing
-            or bool(not self.failed and (self._received or self._to_mirror))
-        )
-
-    def _quiet(self) -> Deferred[None]:
-        """Fire when nothing that was received is under way."""
-        quiet: Deferred[None] = Deferred()
-        self._idle.append(quiet)
-        self._note_idle()
-        return quiet
-
-    def _note_idle(self) -> None:
-        if self._idle and not self._busy:
-            waiting, self._idle = self._idle, []
-            for quiet in waiting:
-                quiet.callback(None)
-
-    def _tick(self) -> None:
-        self._timer = self._reactor.callLater(self.config.tunables.metadata_seconds, self._tick)
-        self._checkpoint()
+    def _in_thread(self, job: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), job, *args)
 
     def _say(self, state: str, reason: str, code: int = 0) -> None:
         if state != self.link_state["state"]:
@@ -271,7 +181,7 @@ class RemoteGroup:
         :param ended: as for :meth:`adopt`; not called where nothing is made.
         :returns: ``None`` while no more are taken.
         """
-        if self.mirror is None or self._handshakes >= UNAUTHENTICATED_MAX:
+        if self.committing is None or self._handshakes >= UNAUTHENTICATED_MAX:
             return None
         self._handshakes += 1
         authority = Authority(self, partial(self._handshake_ended, ended))
@@ -299,32 +209,26 @@ class RemoteGroup:
     def supersede(self) -> None:
         """End the present session: an authenticated peer is about to begin another.
 
-        :raises ProtocolError: what the old one sent is being committed; the peer tries again.
+        :raises QdsError: see :meth:`Committing.forget`.
         """
         self._drop_link("superseded by a newer connection")
-        if self._journaling:
-            raise ProtocolError("the last session's frames are being committed; try again")
-        if self.failed:
-            raise DeviceFailedError(self.failed, hint="see qdsinfo on the secondary")
-        # What was received and not made durable counts as never received.
-        self._received.clear()
-        self._received_bytes = 0
-        self._new_intake()
+        assert self.committing is not None
+        self.committing.forget()
 
     def position(self, index: int) -> UnitPosition:
         """Give where an LDSU's durable history ends."""
-        assert self.mirror is not None
-        sequence, chain = self._durable.point(index)
-        return UnitPosition(
-            index, self.mirror.journal.superblock.generation, sequence, chain, self._durable.gsn
-        )
+        assert self.committing is not None
+        durable = self.committing.durable
+        generation = self.committing.mirror.journal.superblock.generation
+        return UnitPosition(index, generation, *durable.point(index), durable.gsn)
 
     @inlineCallbacks
     def rebase(self, positions: Sequence[RebasePosition]) -> Any:
         """Replace the history: durably incoherent, then the new place (rules.md 7)."""
-        mirror = self.mirror
-        assert mirror is not None
-        yield self._quiet()
+        committing = self.committing
+        assert committing is not None
+        mirror = committing.mirror
+        yield committing.quiet()
         first = positions[0]
         self.log.warn(
             "{group}: a full refresh replaces the history of generation {old}",
@@ -335,9 +239,7 @@ class RemoteGroup:
             first.next_gsn,
             {p.index: Point(p.next_sequence, p.chain) for p in positions},
         )
-        yield deferToThreadPool(
-            self._reactor,
-            self._reactor.getThreadPool(),
+        yield self._in_thread(
             lambda: mirror.mark_incoherent(
                 first.refresh_id,
                 generations=(Generation(first.generation, first.next_gsn),),
@@ -345,10 +247,10 @@ class RemoteGroup:
                 applied=cursor,
                 head=cursor,
                 durable_gsn=first.next_gsn - 1,
-            ),
+            )
         )
-        mirror.applied = cursor
-        self._stand_at(cursor)
+        committing.stand_at(cursor)
+        self.epoch += 1
 
     def _drop_link(self, reason: str) -> None:
         link, self._link = self._link, None
@@ -360,48 +262,23 @@ class RemoteGroup:
 
     def link_made(self, link: Link) -> None:
         """See :class:`ILinkOwner`."""
+        if self.committing is None:
+            link.abort("the remote mirror daemon was stopped")
+            return
         self._drop_link("superseded by a newer connection")
         self._link = link
         self._paused = False
         self._say("connected", "")
         self.log.info("{group}: connected", group=self.name)
-        self._ack()
+        self.committing.acknowledge()
 
     def link_message(self, link: Link, message: Message) -> None:
         """See :class:`ILinkOwner`."""
-        if link is not self._link or self._intake is None:
+        if link is not self._link or self.committing is None:
             return
         if message.type != stream.FRAME:
             raise ProtocolError(f"the primary sent a message of type {message.type}")
-        self._check_fits(len(message.payload))
-        known = self._intake.generations
-        header, entries = self._intake.check(message.payload)
-        control = b"" if entries else control_payload(header, message.payload)
-        received = _Received(Change(header, entries, control), message.payload)
-        if self._intake.generations != known:
-            received.brings = self._intake.generations[-1]
-        self._received.append(received)
-        self._received_bytes += len(message.payload)
-        if message.flags & stream.ACK_REQUESTED:
-            self._ack_wanted = True
-        self._press()
-        # The whole of what a buffer brought is journaled at once: one sync for all of it.
-        if self._ack_wanted or self._received_bytes > RECEIVED_BYTES_MAX // 4:
-            self._journal()
-
-    def _check_fits(self, frame_bytes: int) -> None:
-        """Check that the empty journal takes a frame, wherever its head stands.
-
-        :raises BrokenError: it does not, so it would be waited for without end.
-        """
-        assert self.mirror is not None
-        journal = self.mirror.journal
-        if not journal.takes(frame_bytes):
-            raise BrokenError(
-                f"journal {self.config.journal_device} of {journal.ring.size} bytes is too small "
-                f"for the primary's frames of {frame_bytes} bytes",
-                hint="give a larger journal, initialise it with qdswlinit, and refresh",
-            )
+        self.committing.take(message.payload, bool(message.flags & stream.ACK_REQUESTED))
 
     def link_writable(self, link: Link) -> None:
         """See :class:`ILinkOwner`."""
@@ -413,14 +290,17 @@ class RemoteGroup:
             self.epoch += 1
             self._say("connecting", reason)
             self.log.info("{group}: link lost: {reason}", group=self.name, reason=reason)
-            self._journal()
+            if self.committing is not None:
+                self.committing.commit()
 
-    def _press(self) -> None:
-        """Pause or resume the peer as what is under way grows or shrinks (BOUND)."""
-        full = (
-            self._received_bytes > RECEIVED_BYTES_MAX
-            or self.unmirrored_bytes > UNMIRRORED_BYTES_MAX
-        )
+    # -- what is received ---------------------------------------------------------------------
+
+    def _acknowledge(self, committed: int, mirrored: int) -> None:
+        if self._link is not None:
+            self._link.send(stream.pack_ack(committed, mirrored))
+
+    def _press(self, full: bool) -> None:
+        """Pause or resume the peer (BOUND)."""
         if full != self._paused and self._link is not None:
             self._paused = full
             if full:
@@ -428,141 +308,8 @@ class RemoteGroup:
             else:
                 self._link.resume_reading()
 
-    # -- journal ------------------------------------------------------------------------------
-
-    def _journal(self) -> None:
-        """Append what has arrived to the journal, and make it durable."""
-        if self._journaling or not self._received or self.failed or self.mirror is None:
-            return
-        journal = self.mirror.journal
-        writes: Writes = []
-        batch: list[_Received] = []
-        generations = known = journal.superblock.generations
-        while self._received:
-            received = self._received[0]
-            more: tuple[Generation, ...] | None = generations
-            if received.brings is not None:
-                applied = journal.superblock.applied.gsn - 1
-                more = grown(generations, received.brings, applied)
-            placement: Placement | None = None
-            if more is not None:
-                placement = journal.place(len(received.frame))
-            if more is None or placement is None:
-                self._journal_full = True
-                break
-            generations = more
-            self._received.popleft()
-            received.end = placement.end
-            writes += journal.record(
-                placement, len(received.frame), [received.frame], self._durable.position
-            )
-            batch.append(received)
-        if not batch:
-            self._checkpoint()
-            return
-        self._journaling = True
-
-        def job() -> None:
-            if generations != known:
-                # A scan must know a generation by the time it meets its first frame.
-                journal.update(both=True, generations=generations)
-            journal.write(writes)
-            journal.sync()
-
-        self._journal_worker.run(job, partial(self._journaled, batch))
-
-    def _journaled(
-        self, batch: list[_Received], _result: None, error: BaseException | None
-    ) -> None:
-        self._journaling = False
-        if error is not None:
-            self._fail(f"journal {self.config.journal_device} failed: {error}", error)
-            return
-        points = dict(self._durable.points)
-        size = 0
-        for received in batch:
-            header = received.change.header
-            points[header.ldsu] = Point(header.sequence + 1, header.chain)
-            size += len(received.frame)
-        last = batch[-1]
-        last.points = points
-        self._durable = Cursor(last.end, last.change.header.gsn_last + 1, points)
-        self.committed_gsn = last.change.header.gsn_last
-        self._received_bytes -= size
-        self.unmirrored_bytes += size
-        self._to_mirror.extend(batch)
-        if self._ack_wanted:
-            # What came meanwhile and asked for one is in the next batch.
-            self._ack_wanted = bool(self._received)
-            self._ack()
-        self._press()
-        self._apply()
-        self._journal()
-        self._note_idle()
-
-    def _ack(self) -> None:
-        if self._link is not None:
-            self._link.send(stream.pack_ack(self.committed_gsn, self.mirrored_gsn))
-
-    # -- mirror devices -----------------------------------------------------------------------
-
-    def _apply(self) -> None:
-        if self._mirroring or not self._to_mirror or self.failed or self.mirror is None:
-            return
-        self._mirroring = True
-        batch = list(self._to_mirror)
-        self._to_mirror.clear()
-        changes = [received.change for received in batch]
-        self._mirror_worker.run(partial(self.mirror.apply, changes), partial(self._applied, batch))
-
-    def _applied(self, batch: list[_Received], _result: None, error: BaseException | None) -> None:
-        self._mirroring = False
-        if error is not None or self.mirror is None:
-            self._fail(f"a mirror device of {self.name} failed: {error}", error)
-            return
-        last = batch[-1]
-        # Batches end where journal batches end, so the last frame knows every LDSU's point.
-        self.mirror.applied = Cursor(last.end, last.change.header.gsn_last + 1, last.points)
-        self.mirrored_gsn = last.change.header.gsn_last
-        self.unmirrored_bytes -= sum(len(received.frame) for received in batch)
-        self._press()
-        self._apply()
-        if not self._mirroring:
-            self._ack()
-        done = self.mirrored_gsn - self._entries_at_checkpoint
-        ring = self.mirror.journal.ring.size
-        if (
-            self._journal_full
-            or done > self.config.tunables.metadata_entries
-            or self.mirror.journal.used_bytes > ring // 2
-        ):
-            self._checkpoint()
-        self._note_idle()
-
-    def _checkpoint(self) -> None:
-        """Sync the mirror devices and free what the journal held for them."""
-        mirror = self.mirror
-        if self._checkpointing or self.failed or mirror is None:
-            return
-        upto = mirror.applied
-        if upto.position == mirror.journal.superblock.applied.position:
-            return
-        self._checkpointing = True
-        self._entries_at_checkpoint = self.mirrored_gsn
-        self._mirror_worker.run(partial(mirror.checkpoint, upto, self._durable), self._checkpointed)
-
-    def _checkpointed(self, _result: None, error: BaseException | None) -> None:
-        self._checkpointing = False
-        if error is not None:
-            self._fail(f"a mirror device or the journal of {self.name} failed: {error}", error)
-            return
-        self._journal_full = False
-        self._journal()
-        self._note_idle()
-
-    def _fail(self, reason: str, error: BaseException | None) -> None:
-        """Latch a failure: nothing is acknowledged any more (LOUD)."""
-        self.failed = self.failed or reason
+    def _committing_failed(self, reason: str, error: BaseException) -> None:
+        """Latch a failure: every connection is refused from now on (LOUD)."""
         self.notes.append(reason)
         if isinstance(error, DeviceFailedError):
             try:
@@ -572,7 +319,6 @@ class RemoteGroup:
         self.log.error("{group}: {reason}", group=self.name, reason=reason)
         self._drop_link(reason)
         self._say("refused", reason, DeviceFailedError.exit_code)
-        self._note_idle()
 
     # -- status -------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdsmirror.groups.committing import Committing
     from qdsmirror.groups.remote import RemoteGroup
 
 
 def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
     """Describe a group as the secondary sees it."""
+    committing = group.committing
     mirror = group.mirror
     superblock = mirror.journal.superblock if mirror is not None else None
     connected = group.link_state["state"] == "connected"
@@ -40,12 +42,12 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
             "durable": None,
             "applied": None,
             "sent": None,
-            "committed": group.committed_gsn if mirror is not None else None,
-            "mirrored": group.mirrored_gsn if mirror is not None else None,
+            "committed": committing.committed_gsn if committing is not None else None,
+            "mirrored": committing.mirrored_gsn if committing is not None else None,
         },
         "lag": {
-            "entries": group.committed_gsn - group.mirrored_gsn,
-            "bytes": group.unmirrored_bytes,
+            "entries": _unmirrored(committing),
+            "bytes": committing.unmirrored_bytes if committing is not None else 0,
             "seconds": None,
         },
         "refresh": None,
@@ -67,7 +69,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
             }
             for ldsu in group.config.ldsus
         ],
-        "journal": _journal_status(group),
+        "journal": _journal_status(committing),
         "errors": list(group.notes),
     }
 
@@ -79,14 +81,18 @@ def _break_text(bypass: Mapping[str, Any] | None) -> str:
     return f"{bypass['reason']} since {then}: the mirror is complete up to then, and usable"
 
 
-def _journal_status(group: RemoteGroup) -> dict[str, Any] | None:
-    if group.mirror is None:
+def _unmirrored(committing: Committing | None) -> int:
+    return committing.committed_gsn - committing.mirrored_gsn if committing is not None else 0
+
+
+def _journal_status(committing: Committing | None) -> dict[str, Any] | None:
+    if committing is None:
         return None
-    journal = group.mirror.journal
+    journal = committing.mirror.journal
     return {
-        "devices": [group.config.journal_device],
+        "devices": [committing.mirror.config.journal_device],
         "size": journal.ring.size,
         "used_bytes": journal.used_bytes,
         "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
-        "entries": group.committed_gsn - group.mirrored_gsn,
+        "entries": _unmirrored(committing),
     }

@@ -122,6 +122,13 @@ class RemoteWorld:
         return self.devices[f"/far/mirror{index}"].content()[block * BLOCK :][:BLOCK]
 
     @property
+    def reached(self) -> tuple[int, int]:
+        """The GSNs up to which the group has committed and mirrored."""
+        committing = self.group.committing
+        assert committing is not None
+        return committing.committed_gsn, committing.mirrored_gsn
+
+    @property
     def journal(self) -> MemoryDevice:
         return self.devices["/far/journal"]
 
@@ -172,8 +179,8 @@ class JournalTests(SynchronousTestCase):
         committed = self.link.acks[-1].committed
         self.assertEqual(committed, 6)
         world.crash()
-        group = world.start()
-        self.assertEqual((group.committed_gsn, group.mirrored_gsn), (6, 6))
+        world.start()
+        self.assertEqual(world.reached, (6, 6))
         for gsn in range(1, 7):
             self.assertEqual(world.block((gsn - 1) % 2, gsn), unique(gsn))
 
@@ -185,11 +192,11 @@ class JournalTests(SynchronousTestCase):
         # GSN 1 is being applied; GSN 2 is durable in the journal and nowhere else.
         world.reactor.advance(self.group.config.tunables.metadata_seconds)
         world.step(MIRROR)
-        self.assertEqual(self.group.mirrored_gsn, 1)
+        self.assertEqual(world.reached[1], 1)
         while world.superblock.applied.position == 0 and world.steps[MIRROR].waiting:
             world.reactor.advance(self.group.config.tunables.metadata_seconds)
             world.step(MIRROR)
-            self.assertLessEqual(world.superblock.applied.gsn - 1, self.group.mirrored_gsn)
+            self.assertLessEqual(world.superblock.applied.gsn - 1, world.reached[1])
         world.crash()
         world.start()
         self.assertEqual([world.block(0, gsn) for gsn in (1, 2)], [unique(1), unique(2)])
@@ -248,7 +255,8 @@ class SessionTests(SynchronousTestCase):
         world.deliver(link, world.frame())
         world.settle()
         world.crash()
-        self.assertEqual(world.start().committed_gsn, 2)
+        world.start()
+        self.assertEqual(world.reached[0], 2)
 
     def test_no_position_is_told_while_frames_are_being_committed(self) -> None:
         world = self.world
@@ -265,7 +273,7 @@ class SessionTests(SynchronousTestCase):
         self.assertIn("superseded", self.link.closed)
         world.deliver(self.link, world.frame())
         world.settle()
-        self.assertEqual(self.group.committed_gsn, 0)
+        self.assertEqual(world.reached[0], 0)
         self.group.link_lost(cast(Link, self.link), "gone")
         self.assertEqual(self.group.link_state["state"], "connected")
         self.assertEqual(newer.closed, "")
@@ -330,7 +338,7 @@ class RebaseTests(SynchronousTestCase):
             self.assertFalse(found.coherent, f"slot {slot}")
             self.assertEqual((found.refresh or {}).get("id"), refresh_id.hex())
             self.assertEqual(found.generation, OTHER_GENERATION)
-        self.assertEqual(group.committed_gsn, 19)
+        self.assertEqual(world.reached[0], 19)
         told: Any = group.position(1)
         self.assertEqual((told.generation, told.next_sequence), (OTHER_GENERATION, 9))
         world.crash()

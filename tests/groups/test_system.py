@@ -12,8 +12,8 @@ from twisted.trial.unittest import TestCase
 from qdsmirror import limits
 from qdsmirror.core.frames import REFRESH, REFRESH_ZEROES
 from qdsmirror.errors import DegradedError, UsageError
+from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import primary as primary_module
-from qdsmirror.groups import remote as remote_module
 from tests.groups.site import Sites
 from tests.groups.world import BLOCK, KIB, MIB, unique
 
@@ -107,20 +107,21 @@ class LinkTests(TestCase):
 
     @inlineCallbacks
     def test_full_journal_presses_back_and_goes_on(self) -> Steps:
-        self.patch(remote_module, "RECEIVED_BYTES_MAX", 128 * KIB)
+        self.patch(committing_module, "RECEIVED_BYTES_MAX", 128 * KIB)
         sites = Sites(self, journal=3 * MIB, size=8 * MIB, writelog=16 * MIB)
         yield sites.start()
         yield sites.connected()
         rmd = sites.rmd
-        assert rmd is not None
-        rmd._mirroring = True  # the mirror devices do not keep up
+        assert rmd is not None and rmd.committing is not None
+        committing = rmd.committing
+        committing._mirroring = True  # the mirror devices do not keep up
         for number in range(1500):
             sites.write(number % 2, number * BLOCK, unique(number))
-        yield sites.until(lambda: rmd._journal_full and rmd._paused, "a full journal")
-        self.assertLess(rmd._received_bytes, 128 * KIB + limits.SEND_BUFFER_BYTES)
+        yield sites.until(lambda: committing._journal_full and rmd._paused, "a full journal")
+        self.assertLess(committing.received_bytes, 128 * KIB + limits.SEND_BUFFER_BYTES)
         self.assertEqual(len(sites.client.done), 1500)
-        rmd._mirroring = False
-        rmd._apply()
+        committing._mirroring = False
+        committing._apply()
         yield sites.drained()
         sites.assert_equal()
 
@@ -172,25 +173,25 @@ class LinkTests(TestCase):
         yield sites.start()
         yield sites.connected()
         rmd = sites.rmd
-        assert rmd is not None and rmd.mirror is not None
+        assert rmd is not None and rmd.committing is not None
+        committing = rmd.committing
         # The frames get into the journal and are acknowledged, but not onto the mirror.
-        rmd._mirroring = True
+        committing._mirroring = True
         for number in range(20):
             sites.write(number % 2, number * BLOCK, unique(number))
         driver = sites.driver
         assert driver is not None
         yield sites.until(lambda: driver.committed_gsn == 20, "the commit")
         self.assertEqual(sites.mirror(0), bytes(MIB))
-        mirror = rmd.mirror
-        rmd._timer.cancel()
+        committing._timer.cancel()
         sites.rmd = None
         sites.cable.cut()
-        yield rmd._journal_worker.stop()
-        yield rmd._mirror_worker.stop()
-        mirror.close()
+        yield committing._journal_worker.stop()
+        yield committing._mirror_worker.stop()
+        committing.mirror.close()
         yield sites.stop_pmd()
         yield sites.start_rmd()
-        self.assertEqual(sites.rmd.mirrored_gsn, 20)  # type: ignore[union-attr]
+        self.assertEqual(sites.rmd.committing.mirrored_gsn, 20)  # type: ignore[union-attr]
         sites.assert_equal()
 
 

@@ -20,6 +20,7 @@ from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
+from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
@@ -302,14 +303,14 @@ def _resume_by_number_without_proof(patch: Patch) -> None:
 
 @mutation("PREFIX")
 def _frames_of_the_last_session_kept(patch: Patch) -> None:
-    real = RemoteGroup.supersede
+    real = Committing.forget
 
-    def supersede(group: Any) -> None:
-        kept = list(group._received)
-        real(group)
-        group._received.extend(kept)
+    def forget(committing: Any) -> None:
+        kept = list(committing._received)
+        real(committing)
+        committing._received.extend(kept)
 
-    patch(RemoteGroup, "supersede", supersede)
+    patch(Committing, "forget", forget)
 
 
 @mutation("BOUND")
@@ -327,33 +328,30 @@ def _window_not_heeded(patch: Patch) -> None:
 
 @mutation("TAIL")
 def _acknowledged_before_the_journal_is_durable(patch: Patch) -> None:
-    def early(group: Any, *_: Any) -> None:
-        if group._link is not None and group._received:
-            group.committed_gsn = group._received[-1].change.header.gsn_last
-            group._ack()
+    def early(committing: Any, *_: Any) -> None:
+        if committing._received:
+            gsn = committing._received[-1].change.header.gsn_last
+            committing._tell_acknowledge(gsn, committing.mirrored_gsn)
 
-    patch(RemoteGroup, "link_message", _wrapped(RemoteGroup, "link_message", after=early))
+    patch(Committing, "take", _wrapped(Committing, "take", after=early))
 
 
 @mutation("PREFIX")
 def _mirror_before_the_journal_is_durable(patch: Patch) -> None:
-    def early(group: Any) -> None:
-        if group.mirror is not None:
-            changes = [received.change for received in group._received]
-            group._mirror_worker.run(partial(group.mirror.apply, changes), _ignore)
+    def early(committing: Any) -> None:
+        changes = [received.change for received in committing._received]
+        committing._mirror_worker.run(partial(committing.mirror.apply, changes), _ignore)
 
-    patch(RemoteGroup, "_journal", _wrapped(RemoteGroup, "_journal", before=early))
+    patch(Committing, "commit", _wrapped(Committing, "commit", before=early))
 
 
 @mutation("PREFIX")
 def _journal_not_synced(patch: Patch) -> None:
-    real = RemoteGroup._journal
+    real = Committing.commit
 
-    def journal(group: Any) -> None:
-        if group.mirror is None:
-            return
-        run = group._journal_worker.run
-        device = group.mirror.journal.device
+    def commit(committing: Any) -> None:
+        run = committing._journal_worker.run
+        device = committing.mirror.journal.device
 
         def unsynced(job: Any, done: Any) -> None:
             def without() -> Any:
@@ -362,10 +360,10 @@ def _journal_not_synced(patch: Patch) -> None:
 
             run(without, done)
 
-        with mock.patch.object(group._journal_worker, "run", unsynced):
-            real(group)
+        with mock.patch.object(committing._journal_worker, "run", unsynced):
+            real(committing)
 
-    patch(RemoteGroup, "_journal", journal)
+    patch(Committing, "commit", commit)
 
 
 @mutation("TAIL")
@@ -383,7 +381,7 @@ def _journal_freed_before_the_mirror_is_synced(patch: Patch) -> None:
 
 @mutation("BOUND", seeds=200)
 def _never_presses_back(patch: Patch) -> None:
-    patch(RemoteGroup, "_press", lambda _self: None)
+    patch(RemoteGroup, "_press", lambda _self, _full: None)
 
 
 @mutation("COHERENT", seeds=200)

@@ -235,9 +235,9 @@ class World(Clients):
             if flying > profile.window + profile.buffer + frame:
                 raise Violation("BOUND: more is on its way than the window allows")
         if self.rmd is not None and self.receiving:
-            group = self.rmd.group
+            group = self.rmd.group.committing
             received = profile.limit + CHUNK_BYTES_MAX + frame
-            if group._received_bytes > received:
+            if group.received_bytes > received:
                 raise Violation("BOUND: too much is received at the secondary")
             if group.unmirrored_bytes > 2 * profile.limit + received:
                 raise Violation("BOUND: too much waits for the mirror")
@@ -313,7 +313,7 @@ class World(Clients):
         """
         self._until(lambda: self.serving and self.receiving, "the start")
         assert self.rmd is not None
-        while early and not self.rmd.group.committed_gsn:
+        while early and not self.rmd.group.committing.committed_gsn:
             self.ask()
             self.advance()
             self._until(self._at_rest, "the first writes")

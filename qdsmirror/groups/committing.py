@@ -1,0 +1,350 @@
+"""Committing: frames that the secondary received, on their way to the mirror devices.
+
+Invariants kept here: a frame is acknowledged (TAIL) and applied (PREFIX) only after it is durable
+in the journal; the journal is freed only of what is on the mirror devices, synced (TAIL); what is
+under way is bounded (BOUND); after an error nothing is acknowledged or freed any more (LOUD).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+
+from qdsmirror.core.frames import Buffer, control_payload
+from qdsmirror.core.generations import grown
+from qdsmirror.core.inbound import Intake
+from qdsmirror.core.records import Cursor, Generation, Point
+from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
+from qdsmirror.groups.runtime import Runtime
+from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
+from qdsmirror.storage.journal import Change, Mirror
+from qdsmirror.storage.writelog import Writes
+
+
+class _Received(NamedTuple):
+    """A checked frame that waits for the journal.
+
+    :ivar brings: the generation that begins with it.
+    """
+
+    change: Change
+    frame: Buffer
+    brings: Generation | None
+
+
+class _Batch(NamedTuple):
+    """Frames that become durable in the journal together.
+
+    :ivar size: their bytes; ``end``: the place behind the last of them.
+    """
+
+    changes: list[Change]
+    size: int
+    end: Cursor
+
+
+class Committing:
+    """Takes a group's frames, in order, into the journal and from there to the mirror devices.
+
+    :param mirror: open and replayed; whoever opened it closes it.
+    :param acknowledge: told the committed and the mirrored GSN when the primary is to know them.
+    :param press: told, as it grows and shrinks, whether more is under way than there may be.
+    :param fail: told, with the error, why nothing is committed any more.
+    :ivar failed: that reason; empty while all is well.
+    :ivar durable: behind the last frame that is durable in the journal.
+    :ivar received_bytes: taken, and not yet durable in the journal.
+    :ivar unmirrored_bytes: durable in the journal, and not yet on the mirror devices.
+    """
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        runtime: Runtime,
+        acknowledge: Callable[[int, int], None],
+        press: Callable[[bool], None],
+        fail: Callable[[str, BaseException], None],
+    ) -> None:
+        self.mirror = mirror
+        self.failed = ""
+        self.durable = mirror.applied
+        self.received_bytes = 0
+        self.unmirrored_bytes = 0
+        self._config = mirror.config
+        self._tell_acknowledge = acknowledge
+        self._tell_press = press
+        self._tell_failed = fail
+        self._reactor = runtime.reactor
+        self._journal_worker = runtime.quick_worker(f"{self._config.name} journal")
+        self._mirror_worker = runtime.quick_worker(f"{self._config.name} mirror")
+        self._intake = self._intake_from_durable()
+        self._received: deque[_Received] = deque()
+        self._to_mirror: list[_Batch] = []
+        self._ack_wanted = False
+        self._journaling = False
+        self._journal_full = False
+        self._mirroring = False
+        self._checkpointing = False
+        self._entries_at_checkpoint = 0
+        self._idle: list[Deferred[None]] = []
+        self._timer: Any = None
+        self._tick()
+
+    @property
+    def committed_gsn(self) -> int:
+        """Durable in the journal up to this number."""
+        return self.durable.gsn - 1
+
+    @property
+    def mirrored_gsn(self) -> int:
+        """On the mirror devices up to this number."""
+        return self.mirror.applied.gsn - 1
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @inlineCallbacks
+    def stop(self) -> Any:
+        """Commit and apply what has arrived, and take nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.commit()
+        yield self.quiet()
+        if not self.failed:
+            self._checkpoint()
+            yield self.quiet()
+        yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
+
+    def forget(self) -> None:
+        """Let what was taken and is not durable count as never received.
+
+        :raises ProtocolError: it is just becoming durable; the peer tries again.
+        :raises DeviceFailedError: nothing is committed any more.
+        """
+        if self._journaling:
+            raise ProtocolError("the last session's frames are being committed; try again")
+        if self.failed:
+            raise DeviceFailedError(self.failed, hint="see qdsinfo on the secondary")
+        self._received.clear()
+        self.received_bytes = 0
+        self._intake = self._intake_from_durable()
+
+    def stand_at(self, cursor: Cursor) -> None:
+        """Go on from another place, which the journal's superblock has already; only when quiet."""
+        self.mirror.applied = cursor
+        self.durable = cursor
+        self._intake = self._intake_from_durable()
+
+    def _intake_from_durable(self) -> Intake:
+        superblock = self.mirror.journal.superblock
+        sizes = [unit.size for unit in superblock.units]
+        return Intake(self.durable, sizes, superblock.generations)
+
+    def quiet(self) -> Deferred[None]:
+        """Fire when nothing that was taken is under way."""
+        quiet: Deferred[None] = Deferred()
+        self._idle.append(quiet)
+        self._note_idle()
+        return quiet
+
+    def _note_idle(self) -> None:
+        if self._idle and not self._busy:
+            waiting, self._idle = self._idle, []
+            for quiet in waiting:
+                quiet.callback(None)
+
+    @property
+    def _busy(self) -> bool:
+        return (
+            self._journaling
+            or self._mirroring
+            or self._checkpointing
+            or bool(not self.failed and (self._received or self._to_mirror))
+        )
+
+    def _tick(self) -> None:
+        self._timer = self._reactor.callLater(self._config.tunables.metadata_seconds, self._tick)
+        self._checkpoint()
+
+    # -- frames in, positions out -------------------------------------------------------------
+
+    def take(self, frame: Buffer, ack_wanted: bool) -> None:
+        """Take the group's next frame.
+
+        :param ack_wanted: the primary asks for an acknowledgement of it.
+        :raises ProtocolError: see :meth:`Intake.check`.
+        :raises DivergedError: likewise.
+        :raises BrokenError: the journal is too small for it.
+        """
+        self._check_fits(len(frame))
+        known = self._intake.generations
+        header, entries = self._intake.check(frame)
+        control = b"" if entries else control_payload(header, frame)
+        brings = self._intake.generations[-1] if self._intake.generations != known else None
+        self._received.append(_Received(Change(header, entries, control), frame, brings))
+        self.received_bytes += len(frame)
+        if ack_wanted:
+            self._ack_wanted = True
+        self._press()
+        # The whole of what a buffer brought is journaled at once: one sync for all of it.
+        if self._ack_wanted or self.received_bytes > RECEIVED_BYTES_MAX // 4:
+            self.commit()
+
+    def _check_fits(self, frame_bytes: int) -> None:
+        """Check that the empty journal takes a frame, wherever its head stands.
+
+        :raises BrokenError: it does not, so it would be waited for without end.
+        """
+        journal = self.mirror.journal
+        if not journal.takes(frame_bytes):
+            raise BrokenError(
+                f"journal {self._config.journal_device} of {journal.ring.size} bytes is too small "
+                f"for the primary's frames of {frame_bytes} bytes",
+                hint="give a larger journal, initialise it with qdswlinit, and refresh",
+            )
+
+    def acknowledge(self) -> None:
+        """Have the primary told how far its frames have come."""
+        self._tell_acknowledge(self.committed_gsn, self.mirrored_gsn)
+
+    def _press(self) -> None:
+        self._tell_press(
+            self.received_bytes > RECEIVED_BYTES_MAX or self.unmirrored_bytes > UNMIRRORED_BYTES_MAX
+        )
+
+    # -- journal ------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Append what has arrived to the journal, and make it durable."""
+        if self._journaling or not self._received or self.failed:
+            return
+        journal = self.mirror.journal
+        known = journal.superblock.generations
+        batch, writes, generations = self._place(known)
+        if not batch.changes:
+            self._checkpoint()
+            return
+        self._journaling = True
+
+        def job() -> None:
+            if generations != known:
+                # A scan must know a generation by the time it meets its first frame.
+                journal.update(both=True, generations=generations)
+            journal.write(writes)
+            journal.sync()
+
+        self._journal_worker.run(job, partial(self._committed, batch))
+
+    def _place(
+        self, generations: tuple[Generation, ...]
+    ) -> tuple[_Batch, Writes, tuple[Generation, ...]]:
+        """Give what arrived its places in the journal, as far as there is room.
+
+        :returns: with the generations that the journal must know then.
+        """
+        journal = self.mirror.journal
+        position, gsn, points = self.durable.position, self.durable.gsn, dict(self.durable.points)
+        writes: Writes = []
+        changes: list[Change] = []
+        size = 0
+        while self._received:
+            change, frame, brings = self._received[0]
+            more: tuple[Generation, ...] | None = generations
+            if brings is not None:
+                more = grown(generations, brings, journal.superblock.applied.gsn - 1)
+            placement = journal.place(len(frame)) if more is not None else None
+            if more is None or placement is None:
+                self._journal_full = True
+                break
+            generations = more
+            self._received.popleft()
+            writes += journal.record(placement, len(frame), [frame], self.durable.position)
+            changes.append(change)
+            size += len(frame)
+            header = change.header
+            position, gsn = placement.end, header.gsn_last + 1
+            points[header.ldsu] = Point(header.sequence + 1, header.chain)
+        return _Batch(changes, size, Cursor(position, gsn, points)), writes, generations
+
+    def _committed(self, batch: _Batch, _result: None, error: BaseException | None) -> None:
+        self._journaling = False
+        if error is not None:
+            self._fail(f"journal {self._config.journal_device} failed: {error}", error)
+            return
+        self.durable = batch.end
+        self.received_bytes -= batch.size
+        self.unmirrored_bytes += batch.size
+        self._to_mirror.append(batch)
+        if self._ack_wanted:
+            # What came meanwhile and asked for one is in the next batch.
+            self._ack_wanted = bool(self._received)
+            self.acknowledge()
+        self._press()
+        self._apply()
+        self.commit()
+        self._note_idle()
+
+    # -- mirror devices -----------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        if self._mirroring or not self._to_mirror or self.failed:
+            return
+        self._mirroring = True
+        batches, self._to_mirror = self._to_mirror, []
+        changes = [change for batch in batches for change in batch.changes]
+        self._mirror_worker.run(
+            partial(self.mirror.apply, changes), partial(self._applied, batches)
+        )
+
+    def _applied(self, batches: list[_Batch], _result: None, error: BaseException | None) -> None:
+        self._mirroring = False
+        if error is not None:
+            self._fail(f"a mirror device of {self._config.name} failed: {error}", error)
+            return
+        self.mirror.applied = batches[-1].end
+        self.unmirrored_bytes -= sum(batch.size for batch in batches)
+        self._press()
+        self._apply()
+        if not self._mirroring:
+            self.acknowledge()
+        journal = self.mirror.journal
+        if (
+            self._journal_full
+            or self.mirrored_gsn - self._entries_at_checkpoint
+            > self._config.tunables.metadata_entries
+            or journal.used_bytes > journal.ring.size // 2
+        ):
+            self._checkpoint()
+        self._note_idle()
+
+    def _checkpoint(self) -> None:
+        """Sync the mirror devices and free what the journal held for them."""
+        mirror = self.mirror
+        upto = mirror.applied
+        if (
+            self._checkpointing
+            or self.failed
+            or upto.position == mirror.journal.superblock.applied.position
+        ):
+            return
+        self._checkpointing = True
+        self._entries_at_checkpoint = self.mirrored_gsn
+        self._mirror_worker.run(partial(mirror.checkpoint, upto, self.durable), self._checkpointed)
+
+    def _checkpointed(self, _result: None, error: BaseException | None) -> None:
+        self._checkpointing = False
+        if error is not None:
+            name = self._config.name
+            self._fail(f"a mirror device or the journal of {name} failed: {error}", error)
+            return
+        self._journal_full = False
+        self.commit()
+        self._note_idle()
+
+    def _fail(self, reason: str, error: BaseException) -> None:
+        self.failed = self.failed or reason
+        self._tell_failed(reason, error)
+        self._note_idle()
