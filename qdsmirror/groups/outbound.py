@@ -188,10 +188,8 @@ class Outbound:
         """Send nothing more."""
         self._link = None
 
-    def durable(self, gsn: int, ends: Iterable[tuple[int, int]]) -> None:
-        """Learn what has become durable."""
-        for index, position in ends:
-            self._units[index].durable = position
+    def durable(self, gsn: int) -> None:
+        """Learn that more is durable, as the units know, and up to which GSN all is."""
         self._durable_gsn = max(gsn, self._durable_gsn)
         self.pump()
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.endpoints import connectProtocol
 from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream, watermark
-from qdsmirror.core.records import Cursor, Point
+from qdsmirror.core.records import Cursor
 from qdsmirror.core.stream import Message
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import (
@@ -36,14 +35,18 @@ from qdsmirror.errors import (
     QdsError,
     UnreachableError,
 )
-from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.attached import PmdEnd
+from qdsmirror.groups.outbound import Outbound
+from qdsmirror.groups.resume import (
+    RefreshLostError,
+    Resumption,
+    agreed_gsn,
+    at_cut,
+    meeting_places,
+)
+from qdsmirror.groups.retry import Retry
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup, IWorker
-from qdsmirror.limits import (
-    RECONNECT_SECONDS_MIN,
-    REFUSED_RETRY_SECONDS,
-    REFUSED_RETRY_SECONDS_MIN,
-)
 from qdsmirror.net.control import why_unconnected
 from qdsmirror.net.handshake import (
     PrimaryHandshake,
@@ -57,31 +60,6 @@ from qdsmirror.paths import Paths
 
 #: Errors after which the same attempt would fail again: an operator must act first.
 _REFUSALS = (IdentityError, ConfigError, BrokenError)
-
-
-class _WatermarkClient(Protocol):
-    """The pmd's end of the watermark socket."""
-
-    transport: Any
-
-    def __init__(self, owner: PrimaryGroup) -> None:
-        self._owner = owner
-        self._parser = watermark.WatermarkParser()
-
-    def dataReceived(self, data: bytes) -> None:  # noqa: N802
-        try:
-            for kind, payload in self._parser.feed(data):
-                if kind == watermark.DURABLE:
-                    self._owner.driver_durable(*watermark.parse_durable(payload))
-                elif kind == watermark.GENERATIONS:
-                    self._owner.driver_generations(watermark.parse_json(payload)["generations"])
-                elif kind == watermark.REFRESH:
-                    self._owner.driver_refresh(watermark.parse_json(payload) or None)
-        except ProtocolError:
-            self.transport.abortConnection()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
-        self._owner.driver_lost(self)
 
 
 @implementer(IGroup, ILinkOwner)
@@ -109,21 +87,12 @@ class PrimaryGroup:
         self._finder: IWorker
         self._secret = b""
         self._running: Deferred[None] | None = None
-        self._driver: _WatermarkClient | None = None
-        self._units: list[OutUnit] = []
-        #: Newest last; and the same for the readers, who ask for membership.
-        self._generations: list[bytes] = []
-        self._valid: set[bytes] = set()
-        self._durable_gsn = 0
-        self._refresh: dict[str, Any] | None = None
+        self._driver: PmdEnd | None = None
         self._outbound: Outbound | None = None
-        self._lost_refresh = ""
-        self._start_at: tuple[dict[int, Cursor], int] | None = None
+        self._resumption: Resumption | None = None
         self._link: Link | None = None
         self._ended: Deferred[str] | None = None
-        self._sleep: Deferred[None] | None = None
-        self._delay = RECONNECT_SECONDS_MIN
-        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
+        self._retry = Retry(self._reactor, config.tunables.reconnect_max)
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
 
@@ -172,92 +141,50 @@ class PrimaryGroup:
         """Attach, connect, ship; again and again."""
         while True:
             try:
-                await self._attach()
-                while self._driver is not None:
-                    await self._session()
+                driver = await self._attach()
+                while not driver.lost:
+                    await self._session(driver)
             except QdsError as error:
                 self._say("connecting", error.message)
-                await self._pause(self._backoff())
+                await self._retry.pause()
             finally:
                 self._detach()
 
-    async def _session(self) -> None:
+    async def _session(self, driver: PmdEnd) -> None:
         """Have one connection, from its making to its end, and the pause after it."""
         try:
-            ended = await self._connect()
+            ended = await self._connect(driver)
         except _REFUSALS as error:
             diverged = isinstance(error, DivergedError)
             self._say("refused", error.message, error.exit_code, error.hint, diverged=diverged)
-            await self._pause(self._refused_backoff())
+            await self._retry.pause(refused=True)
             return
         except QdsError as error:
-            lost, self._lost_refresh = self._lost_refresh, ""
+            lost = error.refresh if isinstance(error, RefreshLostError) else ""
             self._say("connecting", error.message, refresh_lost=lost)
-            await self._pause(self._backoff())
+            await self._retry.pause()
             return
-        self._delay = RECONNECT_SECONDS_MIN
-        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
+        self._retry.succeeded()
         reason = await ended
         if self.link_state["state"] == "refused":
-            await self._pause(self._refused_backoff())
+            await self._retry.pause(refused=True)
             return
         self._say("connecting", reason)
-        if self._driver is not None:
-            await self._pause(self._backoff())
-
-    def _backoff(self) -> float:
-        delay = self._delay
-        self._delay = min(self._delay * 2, self.config.tunables.reconnect_max)
-        return delay
-
-    def _refused_backoff(self) -> float:
-        """Give the pause after a refusal.
-
-        What is mended at the secondary cannot be told to the primary.  Doubling from the last
-        ``apply`` here on, the link is back at the latest after as long again as the mending
-        took, and at most REFUSED_RETRY_SECONDS after it.
-        """
-        delay = min(self._refused_delay, REFUSED_RETRY_SECONDS)
-        self._refused_delay = min(delay * 2, REFUSED_RETRY_SECONDS)
-        return delay
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait, or until something makes another try worth while."""
-        self._sleep = Deferred()
-        call = self._reactor.callLater(seconds, self._wake)
-        try:
-            await self._sleep
-        finally:
-            self._sleep = None
-            if call.active():
-                call.cancel()
-
-    def _wake(self) -> None:
-        sleep, self._sleep = self._sleep, None
-        if sleep is not None:
-            sleep.callback(None)
+        if not driver.lost:
+            await self._retry.pause()
 
     # -- the driver -----------------------------------------------------------------------------
 
-    async def _attach(self) -> None:
+    async def _attach(self) -> PmdEnd:
         path = self.paths.control_socket(f"{self.name}.driver")
         info, descriptors, end = await self.runtime.attach(self._reactor, path)
-        self._valid = set()
-        self.driver_generations(info["generations"])
-        each = iter(descriptors)
-        self._units = [OutUnit.from_info(unit, self._valid, each) for unit in info["units"]]
-        self._durable_gsn = info["durable_gsn"]
-        self._refresh = info["refresh"]
-        client = _WatermarkClient(self)
-        self._driver = client
-        factory = Factory.forProtocol(lambda: client)
-        factory.noisy = False
-        self._reactor.adoptStreamConnection(end, socket.AF_UNIX, factory)
-        os.close(end)
+        driver = self._driver = PmdEnd(self, info, descriptors)
+        driver.adopt(self._reactor, end)
         was = self.link_state
         # Why there was no connection until now says nothing about the next try.
         reason = "" if was["state"] == "connecting" else was["reason"]
         self._say(was["state"], reason, was["code"])
+        return driver
 
     def _detach(self) -> None:
         driver, self._driver = self._driver, None
@@ -265,60 +192,40 @@ class PrimaryGroup:
             self._outbound.end()
             self._outbound = None
         if driver is not None:
-            driver.transport.loseConnection()
-        if self._units:
-            self._close_logs([fd for unit in self._units for fd, _ in unit.devices.values()])
-            self._units = []
+            driver.close()
+            self._close_logs(driver)
 
-    def _close_logs(self, descriptors: list[int]) -> None:
+    def _close_logs(self, driver: PmdEnd) -> None:
         """Close the writelogs once no worker reads them any more."""
 
         def close(_result: None, _error: BaseException | None) -> None:
-            for fd in descriptors:
-                os.close(fd)
+            driver.close_logs()
 
         self._finder.run(_nothing, lambda _result, _error: self._worker.run(_nothing, close))
 
-    def driver_durable(self, gsn: int, ends: list[tuple[int, int]]) -> None:
-        """Learn what the driver made durable."""
-        self._durable_gsn = gsn
+    def driver_durable(self, gsn: int) -> None:
+        """Learn how far the driver's writelogs are durable."""
         if self._outbound is not None:
-            self._outbound.durable(gsn, ends)
-        else:
-            for index, position in ends:
-                self._units[index].durable = position
+            self._outbound.durable(gsn)
 
-    def driver_generations(self, ids: Sequence[str]) -> None:
-        """Learn the generations that frames may be of, newest last (rules.md 7)."""
-        self._generations = [bytes.fromhex(one) for one in ids]
-        # Those that left the list may still be read from places that were free by then.
-        self._valid.update(self._generations)
-
-    def driver_refresh(self, refresh: dict[str, Any] | None) -> None:
-        """Learn of a refresh: it may overcome what a connection was refused for."""
-        self._refresh = refresh
-        if refresh is not None:
-            self._again()
+    def driver_lost(self, driver: PmdEnd) -> None:
+        """Lose the driver: without it nothing may be sent."""
+        if driver is self._driver:
+            if self._link is not None:
+                self._link.close("the primary's driver is gone")
+            self._retry.wake()
 
     def retry(self) -> None:
         """Do not wait any longer after a refusal: the operator says that something has changed."""
-        self._refused_delay = REFUSED_RETRY_SECONDS_MIN
+        self._retry.mended()
         if self.link_state["state"] == "refused":
-            self._again()
+            self.try_again()
 
-    def _again(self) -> None:
-        """Try at once; what it was refused for may be so no longer."""
+    def try_again(self) -> None:
+        """Try at once: what it was refused for may be so no longer."""
         if self.link_state["state"] == "refused":
             self._say("connecting", "")
-        self._wake()
-
-    def driver_lost(self, client: _WatermarkClient) -> None:
-        """Lose the driver: without it nothing may be sent."""
-        if client is self._driver:
-            self._driver = None
-            if self._link is not None:
-                self._link.close("the primary's driver is gone")
-            self._wake()
+        self._retry.wake()
 
     def _say(self, state: str, reason: str, code: int = 0, hint: str = "", **more: Any) -> None:
         """Set the link's state and tell log and driver, with what else that must know now.
@@ -334,11 +241,11 @@ class PrimaryGroup:
         self.link_state = {"state": state, "code": code, "reason": reason, "pid": os.getpid()}
         if self._driver is not None:
             said = {**self.link_state, **more}
-            self._driver.transport.write(watermark.pack_json(watermark.LINK, said))
+            self._driver.write(watermark.pack_json(watermark.LINK, said))
 
     # -- the secondary ----------------------------------------------------------------------------
 
-    async def _connect(self) -> Deferred[str]:
+    async def _connect(self, driver: PmdEnd) -> Deferred[str]:
         """Connect, authenticate, map, and begin to send.
 
         :returns: fires with the reason when the link has ended.
@@ -350,7 +257,7 @@ class PrimaryGroup:
         config = self.config
         endpoint = self.runtime.endpoint(self._reactor, self.host, config)
         self._outbound = Outbound(
-            self._units,
+            driver.units,
             self._worker,
             config.tunables.send_window,
             self._committed,
@@ -361,8 +268,8 @@ class PrimaryGroup:
             group=self.number,
             digest=config.identity_digest(),
             secret=self._secret,
-            units=[UnitOffer(unit.index, unit.name, unit.size) for unit in self._units],
-            decide=self._decide,
+            units=[UnitOffer(unit.index, unit.name, unit.size) for unit in driver.units],
+            decide=partial(self._decide, driver),
             session=secrets.token_bytes(16),
             stream_factory=LinkFactory(self, self._reactor),
         )
@@ -379,43 +286,23 @@ class PrimaryGroup:
         await handshake.done
         return ended
 
-    async def _decide(self, acks: list[UnitPosition]) -> Sequence[RebasePosition]:
+    async def _decide(
+        self, driver: PmdEnd, acks: Sequence[UnitPosition]
+    ) -> Sequence[RebasePosition]:
         """Find where the histories meet, or begin anew with a refresh (rules.md 8)."""
-        gsns = {ack.next_gsn for ack in acks}
-        if len(gsns) != 1:
-            raise ProtocolError("the secondary names different next GSNs for LDSUs of one group")
         try:
-            self._start_at = await self._resume(acks, gsns.pop())
-            return []
+            gsn = agreed_gsn(acks, driver.generations)
+            cursors = await self._found(partial(meeting_places, driver.units, acks))
+            self._resumption = Resumption(cursors, gsn)
         except DivergedError as error:
-            if self._refresh is None:
+            if driver.refresh is None:
                 raise
-            cut = self._refresh["cut"]["points"]
-            if any(unit.committed.position > cut[str(unit.index)][0] for unit in self._units):
-                # The refresh's first part was committed by a secondary that is no more.
-                self._lost_refresh = self._refresh["id"]
-                raise ProtocolError(
-                    f"the secondary lost part of the refresh ({error.message}); it begins anew"
-                ) from error
-        return self._rebase(acks, self._refresh)
+            newest = driver.generations[-1]
+            self._resumption = at_cut(driver.refresh, acks, driver.units, newest, error)
+            self.log.warn("{group}: the refresh replaces the secondary's history", group=self.name)
+        return self._resumption.rebases
 
-    async def _resume(
-        self, acks: list[UnitPosition], next_gsn: int
-    ) -> tuple[dict[int, Cursor], int]:
-        blank = all(not ack.generation and ack.next_sequence == 1 for ack in acks)
-        if not blank and any(ack.generation not in self._generations for ack in acks):
-            raise DivergedError(
-                f"the secondary holds another generation ({acks[0].generation.hex() or 'none'}) "
-                f"than the primary ({self._generations[-1].hex()})",
-                hint="make a new mirror with qdsrefresh --full",
-            )
-
-        def find() -> dict[int, Cursor]:
-            return {
-                ack.index: self._units[ack.index].find(Point(ack.next_sequence, ack.chain))
-                for ack in acks
-            }
-
+    def _found(self, search: Callable[[], dict[int, Cursor]]) -> Deferred[dict[int, Cursor]]:
         found: Deferred[dict[int, Cursor]] = Deferred()
 
         def done(cursors: dict[int, Cursor] | None, error: BaseException | None) -> None:
@@ -424,42 +311,15 @@ class PrimaryGroup:
             elif cursors is not None:
                 found.callback(cursors)
 
-        self._finder.run(find, done)
-        return await found, next_gsn
-
-    def _rebase(
-        self, acks: list[UnitPosition], refresh: dict[str, Any]
-    ) -> Sequence[RebasePosition]:
-        """Let the secondary's history be replaced from the refresh's cut on."""
-        cut = refresh["cut"]
-        gsn: int = cut["gsn"]
-        cursors: dict[int, Cursor] = {}
-        positions: list[RebasePosition] = []
-        for ack in acks:
-            position, sequence, chain = cut["points"][str(ack.index)]
-            point = Point(sequence, bytes.fromhex(chain))
-            cursors[ack.index] = Cursor(position, gsn, {ack.index: point})
-            positions.append(
-                RebasePosition(
-                    index=ack.index,
-                    generation=self._generations[-1],
-                    predecessor=ack.generation,
-                    next_sequence=sequence,
-                    chain=point.chain,
-                    next_gsn=gsn,
-                    refresh_id=bytes.fromhex(refresh["id"]),
-                )
-            )
-        self.log.warn("{group}: the refresh replaces the secondary's history", group=self.name)
-        self._start_at = cursors, gsn
-        return positions
+        self._finder.run(search, done)
+        return found
 
     def _committed(
         self, sent: int, committed: int, mirrored: int, ends: Iterable[Committed]
     ) -> None:
         self._gsn = {"sent": sent, "committed": committed, "mirrored": mirrored}
         if self._driver is not None:
-            self._driver.transport.write(watermark.pack_committed(sent, committed, mirrored, ends))
+            self._driver.write(watermark.pack_committed(sent, committed, mirrored, ends))
 
     def _writelog_failed(self, error: CorruptError) -> None:
         self._say("refused", error.message, error.exit_code)
@@ -470,13 +330,13 @@ class PrimaryGroup:
 
     def link_made(self, link: Link) -> None:
         """See :class:`ILinkOwner`."""
-        if self._outbound is None or self._start_at is None or self._driver is None:
+        driver, start = self._driver, self._resumption
+        if self._outbound is None or start is None or driver is None or driver.lost:
             link.abort("the primary's driver is gone")
             return
         self._link = link
         self._say("connected", "")
-        cursors, gsn = self._start_at
-        self._outbound.begin(link, cursors, gsn, self._durable_gsn)
+        self._outbound.begin(link, start.cursors, start.next_gsn, driver.durable_gsn)
 
     def link_message(self, link: Link, message: Message) -> None:
         """See :class:`ILinkOwner`."""

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from qdsmirror.core.records import Superblock
 from qdsmirror.errors import MismatchError
-from qdsmirror.groups import primary as primary_module
+from qdsmirror.groups import retry as retry_module
 from qdsmirror.storage.writelog import Writelog, read_superblock
 from tests.fakes import MemoryDevice, everything, nothing
 from tests.groups.site import MIB, Sites, Steps
@@ -260,7 +260,7 @@ class MirrorDeviceTests(TestCase):
 
     @inlineCallbacks
     def test_a_mirror_that_was_written_to_takes_nothing_but_a_refresh(self) -> Steps:
-        self.patch(primary_module, "REFUSED_RETRY_SECONDS", 0.1)
+        self.patch(retry_module, "REFUSED_RETRY_SECONDS", 0.1)
         sites = Sites(self)
         yield sites.start()
         yield sites.connected()

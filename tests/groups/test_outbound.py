@@ -116,7 +116,13 @@ class PmdWorld:
     def durable(self, gsn: int | None = None) -> None:
         """Say, as the driver, that all that was appended is durable, the group's GSN up to this."""
         self.durable_gsn = self.maker.gsn - 1 if gsn is None else gsn
-        self.out.durable(self.durable_gsn, [(u.index, self.logs[u.index].head) for u in self.units])
+        self.told_durable(self.durable_gsn, *range(len(self.units)))
+
+    def told_durable(self, gsn: int, *indices: int) -> None:
+        """Say it of some LDSUs' writelogs only."""
+        for index in indices:
+            self.units[index].durable = self.logs[index].head
+        self.out.durable(gsn)
 
     def cursor(self, gsn: int) -> Cursor:
         """Give the place behind a frame of its LDSU's writelog."""
@@ -154,13 +160,13 @@ class OrderTests(SynchronousTestCase):
         world.frame(0)
         # qds0 is durable beyond a frame of qds1 that is not: a power cut may still take that one.
         world.begin()
-        world.out.durable(1, [(0, world.logs[0].head)])
+        world.told_durable(1, 0)
         self.assertEqual(world.link.sent, [1], "NO-AHEAD")
-        world.out.durable(1, [(1, world.logs[1].head)])
+        world.told_durable(1, 1)
         self.assertEqual(world.link.sent, [1], "NO-AHEAD")
-        world.out.durable(missing, [])
+        world.told_durable(missing)
         self.assertEqual(world.link.sent, [1, 2])
-        world.out.durable(3, [])
+        world.told_durable(3)
         self.assertEqual(world.link.sent, [1, 2, 3])
 
     def test_frame_that_is_only_partly_durable_waits(self) -> None:
@@ -179,7 +185,7 @@ class OrderTests(SynchronousTestCase):
         world.frame(0)
         world.link.can_send = False
         world.durable()
-        world.out.durable(0, [])
+        world.told_durable(0)
         world.link.can_send = True
         world.out.pump()
         self.assertEqual(world.link.sent, [1])
@@ -187,10 +193,10 @@ class OrderTests(SynchronousTestCase):
     def test_what_is_not_durable_is_not_even_read(self) -> None:
         world = PmdWorld(self)
         world.frame(0)
-        end = world.logs[0].head
+        world.units[0].durable = world.logs[0].head
         world.frame(0)
         world.begin()
-        world.out.durable(2, [(0, end)])
+        world.told_durable(2)
         self.assertEqual(world.link.sent, [1])
         self.assertEqual(world.failures, [])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.groups import primary as primary_module
+from qdsmirror.groups import retry as retry_module
 from qdsmirror.net.handshake import RebasePosition
 from tests.fakes import nothing
 from tests.groups.site import MIB, Sites, Steps
@@ -54,7 +54,7 @@ class ReplacedSecondaryTests(TestCase):
 
     @inlineCallbacks
     def test_a_blank_secondary_is_no_coherent_mirror(self) -> Steps:
-        self.patch(primary_module, "REFUSED_RETRY_SECONDS", 0.1)
+        self.patch(retry_module, "REFUSED_RETRY_SECONDS", 0.1)
         sites = Sites(self)
         yield sites.start()
         yield sites.connected()

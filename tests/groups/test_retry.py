@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.groups.primary import PrimaryGroup
+from qdsmirror.groups.retry import Retry
 from qdsmirror.limits import REFUSED_RETRY_SECONDS, REFUSED_RETRY_SECONDS_MIN
 
 
@@ -14,12 +16,11 @@ class RefusedRetryTests(SynchronousTestCase):
     """The pauses, without a link."""
 
     def pauses(self, group: Any, count: int) -> list[float]:
-        return [group._refused_backoff() for _ in range(count)]
+        return [group._retry.refused_seconds() for _ in range(count)]
 
     def group(self) -> Any:
         group = PrimaryGroup.__new__(PrimaryGroup)
-        group._refused_delay = REFUSED_RETRY_SECONDS_MIN
-        group._sleep = None
+        group._retry = Retry(Clock(), 1.0)
         group.link_state = {"state": "connecting"}
         return group
 

@@ -13,7 +13,7 @@ from qdsmirror import limits
 from qdsmirror.core.frames import REFRESH, REFRESH_ZEROES
 from qdsmirror.errors import DegradedError, UsageError
 from qdsmirror.groups import committing as committing_module
-from qdsmirror.groups import primary as primary_module
+from qdsmirror.groups import retry as retry_module
 from tests.groups.site import Sites
 from tests.groups.world import BLOCK, KIB, MIB, unique
 
@@ -309,7 +309,7 @@ class RefreshTests(TestCase):
 
     @inlineCallbacks
     def test_blank_secondary_is_refused_until_a_refresh_rebases_it(self) -> Steps:
-        self.patch(primary_module, "REFUSED_RETRY_SECONDS", 0.1)
+        self.patch(retry_module, "REFUSED_RETRY_SECONDS", 0.1)
         sites = Sites(self)
         yield self.fill(sites)
         yield sites.connected()
@@ -336,7 +336,7 @@ class RefreshTests(TestCase):
 
     @inlineCallbacks
     def test_other_history_is_refused(self) -> Steps:
-        self.patch(primary_module, "REFUSED_RETRY_SECONDS", 0.1)
+        self.patch(retry_module, "REFUSED_RETRY_SECONDS", 0.1)
         sites = Sites(self)
         yield self.fill(sites)
         yield sites.connected()
@@ -359,7 +359,7 @@ class RefreshTests(TestCase):
     @inlineCallbacks
     def test_restored_primary_is_found_out(self) -> None:
         """A secondary that is ahead is a divergence, not something to skip (rules.md 8)."""
-        self.patch(primary_module, "REFUSED_RETRY_SECONDS", 0.1)
+        self.patch(retry_module, "REFUSED_RETRY_SECONDS", 0.1)
         sites = Sites(self)
         yield sites.start()
         yield sites.connected()

@@ -17,12 +17,12 @@ from twisted.internet.defer import succeed
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import driver as driver_module
+from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.outbound import Outbound, OutUnit
-from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage import journal as journal_module
@@ -280,24 +280,18 @@ def _switch_not_completed_at_the_start(patch: Patch) -> None:
 
 @mutation("PREFIX")
 def _resume_off_by_one(patch: Patch) -> None:
-    real = PrimaryGroup._resume
-
-    async def resume(group: Any, acks: Any, next_gsn: int) -> Any:
-        cursors, gsn = await real(group, acks, next_gsn)
-        return cursors, gsn + 1
-
-    patch(PrimaryGroup, "_resume", resume)
+    real = primary_module.agreed_gsn
+    patch(primary_module, "agreed_gsn", lambda *told: real(*told) + 1)
 
 
 @mutation("GENERATION", seeds=200)
 def _resume_by_number_without_proof(patch: Patch) -> None:
-    real = PrimaryGroup._resume
+    real = primary_module.agreed_gsn
 
-    async def resume(group: Any, acks: Any, next_gsn: int) -> Any:
-        own = group._generations[-1]
-        return await real(group, [replace(ack, generation=own) for ack in acks], next_gsn)
+    def agreed(acks: Any, generations: Any) -> int:
+        return real([replace(ack, generation=generations[-1]) for ack in acks], generations)
 
-    patch(PrimaryGroup, "_resume", resume)
+    patch(primary_module, "agreed_gsn", agreed)
     patch(OutUnit, "_proven", lambda _self, cursor, _point: cursor)
 
 
