@@ -88,7 +88,6 @@ class Committing:
         self._journal_full = False
         self._mirroring = False
         self._checkpointing = False
-        self._entries_at_checkpoint = 0
         self._idle: list[Deferred[None]] = []
         self._timer: Any = None
         self._tick()
@@ -311,10 +310,10 @@ class Committing:
         if not self._mirroring:
             self.acknowledge()
         journal = self.mirror.journal
+        entries = self.mirror.applied.gsn - journal.superblock.applied.gsn
         if (
             self._journal_full
-            or self.mirrored_gsn - self._entries_at_checkpoint
-            > self._config.tunables.metadata_entries
+            or entries > self._config.tunables.metadata_entries
             or journal.used_bytes > journal.ring.size // 2
         ):
             self._checkpoint()
@@ -331,7 +330,6 @@ class Committing:
         ):
             return
         self._checkpointing = True
-        self._entries_at_checkpoint = self.mirrored_gsn
         self._mirror_worker.run(partial(mirror.checkpoint, upto, self.durable), self._checkpointed)
 
     def _checkpointed(self, _result: None, error: BaseException | None) -> None:
