@@ -74,9 +74,8 @@ class Direct:
         changed = dirty.mark((entry.offset, entry.length) for entry in entries)
         # Of a failed writelog's LDSU everything counts as dirty.
         if changed and not unit.unlogged:
-            blocks = [(number, dirty.block(number)) for number in changed]
             unit.run_on_log(
-                partial(write_blocks, unit.writelog.device, dirty.area, blocks),
+                partial(write_blocks, unit.writelog.device, dirty.area, dirty.blocks(changed)),
                 partial(self._marked, batch, entries),
             )
         else:

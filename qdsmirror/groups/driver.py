@@ -19,7 +19,6 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
-from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
@@ -49,7 +48,7 @@ from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
-from qdsmirror.storage.bitmap import read_bitmap
+from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import OpenUnit, close_units, judge
 
@@ -193,12 +192,14 @@ class DriverGroup:
 
     def make_unit(self, opened: OpenUnit) -> DriverUnit:
         """Make an LDSU of its devices (blocking)."""
-        area = opened.writelog.superblock.bitmap
-        assert area is not None, "a writelog has a dirty bitmap"
-        device = opened.writelog.device
-        # All is dirty where the bitmap has failed with its writelog.
-        stored = read_bitmap(device, area) if opened.untrusted is None else None
-        dirty = DirtyBitmap(area, opened.device.size, stored)
+        superblock = opened.writelog.superblock
+        if opened.untrusted is None:
+            dirty, damage = load_bitmap(opened.writelog.device, superblock)
+            if damage:
+                self.note_error(damage)
+        else:
+            # All is dirty where the bitmap has failed with its writelog.
+            dirty = empty_bitmap(superblock)
         return DriverUnit(
             self, opened.config, opened.device, opened.writelog, opened.reached, dirty
         )

@@ -34,7 +34,7 @@ from qdsmirror.limits import (
     COMMIT_INTERVAL_SECONDS,
 )
 from qdsmirror.storage.apply import apply_entries
-from qdsmirror.storage.bitmap import clear_bitmap
+from qdsmirror.storage.bitmap import write_blocks
 from qdsmirror.storage.writelog import Writelog, Writes
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ class DriverUnit:
 
     def clear_dirty(self) -> Deferred[None]:
         """Clear the dirty bitmap; fires when that is durable, or the LDSU has failed."""
-        self.dirty.clear()
+        blocks = self.dirty.blocks(self.dirty.clear())
         cleared: Deferred[None] = Deferred()
 
         def done(_result: None, error: BaseException | None) -> None:
@@ -328,7 +328,7 @@ class DriverUnit:
                 self.fail("writelog", self.config.writelog_device, error)
             cleared.callback(None)
 
-        self.run_on_log(partial(clear_bitmap, self.writelog.device, self.dirty.area), done)
+        self.run_on_log(partial(write_blocks, self.writelog.device, self.dirty.area, blocks), done)
         return cleared
 
     def run_on_log(

@@ -4,17 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qdsmirror.core.bitmap import BitmapArea
+from qdsmirror.core.bitmap import SECTOR_BYTES, BitmapArea, DirtyBitmap
+from qdsmirror.core.records import Superblock
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import BITMAP_BLOCK_BYTES
+from qdsmirror.storage.fingerprint import merged, ranges_text
 
 
-def read_bitmap(device: IBlockDevice, area: BitmapArea) -> bytes:
-    """Read the whole area.
+def empty_bitmap(superblock: Superblock) -> DirtyBitmap:
+    """Give a writelog's bitmap without a mark; nothing is read or written."""
+    assert superblock.bitmap is not None, "a writelog has a dirty bitmap"
+    return DirtyBitmap(superblock.bitmap, superblock.units[0].size, superblock.log)
 
+
+def initialise_bitmap(device: IBlockDevice, superblock: Superblock) -> None:
+    """Write a new writelog's bitmap, without a mark; durable on return.
+
+    :raises OSError: the device refused.
+    """
+    bitmap = empty_bitmap(superblock)
+    write_blocks(device, bitmap.area, bitmap.blocks(bitmap.clear()))
+
+
+def read_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitmap, str]:
+    """Read a writelog's bitmap; what of it is damaged is marked.
+
+    :returns: the bitmap; what an operator should know of it, or "".
     :raises OSError: the device cannot be read.
     """
-    return device.pread(area.size, area.start)
+    area, unit = superblock.bitmap, superblock.units[0]
+    assert area is not None, "a writelog has a dirty bitmap"
+    bitmap = DirtyBitmap(area, unit.size, superblock.log, device.pread(area.size, area.start))
+    if not bitmap.damaged:
+        return bitmap, ""
+    places = [area.start + sector * SECTOR_BYTES for sector in bitmap.damaged]
+    where = ranges_text(merged([(place, place + SECTOR_BYTES) for place in places]))
+    lost = merged(bitmap.damaged_ranges)
+    counts = f"{ranges_text(lost)} of the LDSU count as changed" if lost else "nothing stood there"
+    return bitmap, (
+        f"the dirty bitmap of {unit.name} on {device.path} is damaged ({where}): {counts}; "
+        "check that device"
+    )
+
+
+def load_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitmap, str]:
+    """Read a writelog's bitmap, and write anew what of it is damaged, all of it marked.
+
+    :returns: as :func:`read_bitmap`.
+    :raises OSError: the device cannot be read, or refused a write.
+    """
+    bitmap, damage = read_bitmap(device, superblock)
+    if damage:
+        blocks = {sector * SECTOR_BYTES // BITMAP_BLOCK_BYTES for sector in bitmap.damaged}
+        write_blocks(device, bitmap.area, bitmap.blocks(sorted(blocks)))
+    return bitmap, damage
 
 
 def write_blocks(
@@ -26,13 +69,4 @@ def write_blocks(
     """
     for number, data in blocks:
         device.pwritev([data], area.start + number * BITMAP_BLOCK_BYTES)
-    device.fdatasync()
-
-
-def clear_bitmap(device: IBlockDevice, area: BitmapArea) -> None:
-    """Clear every bit, durably.
-
-    :raises OSError: the device refused.
-    """
-    device.zero(area.start, area.size, False)
     device.fdatasync()

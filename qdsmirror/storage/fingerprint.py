@@ -66,7 +66,7 @@ def changed_ranges(device: IBlockDevice, recorded: Mapping[str, Any]) -> list[tu
             found.append((max(0, start), device.size))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{device.path}: its fingerprints cannot be read: {error!r}") from error
-    return _merged(found)
+    return merged(found)
 
 
 def ranges_text(ranges: list[tuple[int, int]]) -> str:
@@ -99,7 +99,7 @@ def _hash(device: IBlockDevice, start: int, length: int) -> str:
     return blake3(data).hexdigest(length=_HASH_BYTES)
 
 
-def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join ranges that touch or overlap, in order."""
     joined: list[tuple[int, int]] = []
     for first, end in sorted(ranges):

@@ -39,6 +39,7 @@ from qdsmirror.limits import (
     EXTENSIONS_PER_LOG_MAX,
     WRITELOG_BYTES_MIN,
 )
+from qdsmirror.storage.bitmap import initialise_bitmap
 from qdsmirror.storage.extension import PoolDevice, find_chained
 from qdsmirror.storage.logreader import LogReader
 from qdsmirror.storage.partition import Partition
@@ -199,7 +200,7 @@ class Writelog:
             bitmap=bitmap,
         )
         if bitmap is not None:
-            device.zero(bitmap.start, bitmap.size, False)
+            initialise_bitmap(device, superblock)
         for place in {*SLOT_BYTES, *EXTENSION_SLOT_BYTES} - {slot_bytes}:
             # A forgotten second slot, of another size or an extension's, must not be found again.
             if place + 4096 <= device.size:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.failures import Failed
 from qdsmirror.core.generations import settle
 from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceFailedError, QdsError
@@ -126,8 +125,10 @@ def _scan_primary(
             refused = error.message
         settled = settle(believed(units) or [unit.writelog.superblock for unit in units])
         bypass = dict(settled.bypass) if settled.bypass is not None else None
+        # Of damage an operator learns whether it matters now or not.
+        dirty_bytes = sum(map(_dirty_bytes, units))
         if bypass is not None:
-            bypass["dirty_bytes"] = sum(map(_dirty_bytes, units))
+            bypass["dirty_bytes"] = dirty_bytes
         found = {
             "group": group.name,
             "role": "primary",
@@ -182,11 +183,12 @@ def _log(unit: OpenUnit) -> dict[str, Any]:
 
 def _dirty_bytes(unit: OpenUnit) -> int:
     """Give what was written past a writelog; everything, where its bitmap has failed with it."""
-    area = unit.writelog.superblock.bitmap
-    if unit.untrusted is not None or area is None:
+    if unit.untrusted is not None:
         return unit.device.size
-    stored = read_bitmap(unit.writelog.device, area)
-    return DirtyBitmap(area, unit.device.size, stored).dirty_bytes
+    bitmap, damage = read_bitmap(unit.writelog.device, unit.writelog.superblock)
+    if damage:
+        print(f"warning: {damage}", file=sys.stderr)
+    return bitmap.dirty_bytes
 
 
 def _failed_devices(group: GroupConfig, failed: Failed, now: float) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.records import Cursor
 from qdsmirror.limits import WRITELOG_BYTES_MIN
+from qdsmirror.storage.bitmap import empty_bitmap, write_blocks
 from tests.fakes import MemoryDevice
 from tests.storage.logworld import FrameMaker, append, initialise, write
 
@@ -31,7 +32,7 @@ REFRESH_ID = bytes(range(0xA0, 0xB0))
 
 
 def writelog() -> bytes:
-    """A writelog after a turn of its ring: a pad, both superblocks, every kind of frame."""
+    """A writelog after a turn of its ring: a pad, both superblocks, every kind of frame, a mark."""
     device = MemoryDevice(WRITELOG_BYTES_MIN)
     log = initialise(device, sizes=(DATA_BYTES,))
     maker = FrameMaker()
@@ -63,6 +64,8 @@ def writelog() -> bytes:
     append(log, maker.make(0, entries, durable=15), durable=durable)
     end = maker.make(0, kind=REFRESH_END, control=REFRESH_ID, durable=19)
     append(log, end, control=True, durable=log.head)
+    dirty = empty_bitmap(log.superblock)
+    write_blocks(device, dirty.area, dirty.blocks(dirty.mark([(4096, 512)])))
     return device.content()
 
 

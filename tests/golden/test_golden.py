@@ -8,6 +8,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.frames import ENTRIES, REFRESH_BEGIN, REFRESH_END, VOID
+from qdsmirror.storage.bitmap import load_bitmap
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
 from tests.fakes import MemoryDevice
@@ -36,6 +37,8 @@ class GoldenTests(SynchronousTestCase):
         superblock = unit.writelog.superblock
         self.assertEqual((superblock.counter, superblock.durable_gsn), (3, 3))
         self.assertEqual(superblock.refresh, {"id": REFRESH_ID.hex()})
+        dirty, damage = load_bitmap(unit.writelog.device, superblock)
+        self.assertEqual((dirty.dirty_bytes, damage), (DATA_BYTES, ""))
         found = list(unit.writelog.reader(superblock.applied))
         self.assertEqual(
             [(f.header.kind, f.header.sequence, f.header.gsn_first) for f in found],

@@ -285,6 +285,23 @@ class DirectTests(Case):
         self.assertEqual(status["bypass"]["dirty_bytes"], CHUNK)
         self.assertEqual(status["since"], status["bypass"]["since"])
 
+    def test_a_damaged_bitmap_is_told_and_counts_as_dirty(self) -> None:
+        self.world.client.write(self.unit, 0, unique(1))
+        self.world.settle()
+        area = self.unit.dirty.area
+        for told in (True, False):
+            stopped = self.world.group.stop()
+            self.world.settle()
+            self.successResultOf(stopped)
+            if told:
+                # Its only mark is lost.
+                self.world.log().corrupt(area.start + 8, b"\0")
+            self.world.start()
+            status = self.world.group.status()
+            self.assertEqual(status["bypass"]["dirty_bytes"], self.world.data().size)
+            notes = "".join(self.world.group.notes)
+            self.assertEqual("dirty bitmap of qds0 on /near/log0 is damaged" in notes, told, notes)
+
 
 class SwitchTests(Case):
     def setUp(self) -> None:

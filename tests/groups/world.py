@@ -199,8 +199,10 @@ def marked(log: bytes, offset: int, length: int) -> bool:
     if area is None or (superblock.bypass is None and (refresh is None or refresh["done"])):
         return False
     stored = log[area.start : area.start + area.size]
-    dirty = DirtyBitmap(area, superblock.units[0].size, stored)
-    return all(dirty.is_marked(at) for at in range(offset, offset + length, 512))
+    dirty = DirtyBitmap(area, superblock.units[0].size, superblock.log, stored)
+    return not dirty.damaged and all(
+        dirty.is_marked(at) for at in range(offset, offset + length, 512)
+    )
 
 
 def group_config(ldsus: int, durability: str = "flush", **tunables: Any) -> GroupConfig:

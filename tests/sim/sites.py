@@ -18,8 +18,8 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
-from qdsmirror.core.bitmap import BitmapArea, DirtyBitmap
-from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.core.bitmap import DirtyBitmap
+from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.errors import BrokenError, QdsError, UnreachableError
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup
@@ -75,8 +75,8 @@ class Sites:
         self.latched: set[str] = set()
         self.numbers = 0
         self.logged: list[Any] = []
-        #: Where each writelog's dirty bitmap stands: the same in all.
-        self._bitmap: BitmapArea
+        #: By path the first superblock of each writelog: its UUID and its bitmap's place stay.
+        self._writelogs: dict[str, Superblock] = {}
         self._make_sites()
 
     # -- the sites ----------------------------------------------------------------------------
@@ -164,10 +164,15 @@ class Sites:
 
     def dirty_bitmap(self, disks: Mapping[str, Disk], index: int) -> DirtyBitmap:
         """Read an LDSU's dirty bitmap from the platters."""
-        platters = disks[self.config.ldsus[index].writelog_device].durable
-        area = self._bitmap
-        stored = bytes(platters[area.start : area.start + area.size])
-        return DirtyBitmap(area, self.profile.size, stored)
+        path = self.config.ldsus[index].writelog_device
+        superblock = self._writelogs[path]
+        area = superblock.bitmap
+        assert area is not None
+        stored = bytes(disks[path].durable[area.start : area.start + area.size])
+        bitmap = DirtyBitmap(area, self.profile.size, superblock.log, stored)
+        if bitmap.damaged:
+            raise Violation(f"NO-HIDDEN: the dirty bitmap of LDSU {index} is damaged")
+        return bitmap
 
     def _goes_direct(self) -> bool:
         """Tell whether a writelog's failure is on record, so that writes may go past it."""
@@ -189,8 +194,8 @@ class Sites:
             generations=[Generation(one, 1) for one in ids],
         )
         log.update(both=True, coherent=True, reason="")
-        if log.superblock.bitmap is not None:
-            self._bitmap = log.superblock.bitmap
+        if role == "writelog":
+            self._writelogs[path] = log.superblock
         device.close()
 
     def _number(self) -> int:

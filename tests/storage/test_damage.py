@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core.records import RECORD_HEADER_BYTES, SLOT_BYTES, Cursor
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import WRITELOG_BYTES_MIN
+from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap, write_blocks
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
 from qdsmirror.storage.writelog import Writelog
@@ -54,6 +55,9 @@ class World:
     def __init__(self, role: str, *, numbered: bool = True) -> None:
         self.device = MemoryDevice(WRITELOG_BYTES_MIN)
         self.log = initialise(self.device, role=role, sizes=(BLOCK,))
+        if role == "writelog":
+            dirty = empty_bitmap(self.log.superblock)
+            write_blocks(self.device, dirty.area, dirty.blocks(dirty.mark([(0, BLOCK)])))
         self.maker = FrameMaker()
         self.at = [Cursor()]
         self.durable = 0
@@ -125,10 +129,17 @@ def between_slots(role: str) -> State:
     return world.state(4)
 
 
+def is_bitmap(state: State, place: int) -> bool:
+    return 2 * S <= place < state.ring
+
+
 def bits_of(state: State, step: int) -> Iterator[int]:
-    """Every bit (or every so many) of the superblocks and records, and some of the fill."""
+    """Every bit (or every so many) of the superblocks and records, and some of what has no use:
+    of the fill, and of the dirty bitmap, save where its one mark is."""
     for block in range(0, state.ring + (FRAMES + 1) * BLOCK, 512):
         used = len(state.image[block : block + 512].rstrip(b"\0"))
+        if is_bitmap(state, block):
+            used = 9
         yield from range(8 * block, 8 * (block + used), step)
         yield from range(8 * (block + used), 8 * (block + 512), 509)
 
@@ -150,6 +161,8 @@ class DamageTests(SynchronousTestCase):
             self.assertEqual(devices["/data0"].unsynced, [])
             return None
         replay(unit)
+        dirty, self.told = load_bitmap(unit.writelog.device, unit.writelog.superblock)
+        self.assertTrue(dirty.is_marked(0))
         return devices["/data0"].durable()
 
     def recover_journal(self, image: bytes, applied: int) -> bytes | None:
@@ -164,6 +177,7 @@ class DamageTests(SynchronousTestCase):
             self.assertEqual(devices["/mirror0"].unsynced, [], "a refused journal was applied")
             self.assertEqual(devices["/mirror0"].durable(), content(applied))
             return None
+        self.told = ""
         return devices["/mirror0"].durable()
 
     def outcomes(
@@ -180,6 +194,7 @@ class DamageTests(SynchronousTestCase):
                 refused.append(bit)
             else:
                 self.assertIn(found, good, f"bit {bit}")
+                self.assertEqual(self.told != "", is_bitmap(state, bit // 8), f"bit {bit}")
             image[bit // 8] ^= 1 << bit % 8
         return refused
 

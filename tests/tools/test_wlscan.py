@@ -15,6 +15,7 @@ from qdsmirror.core import frames
 from qdsmirror.core.failures import Dead, Failed, Untrusted
 from qdsmirror.core.frames import REFRESH, Entry
 from qdsmirror.core.records import Cursor, Generation
+from qdsmirror.storage.bitmap import empty_bitmap
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.tools import wlinit
@@ -344,10 +345,10 @@ class BypassTests(ScanTestCase):
         for name in ("log0", "log1"):
             with self.site.log(name) as log:
                 log.update(both=True, bypass=self.STATE)
-        area = self.site.superblock("log1").bitmap
-        assert area is not None
-        self.site.put("log1", area.start, b"\x01")
-        dirty = min(area.chunk, DATA)
+        bitmap = empty_bitmap(self.site.superblock("log1"))
+        ((_, block),) = bitmap.blocks(bitmap.mark([(0, 1)]))
+        self.site.put("log1", bitmap.area.start, block)
+        dirty = min(bitmap.area.chunk, DATA)
         group = self.unchanged("--check")
         self.assertEqual(group["bypass"], {**self.STATE, "dirty_bytes": dirty})
         code, output, _ = self.site.run(main)
@@ -356,6 +357,14 @@ class BypassTests(ScanTestCase):
         # The bitmap of a failed writelog is not believed.
         self.site.latch("log0")
         self.assertEqual(self.scan(code=4)["bypass"]["dirty_bytes"], DATA + dirty)
+
+    def test_damage_to_a_bitmap_is_a_warning(self) -> None:
+        area = empty_bitmap(self.site.superblock("log1")).area
+        self.site.put("log1", area.start + 8, b"\x01")
+        code, _, errors = self.site.run(main, "--check")
+        self.assertEqual(code, 0)
+        self.assertIn("warning: the dirty bitmap of qds1 on", errors)
+        self.assertIn(f"bytes 0 to {DATA - 1} of the LDSU count as changed", errors)
 
     def test_secondary(self) -> None:
         self.site.be("beta")
