@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qdsmirror.core.failures import Dead, Failed, Untrusted
-from qdsmirror.core.frames import NUMBERS_END
+from qdsmirror.core.failures import Dead, Failed
 from qdsmirror.core.generations import settle
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.errors import BrokenError, QdsError
@@ -28,23 +27,9 @@ def known_failures(group: DriverGroup, latch: FailureLatch) -> Failed:
 
     :raises BrokenError: the state file cannot be read.
     """
-    known, failed = latch.group(), latch.failures()
-    try:
-        latch.keep()
-    except QdsError:
-        pass  # the memory that told us of them holds; its owner says so at its end
-    now = group.runtime.wall()
-    untrusted, dead = dict(known.untrusted), dict(known.dead)
-    for ldsu in group.config.ldsus:
-        log, data = failed.get(ldsu.writelog_device), failed.get(ldsu.data_device)
-        # A crash came between the failure and its recording: then nothing has gone past the log.
-        if log is not None and ldsu.index not in untrusted:
-            reason = _shorten(f"writelog {ldsu.writelog_device} failed: {log}")
-            untrusted[ldsu.index] = Untrusted(reason, now, NUMBERS_END - 1, False, 0)
-        if data is not None and ldsu.index not in dead:
-            reason = _shorten(f"data device {ldsu.data_device} failed: {data}")
-            dead[ldsu.index] = Dead(reason, now, 0)
-    return Failed(untrusted, dead, known.generation)
+    known = latch.known(group.config.ldsus, group.runtime.wall())
+    latch.try_to_keep()
+    return known
 
 
 def open_devices(group: DriverGroup, known: Failed) -> list[OpenUnit]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class FailureLatch:
 
         :raises BrokenError: the file cannot be read: then nobody knows what failed.
         """
-        return {**self._known(), **self._recorded()}
+        return {**self._known(), **self._read()[0]}
 
     def group(self) -> Failed:
         """Give what the group has made of its failed devices.
@@ -122,7 +123,8 @@ class FailureLatch:
             recorded of.
         :raises BrokenError: the file cannot be read.
         """
-        group, failed = self.group(), self.failures()
+        recorded, group = self._read()
+        failed = {**self._known(), **recorded}
         untrusted, dead = dict(group.untrusted), dict(group.dead)
         for ldsu in ldsus:
             log, data = failed.get(ldsu.writelog_device), failed.get(ldsu.data_device)
@@ -136,9 +138,6 @@ class FailureLatch:
                 dead[ldsu.index] = Dead(_shorten(reason), now, 0)
         return Failed(untrusted, dead, group.generation)
 
-    def _recorded(self) -> dict[str, str]:
-        return self._read()[0]
-
     def _read(self) -> tuple[dict[str, str], Failed]:
         try:
             found = json.loads(self.path.read_bytes())
@@ -146,7 +145,7 @@ class FailureLatch:
             return failed, Failed.from_json(found.get("group"))
         except FileNotFoundError:
             return {}, Failed()
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise BrokenError(
                 f"{self.path} cannot be read: {error}",
                 hint="it names devices whose sync has failed; see qdswlinit(1)",
@@ -155,13 +154,10 @@ class FailureLatch:
     def check(self, devices: Iterable[str]) -> None:
         """Refuse devices whose sync has failed before.
 
-        :raises BrokenError: naming the device and the reason.
+        :raises BrokenError: naming the device and the reason; or the file cannot be read.
         """
         failed = self.failures()
-        try:
-            self.keep()
-        except QdsError:
-            pass  # the memory that told us of them holds; its owner says so at its end
+        self.try_to_keep()
         for device in devices:
             if device in failed:
                 raise BrokenError(
@@ -177,7 +173,8 @@ class FailureLatch:
         if not isinstance(error, DeviceFailedError):
             return
         self._tell(device, str(error))
-        self._write({device: str(error), **self.failures()}, self.group())
+        recorded, group = self._read()
+        self._write({device: str(error), **self._known(), **recorded}, group)
 
     def record_group(self, failed: Failed) -> None:
         """Write durably what the group makes of its failed devices.
@@ -195,6 +192,14 @@ class FailureLatch:
         known = self._known()
         if known.keys() - recorded.keys():
             self._write({**known, **recorded}, group)
+
+    def try_to_keep(self) -> None:
+        """Do as :meth:`keep`; where that fails, the memory holds that told us of the failures.
+
+        Its owner says so at its end.
+        """
+        with suppress(QdsError):
+            self.keep()
 
     def _write(self, failed: Mapping[str, str], group: Failed) -> None:
         body: dict[str, Any] = {"failed": failed}
