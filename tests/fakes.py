@@ -66,6 +66,27 @@ def at_random(random: Random) -> Choice:
     return choose
 
 
+def extents_in(content: bytearray | mmap.mmap, offset: int, length: int) -> list[tuple[int, bool]]:
+    """Give the (length, allocated) pieces of a range: blocks of nothing but zeroes are holes."""
+    pairs: list[tuple[int, bool]] = []
+    end = offset + length
+    while offset < end:
+        step = min(4096 - offset % 4096, end - offset)
+        allocated = any(content[offset : offset + step])
+        if pairs and pairs[-1][1] == allocated:
+            pairs[-1] = (pairs[-1][0] + step, allocated)
+        else:
+            pairs.append((step, allocated))
+        offset += step
+    return pairs
+
+
+def first_hole(pairs: Sequence[tuple[int, bool]]) -> int:
+    """Give how many bytes from the start of these pieces on are a hole."""
+    length, allocated = next(iter(pairs), (0, True))
+    return 0 if allocated else length
+
+
 @implementer(IBlockDevice)
 class MemoryDevice:
     """A disk with a page cache in front of it.
@@ -206,21 +227,10 @@ class MemoryDevice:
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         self._enter("extents")
-        pairs: list[tuple[int, bool]] = []
-        end = offset + length
-        while offset < end:
-            step = min(4096 - offset % 4096, end - offset)
-            allocated = any(self._seen[offset : offset + step])
-            if pairs and pairs[-1][1] == allocated:
-                pairs[-1] = (pairs[-1][0] + step, allocated)
-            else:
-                pairs.append((step, allocated))
-            offset += step
-        return pairs
+        return extents_in(self._seen, offset, length)
 
     def hole(self, offset: int, length: int) -> int:
-        first = next(iter(self.extents(offset, length)), (0, True))
-        return 0 if first[1] else first[0]
+        return first_hole(self.extents(offset, length))
 
     def open_shared(self) -> int:
         self._enter("open_shared")

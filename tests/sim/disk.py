@@ -19,7 +19,7 @@ from qdsmirror.core.recent import Recent
 from qdsmirror.errors import DeviceError, DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.identity import Identity
-from tests.fakes import Choice, Unsynced, nothing
+from tests.fakes import Choice, Unsynced, extents_in, first_hole, nothing
 
 _numbers = itertools.count(1)
 
@@ -208,21 +208,10 @@ class SimDevice:
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         self._enter("extents")
-        pairs: list[tuple[int, bool]] = []
-        end = offset + length
-        while offset < end:
-            step = min(4096 - offset % 4096, end - offset)
-            allocated = any(self.disk.seen[offset : offset + step])
-            if pairs and pairs[-1][1] == allocated:
-                pairs[-1] = (pairs[-1][0] + step, allocated)
-            else:
-                pairs.append((step, allocated))
-            offset += step
-        return pairs
+        return extents_in(self.disk.seen, offset, length)
 
     def hole(self, offset: int, length: int) -> int:
-        first = next(iter(self.extents(offset, length)), (0, True))
-        return 0 if first[1] else first[0]
+        return first_hole(self.extents(offset, length))
 
     def open_shared(self) -> int:
         self._enter("open_shared")
