@@ -34,6 +34,10 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
     bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in used]
     for text in take_over(bound, group.config, incoherent):
         group.log.error("{group}: {text}", group=group.name, text=text)
+    for unit in opened:
+        # Fingerprints say, too, that nothing was written to the log since (binding.look_ahead).
+        if unit.dead is not None and unit.untrusted is None:
+            unit.writelog.update(both=True, fingerprints=None)
 
 
 def leave_devices(group: DriverGroup) -> Deferred[None]:

@@ -15,6 +15,7 @@ from qdsmirror.errors import MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.fingerprint import changed_ranges, chunks_for, fingerprint, ranges_text
 from qdsmirror.storage.identity import is_same
+from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
 
 
@@ -52,12 +53,12 @@ def take_over(
     :raises MismatchError: another device stands under a path.
     """
     told = []
-    found: dict[str, list[tuple[int, int]]] = {}
+    found = []
     for one in bound:
         known = one.fingerprint
         ranges = changed_ranges(one.device, known) if known is not None else []
         if ranges:
-            found[f"{_name(one)} ({ranges_text(ranges)})"] = ranges
+            found.append(f"{_name(one)} ({ranges_text(ranges)})")
         unit, stable = one.unit, one.device.stable
         if unit.identity and stable and not is_same(unit.identity, stable):
             _check_replaced(one, bound, config, known is not None and not ranges)
@@ -69,9 +70,14 @@ def take_over(
         reason = f"changed while its daemon was stopped: {'; '.join(found)}"
         incoherent(reason)
         told.append(f"{reason}; make a new mirror: qdsrefresh -g {config.number} --full")
-    for log in {id(one.log): one.log for one in bound}.values():
-        _begin(log, [one for one in bound if one.log is log])
+    for log, own in _by_log(bound):
+        _begin(log, own)
     return told
+
+
+def _by_log(bound: Sequence[Bound]) -> list[tuple[Writelog, list[Bound]]]:
+    logs = {id(one.log): one.log for one in bound}.values()
+    return [(log, [one for one in bound if one.log is log]) for log in logs]
 
 
 def _check_replaced(
@@ -113,14 +119,27 @@ def seal(bound: Sequence[Bound]) -> None:
 
     :raises OSError: a device cannot be read or synced, or a log not written.
     """
-    for log in {id(one.log): one.log for one in bound}.values():
+    for log, own in _by_log(bound):
         superblock = log.superblock
         chunks = chunks_for(superblock)
         if chunks is None or superblock.applied.position != log.head:
             continue
         made = {}
-        for one in bound:
-            if one.log is log:
-                one.device.fdatasync()
-                made[str(one.ldsu)] = fingerprint(one.device, chunks)
+        for one in own:
+            one.device.fdatasync()
+            made[str(one.ldsu)] = fingerprint(one.device, chunks)
         log.update(both=True, fingerprints=made)
+
+
+def look_ahead(log: Writelog, reader: LogReader) -> Ahead:
+    """Look behind the place where a log's history stops, unless an orderly stop left it there.
+
+    The next start removes the fingerprints from both slots before anything is written to the log:
+    where they still stand, nothing was, and so nothing of it can have been lost.
+
+    :raises CorruptError: see :meth:`~qdsmirror.storage.logreader.LogReader.look_ahead`.
+    """
+    superblock = log.superblock
+    if superblock.fingerprints is not None and reader.position == superblock.head.position:
+        return Ahead()
+    return reader.look_ahead()

@@ -30,7 +30,7 @@ from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
-from qdsmirror.storage.binding import Bound, seal, take_over
+from qdsmirror.storage.binding import Bound, look_ahead, seal, take_over
 from qdsmirror.storage.recovery import check_binding, closing_on_error
 from qdsmirror.storage.writelog import Writelog
 
@@ -143,7 +143,7 @@ class Mirror:
         reached, stopped, damage = reader.cursor, reader.stopped, ""
         try:
             # The durable GSN in frames is the primary's and says nothing of the journal.
-            durable = max(superblock.head.position, reader.look_ahead().durable_end)
+            durable = max(superblock.head.position, look_ahead(self.journal, reader).durable_end)
         except CorruptError as error:
             damage = f"{path}: {error.message}"
         else:

@@ -26,6 +26,7 @@ from qdsmirror.errors import (
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.absent import AbsentDevice, absent_log
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.binding import look_ahead
 from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.partition import LogDevices
 from qdsmirror.storage.writelog import Writelog
@@ -233,7 +234,7 @@ def _scan(ldsu: LdsuConfig, device: IBlockDevice, writelog: Writelog) -> OpenUni
             # A crash may have come before the other ranges of its recovery were recorded.
             durable = max(durable, header.durable_gsn)
     try:
-        ahead = reader.look_ahead()
+        ahead = look_ahead(writelog, reader)
     except CorruptError as error:
         raise CorruptError(
             f"writelog of {ldsu.name}: {error.message}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
@@ -90,8 +90,11 @@ def ring_bytes_for(frame_bytes: int, align: int) -> int:
 
 
 def _read_slot(device: IBlockDevice, slot: int, place: int, slot_bytes: int) -> Superblock:
-    raw = device.pread(max(0, min(slot_bytes, device.size - place)) // 512 * 512, place)
-    return parse_slot(raw, slot, place)
+    room = max(0, min(slot_bytes, device.size - place)) // 512 * 512
+    # Most bodies are short, however large the slot: the checksum says whether this one is.
+    with suppress(CorruptError):
+        return parse_slot(device.pread(min(room, 4096), place), slot, place)
+    return parse_slot(device.pread(room, place), slot, place)
 
 
 class SharedDevice(NamedTuple):
@@ -363,10 +366,8 @@ class Writelog:
         :param end: the position behind the last record found.
         """
         last = self.durable_tail + self.ring.size - self.ring.align
-        nothing = bytes(self.ring.align)
-        for position in (end, *self.ring.boundaries(end, last)):
-            if position <= last:
-                self.write([(self.ring.physical(position), [nothing])])
+        places = [at for at in (end, *self.ring.boundaries(end, last)) if at <= last]
+        self.write([(self.ring.physical(at), [bytes(self.ring.align)]) for at in places])
         self.sync()
 
     def reader(self, cursor: Cursor, *, contiguous: bool = False) -> LogReader:

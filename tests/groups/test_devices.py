@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import inlineCallbacks
@@ -10,8 +11,9 @@ from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from qdsmirror.core.records import Superblock
-from qdsmirror.errors import MismatchError
+from qdsmirror.errors import DeviceFailedError, MismatchError
 from qdsmirror.groups import retry as retry_module
+from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.writelog import Writelog, read_superblock
 from tests.fakes import MemoryDevice, everything, nothing
 from tests.groups.site import MIB, Sites, Steps
@@ -175,6 +177,16 @@ class DataDeviceTests(SynchronousTestCase):
         world.start()
         self.assertTrue(world.group.coherent)
         self.stop(world)
+
+    def test_none_are_left_of_a_device_that_failed_in_between(self) -> None:
+        # As qdswlscan(1) may find: the writelog may be written to from now on.
+        world = self.world(ldsus=2)
+        world.latch = FailureLatch(Path(self.mktemp()))
+        world.latch.record("/near/data0", DeviceFailedError("a sync failed", path="/near/data0"))
+        world.start()
+        self.assertTrue(world.group.units[0].dead)
+        for index in range(2):
+            self.assertIsNone(self.superblock(world, index).fingerprints, index)
 
     def test_none_for_an_ldsu_that_failed(self) -> None:
         for method in ("pwritev", "fdatasync"):

@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core.records import RECORD_HEADER_BYTES, SLOT_BYTES, Cursor
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import WRITELOG_BYTES_MIN
+from qdsmirror.storage.binding import Bound, seal
 from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap, write_blocks
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
@@ -219,6 +220,19 @@ class DamageTests(SynchronousTestCase):
 
     def test_idle(self) -> None:
         self.check(idle, 7)
+
+    def test_after_an_orderly_stop(self) -> None:
+        # Nothing is looked for behind the end then, and nothing there is needed.
+        for role in ("writelog", "journal"):
+            recover = self.recover_writelog if role == "writelog" else self.recover_journal
+            world = World(role)
+            for _ in range(FRAMES):
+                world.append()
+            world.sync()
+            world.checkpoint(FRAMES)
+            seal([Bound(world.log, 0, MemoryDevice(BLOCK, content=content(FRAMES)))])
+            state = world.state(FRAMES)
+            self.assertEqual(self.outcomes(state, recover, bits_of(state, 7)), [], role)
 
     def test_between_the_slots_of_a_checkpoint(self) -> None:
         self.check(between_slots, 7)
