@@ -119,6 +119,13 @@ class SuperblockTests(SynchronousTestCase):
         self.assertEqual(self.log.durable_tail, 0)
         self.assertEqual(self.log.superblock.tail, Cursor())
 
+    def test_bodies_of_more_than_a_block(self) -> None:
+        for reason in ("one " * 1500, "two " * 1500, "three"):
+            self.log.update(reason=reason)
+            self.assertEqual(Writelog.open(self.device.crash()).superblock, self.log.superblock)
+            self.device = MemoryDevice(SIZE, content=self.device.durable())
+            self.log = Writelog.open(self.device)
+
     def test_slots_swapped(self) -> None:
         raw = self.device.durable()
         self.device.corrupt(0, raw[S : 2 * S] + raw[:S])
