@@ -18,12 +18,13 @@ def empty_bitmap(superblock: Superblock) -> DirtyBitmap:
 
 
 def initialise_bitmap(device: IBlockDevice, superblock: Superblock) -> None:
-    """Write a new writelog's bitmap, without a mark; durable on return.
+    """Write a new log's bitmap, without a mark, durable on return; a journal has none.
 
     :raises OSError: the device refused.
     """
-    bitmap = empty_bitmap(superblock)
-    write_blocks(device, bitmap.area, bitmap.blocks(bitmap.clear()))
+    if superblock.bitmap is not None:
+        bitmap = empty_bitmap(superblock)
+        write_blocks(device, bitmap.area, bitmap.blocks(bitmap.clear()))
 
 
 def read_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitmap, str]:

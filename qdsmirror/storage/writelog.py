@@ -202,8 +202,7 @@ class Writelog:
             slot_bytes=slot_bytes,
             bitmap=bitmap,
         )
-        if bitmap is not None:
-            initialise_bitmap(device, superblock)
+        initialise_bitmap(device, superblock)
         for place in {*SLOT_BYTES, *EXTENSION_SLOT_BYTES} - {slot_bytes}:
             # A forgotten second slot, of another size or an extension's, must not be found again.
             if place + 4096 <= device.size:
