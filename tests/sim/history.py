@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -191,6 +192,10 @@ class Lineage:
         return self._contents[generation][ldsu]
 
 
+def _number(value: tuple[int, bytes]) -> int:
+    return value[0]
+
+
 class Sectors:
     """What a client may find in each sector of an LDSU.
 
@@ -229,8 +234,8 @@ class Sectors:
             self._safe[at] = max(number, self._safe.get(at, 0))
 
     def allowed(self, at: int, since: int) -> set[bytes]:
-        values = self._values.get(at, ())
-        allowed = {tag for number, tag in values if number >= since}
+        values = self._values.get(at, [])
+        allowed = {tag for _, tag in values[bisect_left(values, since, key=_number) :]}
         if not since:
             allowed.add(self._base[at : at + TAG])
         return allowed
