@@ -46,7 +46,6 @@ from qdsmirror.groups.restart import (
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import IGroup
-from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
 from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap
 from qdsmirror.storage.latch import FailureLatch
@@ -105,7 +104,6 @@ class DriverGroup:
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
-        self._unapplied_bytes = 0
         self._undurable: deque[UnitFrame] = deque()
         self._timer: Any = None
         self._pmd: DriverEnd | None = None
@@ -272,8 +270,7 @@ class DriverGroup:
     def may_frame(self) -> bool:
         """Whether more may be framed: what is not yet applied is bounded (BOUND)."""
         return (
-            self._unapplied_bytes < UNAPPLIED_BYTES_MAX
-            and self._serving
+            self._serving
             and self.runtime.unapplied.has_room(self)
             and self.bypass.phase == OFF
             and not self.failures.stops_framing
@@ -282,7 +279,12 @@ class DriverGroup:
     @property
     def hurry(self) -> bool:
         """Whether commits should not wait for company."""
-        return self._unapplied_bytes > UNAPPLIED_BYTES_MAX // 4
+        return self.runtime.unapplied.is_much(self)
+
+    @property
+    def unapplied_bytes(self) -> int:
+        """What is framed and not yet applied."""
+        return self.runtime.unapplied.held_by(self)
 
     def take_gsns(self, count: int) -> tuple[int, int]:
         """Take the next global sequence numbers."""
@@ -295,7 +297,6 @@ class DriverGroup:
         """Take a new frame into the group's order."""
         self._undurable.append(frame)
         self.checkpoints.framed(frame)
-        self._unapplied_bytes += frame.weight
         self.runtime.unapplied.take(self, frame.weight)
 
     def appended(self) -> None:
@@ -319,7 +320,6 @@ class DriverGroup:
     def was_applied(self, weight: int) -> None:
         """Learn that frames of this many payload bytes are on their data device."""
         blocked = not self.may_frame
-        self._unapplied_bytes -= weight
         self.runtime.unapplied.give(self, weight)
         if blocked:
             self.frame_again()

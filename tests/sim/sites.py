@@ -25,6 +25,7 @@ from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.limits import KIB
 from qdsmirror.paths import Paths
 from qdsmirror.storage.extension import PoolDevice
@@ -237,6 +238,7 @@ class Sites:
             listen=lambda *_: _Listener(),
             attach=lambda _reactor, _path: self._attach(process),
             endpoint=lambda *_: _Way(self, process),
+            unapplied=Unapplied(self.profile.limit, 0),
             server_tls=lambda *_: None,
         )
         return process, runtime

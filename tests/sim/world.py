@@ -228,7 +228,7 @@ class World(Clients):
         frame = profile.log // 4
         # A refresh that has been let in reads its chunk first; a frame may come between.
         unapplied = profile.limit + frame + profile.log // 16 + 8 * KIB
-        if self.driver is not None and self.driver.group._unapplied_bytes > unapplied:
+        if self.driver is not None and self.driver.group.unapplied_bytes > unapplied:
             raise Violation("BOUND: too much is unapplied at the driver")
         if self.pmd is not None and self.pmd.group._outbound is not None:
             flying = sum(size for _, size, _, _ in self.pmd.group._outbound._in_flight)
