@@ -151,7 +151,7 @@ class Bypass:
     def _patience(self, now: float) -> float:
         if self._left_at is not None and now < self._left_at + OVERFLOW_AGAIN_SECONDS:
             return OVERFLOW_AGAIN_SECONDS
-        return OVERFLOW_WAIT_SECONDS if self._group.link["state"] == "connected" else 0.0
+        return OVERFLOW_WAIT_SECONDS if self._group.pmd.link["state"] == "connected" else 0.0
 
     def _look_again(self) -> None:
         self._timer = None
@@ -234,7 +234,7 @@ class Bypass:
             raise
         self.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), reason)
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
             unit.go_direct()
@@ -342,7 +342,7 @@ class Bypass:
         group = self._group
         self.state = None
         group.generation = generations[-1].id
-        group.tell_generations([generation.id for generation in generations])
+        group.pmd.tell_generations([generation.id for generation in generations])
         first = group.units[0]
         mark: list[UnitFrame | None] = []
         first.when_free(lambda: mark.append(first.append_control(SWITCH, generations[-2].id)))

@@ -60,7 +60,7 @@ class Extensions:
         self._opened, problems = open_pool(good, self._group.number, open_device, failed=failed)
         for path, error in problems.items():
             self.unusable[path] = error.message
-            self._record(path, error)
+            self._group.failures.remember(path, error)
         for path, reason in self.unusable.items():
             self.log.warn(
                 "{group}: extension {path} cannot be used: {reason}",
@@ -98,14 +98,7 @@ class Extensions:
         path = device.device.path
         self.unusable[path] = str(error)
         self._group.note_error(f"extension {path} failed: {error}")
-        self._record(path, error)
-
-    def _record(self, path: str, error: BaseException) -> None:
-        """Remember a failed sync for good (rules.md 4)."""
-        try:
-            self._latch.record(path, error)
-        except QdsError as cause:
-            self._group.note_error(cause.message)
+        self._group.failures.remember(path, error)
 
     def stop(self) -> Deferred[None]:
         """Fire when nothing is half-way: the driver stops."""

@@ -57,6 +57,11 @@ class Failures:
         self._drained: set[int] = set()
         self._working = False
 
+    @property
+    def since(self) -> float:
+        """When the first device failed, in seconds since 1970; 0 if none has."""
+        return min((since for _, since in self._since.values()), default=0.0)
+
     def happened(self, unit: DriverUnit, what: str, path: str, error: BaseException) -> None:
         """Learn that a device has failed, for good (invariant LOUD)."""
         group = self._group
@@ -74,9 +79,19 @@ class Failures:
         else:
             unit.dead = True
             unit.refuse(reason)
-        group.unit_failed(path, reason, error)
+        group.notes.append(reason)
+        self.remember(path, error)
+        group.bypass.poke()
+        group.note_idle()
         if not self._working:
             self._work()
+
+    def remember(self, path: str, error: BaseException) -> None:
+        """Remember a failed sync for good (rules.md 4)."""
+        try:
+            self._latch.record(path, error)
+        except QdsError as cause:
+            self._group.note_error(cause.message)
 
     def stop(self) -> Deferred[None]:
         """Fire when nothing is half-way: the driver stops."""
@@ -277,7 +292,7 @@ class Failures:
                 unit.answer_drained()
         group.bypass.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), state["reason"])
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
             unit.go_direct()

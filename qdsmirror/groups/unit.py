@@ -39,6 +39,7 @@ from qdsmirror.storage.writelog import Writelog, Writes
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
+    from qdsmirror.core.watermark import Committed
     from qdsmirror.groups.driver import DriverGroup
 
 
@@ -305,6 +306,13 @@ class DriverUnit:
         self.durable_point = self.applied_point = self._framing.point
         self.applied_sequence = self.synced_sequence = frame.sequence
         return writes
+
+    def committed(self, gsn: int, end: Committed) -> None:
+        """Learn where the part of the log ends that the secondary has committed."""
+        if self.committed_end <= end.position <= self.durable_end:
+            self.committed_end = end.position
+            self.committed_point = end.point
+            self.committed_gsn = max(gsn, self.committed_gsn)
 
     # -- bypass -------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from twisted.internet.defer import succeed
 
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.attachment import DriverEnd
@@ -119,8 +118,8 @@ def _announce_before_durable(patch: Patch) -> None:
         unit.durable_end = was
 
     def appended(unit: Any, *_: Any) -> None:
-        if unit.group._pmd is not None:
-            unit.group._pmd.durable(0, unit)
+        if unit.group.pmd.end is not None:
+            unit.group.pmd.end.durable(0, unit)
 
     patch(DriverEnd, "durable", durable)
     patch(DriverUnit, "_was_appended", _wrapped(DriverUnit, "_was_appended", after=appended))
@@ -226,8 +225,8 @@ def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
 
 @mutation("RECOVER", seeds=300)
 def _void_ranges_not_recorded(patch: Patch) -> None:
-    real = driver_module.judge
-    patch(driver_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
+    real = restart_module.judge
+    patch(restart_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
 
 
 @mutation("RECOVER", seeds=400)
@@ -272,7 +271,7 @@ def _bypass_left_without_a_sync(patch: Patch) -> None:
 
 @mutation("GENERATION", seeds=400, first=90)
 def _switch_not_completed_at_the_start(patch: Patch) -> None:
-    patch(driver_module, "awaits_switch", lambda *_: False)
+    patch(restart_module, "awaits_switch", lambda *_: False)
 
 
 # -- between the sites ----------------------------------------------------------------------------

@@ -342,7 +342,7 @@ class World(Clients):
         self._check_equal()
 
     def _refused(self) -> bool:
-        return self.driver is not None and self.driver.group.link["state"] == "refused"
+        return self.driver is not None and self.driver.group.pmd.link["state"] == "refused"
 
     def _initialise_writelogs(self) -> bytes:
         generation = secrets.token_bytes(16)
@@ -358,7 +358,7 @@ class World(Clients):
         group = self.driver.group
         return (
             group.bypass.phase == "off"
-            and group.mirrored_gsn == group.next_gsn - 1
+            and group.pmd.mirrored_gsn == group.next_gsn - 1
             and group.all_applied
             and group.refresh_job is None
             and group.coherent
