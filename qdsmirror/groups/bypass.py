@@ -216,10 +216,10 @@ class Bypass:
             group.coherence.end_for_bypass()
             yield self._frame_break(bypass)
             for unit in group.units:
-                unit.hasten()
+                unit.syncing.hasten()
             yield self.until(self._is_all_applied)
             if group.coherent:
-                yield gatherResults([unit.clear_dirty() for unit in group.units])
+                yield gatherResults([unit.direct.clear_dirty() for unit in group.units])
                 self._check_logs()
             yield group.checkpoints.record_everywhere(
                 bypass=state,
@@ -237,7 +237,7 @@ class Bypass:
         group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
-            unit.go_direct()
+            unit.direct.begin()
 
     def _frame_break(self, bypass: bytes) -> Deferred[None]:
         """Tell the secondary, in the order of things, that nothing comes after."""
@@ -328,7 +328,7 @@ class Bypass:
         except Exception:
             self._become(ON)
             for unit in group.units:
-                unit.go_direct()
+                unit.direct.begin()
             raise
         yield self._begin_generation(generations)
 
@@ -375,8 +375,8 @@ class Bypass:
 
         def done(_upto: int, error: BaseException | None) -> None:
             if error is not None:
-                unit.fail("data device", unit.config.data_device, error)
+                unit.fail_data(error)
             synced.callback(None)
 
-        unit.sync_data(done)
+        unit.applying.sync(done)
         return synced

@@ -93,6 +93,6 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
             "entries": waiting,
             "oldest_age_seconds": round(age, 3) if waiting else 0.0,
         },
-        "dead": unit.dead,
-        "errors": list(unit.errors),
+        "dead": bool(unit.dead),
+        "errors": unit.errors,
     }

@@ -292,7 +292,7 @@ class Extensions:
             self._changing[unit.index] -= 1
             if error is not None and unit.writelog.is_undecided:
                 # Nobody knows which layout a crash would leave.
-                unit.fail("writelog", unit.config.writelog_device, error)
+                unit.fail_log(error)
             settled(error)
             unit.full_since = None
             group.frame_again()

@@ -38,7 +38,7 @@ WRITELOG, DATA_DEVICE = "writelog", "data device"
 class Failures:
     """The failed devices of a group.
 
-    :ivar recorded: what is durable of them.
+    :ivar recorded: what is durable of them, and what the LDSUs go by.
     :ivar stops_framing: a writelog has failed: nothing may be framed any more.
     :ivar restarted: a writelog failed before this start, so that it is not there to be sent.
     """
@@ -53,38 +53,39 @@ class Failures:
         self.restarted = False
         #: What could not be recorded.
         self._refused: Failed | None = None
-        self._since: dict[tuple[str, int], tuple[str, float]] = {}
-        self._drained: set[int] = set()
+        #: By device and LDSU, in seconds since 1970.
+        self._since: dict[tuple[str, int], float] = {}
         self._working = False
 
     @property
     def since(self) -> float:
         """When the first device failed, in seconds since 1970; 0 if none has."""
-        return min((since for _, since in self._since.values()), default=0.0)
+        return min(self._since.values(), default=0.0)
 
-    def happened(self, unit: DriverUnit, what: str, path: str, error: BaseException) -> None:
+    def happened(self, unit: DriverUnit, what: str, error: BaseException) -> None:
         """Learn that a device has failed, for good (invariant LOUD)."""
-        group = self._group
         if unit.log_failed if what == WRITELOG else unit.dead:
             return
+        group, config = self._group, unit.config
+        path = config.writelog_device if what == WRITELOG else config.data_device
         reason = f"{what} {path} failed: {error}"
-        self._since[what, unit.index] = (
-            reason[:FAILURE_REASON_CHARS_MAX], group.runtime.wall(),
-        )  # fmt: skip
+        self._since[what, unit.index] = group.runtime.wall()
         self.log.error("{group} {unit}: {reason}", group=group.name, unit=unit.name, reason=reason)
-        unit.errors.append(reason)
-        if what == WRITELOG:
-            unit.log_failed = reason
-            self.stops_framing = True
-        else:
-            unit.dead = True
-            unit.refuse(reason)
         group.notes.append(reason)
+        self._latched(unit, what, reason)
         self.remember(path, error)
         group.bypass.poke()
         group.note_idle()
         if not self._working:
             self._work()
+
+    def _latched(self, unit: DriverUnit, what: str, reason: str) -> None:
+        if what == WRITELOG:
+            unit.log_failed = reason
+            self.stops_framing = True
+        else:
+            unit.dead = reason
+            unit.refuse(reason)
 
     def remember(self, path: str, error: BaseException) -> None:
         """Remember a failed sync for good (rules.md 4)."""
@@ -121,7 +122,7 @@ class Failures:
         :raises DeviceFailedError: one has failed.
         """
         group = self._group
-        failed = next((unit.errors[0] for unit in group.units if unit.dead), "")
+        failed = next((unit.dead for unit in group.units if unit.dead), "")
         if failed:
             raise DeviceFailedError(
                 f"{group.name}: no {doing} while a data device has failed: {failed}",
@@ -142,19 +143,12 @@ class Failures:
         """Take up what the start has found, and has made durable."""
         self.recorded = recorded
         for index, log in recorded.untrusted.items():
-            unit = self._group.units[index]
-            unit.errors.append(log.reason)
-            unit.log_failed = log.reason
-            unit.unlogged = True
-            self._since[WRITELOG, index] = (log.reason, log.since)
-            self._drained.add(index)
-            self.restarted = self.stops_framing = True
+            self._latched(self._group.units[index], WRITELOG, log.reason)
+            self._since[WRITELOG, index] = log.since
+            self.restarted = True
         for index, device in recorded.dead.items():
-            unit = self._group.units[index]
-            unit.errors.append(device.reason)
-            unit.dead = unit.exempt = True
-            unit.refusal = device.reason
-            self._since[DATA_DEVICE, index] = (device.reason, device.since)
+            self._latched(self._group.units[index], DATA_DEVICE, device.reason)
+            self._since[DATA_DEVICE, index] = device.since
 
     def _wanted(self) -> Failed:
         """Give what should be durable by now."""
@@ -164,11 +158,11 @@ class Failures:
         dead: dict[int, Dead] = {}
         for unit in group.units:
             if unit.log_failed:
-                reason, since = self._since[WRITELOG, unit.index]
-                drained = unit.index in self._drained
-                untrusted[unit.index] = Untrusted(reason, since, upto, drained, unit.size)
+                reason, since = _shorten(unit.log_failed), self._since[WRITELOG, unit.index]
+                untrusted[unit.index] = Untrusted(reason, since, upto, unit.unlogged, unit.size)
             if unit.dead:
-                dead[unit.index] = Dead(*self._since[DATA_DEVICE, unit.index], unit.size)
+                reason, since = _shorten(unit.dead), self._since[DATA_DEVICE, unit.index]
+                dead[unit.index] = Dead(reason, since, unit.size)
         return Failed(untrusted, dead, group.generation.hex())
 
     def _break(self) -> int:
@@ -206,10 +200,12 @@ class Failures:
         yield group.bypass.until(lambda: not any(u.log_failed and u.is_on_log for u in group.units))
         wanted = self._wanted()
         if wanted != self.recorded:
+            before = self.recorded.dead
             yield self._record(wanted)
             for unit in group.units:
-                if unit.index in self.recorded.dead and not unit.exempt:
-                    unit.be_exempt()
+                if unit.exempt and unit.index not in before:
+                    unit.applying.be_exempt()
+                    group.checkpoints.take()
             return
         yield self._drain()
 
@@ -249,7 +245,7 @@ class Failures:
             bypass.phase = ENTERING
             group.coherence.end_for_bypass()
         for unit in group.units:
-            unit.hasten()
+            unit.syncing.hasten()
             if unit.log_failed and unit.index in self.recorded.untrusted:
                 unit.write_past_log()
         yield bypass.until(self._is_drained)
@@ -269,7 +265,6 @@ class Failures:
             **group.checkpoints.each_cursor(),
         )
         if done:
-            self._drained.update(drained)
             self._go_past(state)
 
     def _is_drained(self) -> bool:
@@ -279,7 +274,7 @@ class Failures:
             return True
         if group.checkpoints.running or any(unit.has_frames for unit in group.units):
             return False
-        if all(unit.applied_sequence == unit.synced_sequence for unit in group.units):
+        if all(unit.applying.is_synced for unit in group.units):
             return True
         group.checkpoints.take()
         return False
@@ -287,13 +282,15 @@ class Failures:
     def _go_past(self, state: dict[str, Any]) -> None:
         group = self._group
         for unit in group.units:
-            if unit.log_failed:
-                unit.unlogged = True
-                unit.answer_drained()
+            if unit.unlogged:
+                unit.syncing.answer_late()
         group.bypass.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), state["reason"])
         group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
-            unit.go_direct()
-            unit.direct.go_on()
+            unit.direct.begin()
+
+
+def _shorten(reason: str) -> str:
+    return reason[:FAILURE_REASON_CHARS_MAX]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qdsmirror.core.failures import Dead, Failed
+from qdsmirror.core.frames import HEADER_BYTES, SWITCH, VOID
 from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.errors import BrokenError, QdsError
@@ -64,6 +65,16 @@ def recover(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch)
         _go_on_past(group, opened, plan, latch)
     else:
         _go_on(group, opened, plan, latch)
+
+
+def _append(unit: DriverUnit, kind: int, payload: bytes, gsns: tuple[int, int]) -> None:
+    """Append a control frame durably; ``gsns``: its first and how many."""
+    placement = unit.writelog.place(HEADER_BYTES + len(payload), control=True)
+    assert placement is not None, "the reserve holds room for what recovery records"
+    frame, writes = unit.framing.make(kind, placement, (), [payload], gsns)
+    unit.writelog.write(writes)
+    unit.writelog.sync()
+    unit.stand_behind(frame)
 
 
 def _replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch) -> None:
@@ -152,9 +163,8 @@ def _go_on(
             "{group}: GSN {first} to {last} were lost before they were durable; recorded as "
             "void", group=group.name, first=void.range.first, last=void.range.end - 1,
         )  # fmt: skip
-        unit = group.units[void.ldsu]
-        unit.writelog.write(unit.void_writes(void.range.first, void.range.length))
-        unit.writelog.sync()
+        gsns = (void.range.first, void.range.length)
+        _append(group.units[void.ldsu], VOID, b"", gsns)
     group.bypass.resume(settled)
     group.coherence.resume(settled)
     common: dict[str, Any] = {}
@@ -194,9 +204,7 @@ def _make_unit(group: DriverGroup, opened: OpenUnit) -> DriverUnit:
 
 def _switch(group: DriverGroup, predecessor: bytes) -> None:
     """Begin the newest generation with its switch, durably, before anything else (rules.md 7)."""
-    unit = group.units[0]
-    unit.writelog.write(unit.switch_writes(predecessor))
-    unit.writelog.sync()
+    _append(group.units[0], SWITCH, predecessor, group.take_gsns(1))
     group.durable_gsn = group.checkpoints.applied_gsn = group.next_gsn - 1
 
 

@@ -246,7 +246,7 @@ class BeginTests(SynchronousTestCase):
         job = world.refresh()
         world.steps["qds0 commit"].step_all()
         world.steps["qds0 writelog"].step_all()
-        self.assertTrue(unit.is_locked)
+        self.assertTrue(unit.waiting.is_locked)
         world.steps["qds0 read"].step_all()
         for _ in range(100):
             world.settle(0.01)

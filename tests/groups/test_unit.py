@@ -486,7 +486,7 @@ class ErrorTests(SynchronousTestCase):
         world.data(0).fail("fdatasync")
         world.settle(2)
         self.assertTrue(self.unit.errors)
-        self.assertGreater(self.unit.applied_sequence, self.unit.synced_sequence)
+        self.assertGreater(self.unit.applying.applied_sequence, self.unit.applying.synced_sequence)
         other = world.group.units[1]
         for number in range(100):
             world.client.write(other, number * BLOCK, unique(number))

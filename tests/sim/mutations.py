@@ -18,11 +18,13 @@ from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
+from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
@@ -103,7 +105,7 @@ def _ignore(_result: Any, _error: BaseException | None) -> None:
 @mutation("NO-HIDDEN")
 def _apply_before_durable(patch: Patch) -> None:
     def early(unit: Any, frame: Any, *_: Any) -> None:
-        unit._apply_worker.run(partial(apply_entries, unit.device, frame.entries), _ignore)
+        unit.run_on_data(partial(apply_entries, unit.device, frame.entries), _ignore)
 
     patch(DriverUnit, "_append", _wrapped(DriverUnit, "_append", before=early))
 
@@ -127,10 +129,10 @@ def _announce_before_durable(patch: Patch) -> None:
 
 @mutation("DURABLE")
 def _flush_without_sync(patch: Patch) -> None:
-    def flush(unit: Any, request: Any) -> None:
+    def flush(_syncing: Any, request: Any) -> None:
         request.connection.answer([request])
 
-    patch(DriverUnit, "_flush", flush)
+    patch(Syncing, "flush", flush)
 
 
 @mutation("DURABLE")
@@ -147,12 +149,12 @@ def _fua_answered_from_the_cache(patch: Patch) -> None:
 
 @mutation("LOUD", seeds=300)
 def _failed_sync_taken_for_good(patch: Patch) -> None:
-    real = DriverUnit._committed
+    real = Syncing._committed
 
-    def committed(unit: Any, count: int, result: Any, error: Any) -> None:
-        real(unit, count, result, None)
+    def committed(syncing: Any, count: int, result: Any, error: Any) -> None:
+        real(syncing, count, result, None)
 
-    patch(DriverUnit, "_committed", committed)
+    patch(Syncing, "_committed", committed)
 
 
 @mutation("TAIL")
@@ -162,10 +164,10 @@ def _tail_past_an_unacknowledged_frame(patch: Patch) -> None:
 
 @mutation("TAIL")
 def _tail_past_an_unsynced_frame(patch: Patch) -> None:
-    def sync_data(unit: Any, done: Any) -> None:
-        done(unit.applied_sequence, None)
+    def sync(applying: Any, done: Any) -> None:
+        done(applying.applied_sequence, None)
 
-    patch(DriverUnit, "sync_data", sync_data)
+    patch(Applying, "sync", sync)
 
 
 def _after_cursors(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
