@@ -215,6 +215,7 @@ class Story(Application):
         for path in paths:
             test.assertIn(f"writelog {path} failed", status["bypass"]["reason"])
         test.assertGreater(status["bypass"]["since"], 0)
+        test.assertGreater(status["since"], 0)
         error = test.failureResultOf(group.switch_bypass("off"), DeviceFailedError).value
         test.assertIn("qdswlinit", error.hint)
         test.failureResultOf(group.refresh("full"), DeviceFailedError)
@@ -424,6 +425,31 @@ class WritelogTests(SynchronousTestCase):
         world.settle(1)
         self.assertEqual(world.client.done, requests)
         self.assertEqual(world.data().content()[:BLOCK], unique(2))
+
+    def test_log_that_fails_while_another_is_recorded_is_recorded_first(self) -> None:
+        story = Story(self, 3, stepped=True)
+        world = story.world
+        world.start()
+        world.group.switch_bypass("on")
+        world.settle(1)
+        world.log(0).fail("pwritev")
+        requests = [story.write(0, 0)]
+        world.step("qds0 commit")
+        requests.append(story.write(1, 0))
+        # The first record of the other; this one's dirty bits; that all is safe without the other.
+        world.step("qds2 commit")
+        world.step("qds1 commit")
+        world.log(1).fail("pwritev")
+        world.step("qds1 commit", 2)
+        world.step("qds2 commit")
+        self.assertTrue(story.unit(0).unlogged)
+        self.assertTrue(story.unit(1).log_failed)
+        self.assertFalse(world.steps["qds1 data"].waiting, "rules.md 13")
+        world.settle(1)
+        self.assertEqual(world.client.done, requests)
+        self.assertEqual(world.data(1).violations, 0)
+        self.assertEqual(world.data(1).content()[:BLOCK], unique(2))
+        self.assertEqual(set(world.latch.kept[1].untrusted), {0, 1})
 
     def test_overflow_and_refresh_are_refused_while_a_log_has_failed(self) -> None:
         story = Story(self)
