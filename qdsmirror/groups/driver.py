@@ -144,6 +144,9 @@ class DriverGroup:
         if self.bypass.phase == ON:
             yield self.bypass.sync()
         yield self._final_checkpoint()
+        while self.failures.busy:
+            yield self.failures.stop()
+            yield self._final_checkpoint()
         self._serving = False
         self.modes.happen(Event.DRIVER_STOPPED, self.runtime.wall())
         self.pmd.close()

@@ -15,10 +15,11 @@ next start (:mod:`qdsmirror.groups.restart`).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks, succeed
+from twisted.internet.defer import Deferred, DeferredLock, inlineCallbacks
 from twisted.logger import Logger
 
 from qdsmirror.core.failures import Dead, Failed, Untrusted
@@ -56,6 +57,8 @@ class Failures:
         #: By device and LDSU, in seconds since 1970.
         self._since: dict[tuple[str, int], float] = {}
         self._working = False
+        #: One after the other writes the state file.
+        self._file = DeferredLock()
 
     @property
     def since(self) -> float:
@@ -88,17 +91,29 @@ class Failures:
             unit.refuse(reason)
 
     def remember(self, path: str, error: BaseException) -> None:
-        """Remember a failed sync for good (rules.md 4)."""
-        try:
-            self._latch.record(path, error)
-        except QdsError as cause:
-            self._group.note_error(cause.message)
+        """Remember a failed sync for good: the master at once, then the state file (rules.md 4).
 
-    def stop(self) -> Deferred[None]:
+        The file is written in a thread, so that other groups go on however long that takes;
+        whatever is made of the failure is written after it.
+        """
+        if self._latch.tell(path, error):
+            self._in_file(self._latch.write, path, error).addErrback(
+                lambda failure: self._group.note_error(str(failure.value))
+            )
+
+    def _in_file(self, job: Callable[..., None], *args: Any) -> Deferred[None]:
+        return self._file.run(self._group.runtime.blocking, job, *args)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is half-way, or not yet in the state file."""
+        return self._working or bool(self._file.locked)
+
+    @inlineCallbacks
+    def stop(self) -> Any:
         """Fire when nothing is half-way: the driver stops."""
-        return (
-            self._group.bypass.until(lambda: not self._working) if self._working else succeed(None)
-        )
+        yield self._group.bypass.until(lambda: not self._working)
+        yield self._file.run(lambda: None)
 
     def check_logs(self, doing: str) -> None:
         """Check that every writelog is as it should be.
@@ -215,7 +230,7 @@ class Failures:
 
         :raises QdsError: the state file cannot be written.
         """
-        self._latch.record_group(wanted)
+        yield self._in_file(self._latch.record_group, wanted)
         try:
             yield self._group.checkpoints.record_everywhere(failures=wanted.to_json(), **more)
         except QdsError:
