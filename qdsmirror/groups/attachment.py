@@ -1,4 +1,4 @@
-"""The driver's end of the watermark socket to the attached pmd."""
+"""The pmd at the driver: attached over a watermark socket, it says what is sent and committed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,145 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.core import watermark
-from qdsmirror.errors import ProtocolError
+from qdsmirror.core.records import Cursor
+from qdsmirror.core.ring import Ring
+from qdsmirror.core.states import Event
+from qdsmirror.core.watermark import Committed
+from qdsmirror.errors import ProtocolError, QdsError
+from qdsmirror.storage.writelog import SharedDevice
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
     from qdsmirror.groups.unit import DriverUnit
+
+
+class Attachment:
+    """The pmd of a group: what it is told and what it says; only the latest counts (rules.md 17).
+
+    :ivar end: our end of the socket to it; ``None`` while no pmd is attached.
+    :ivar sent_gsn: what it has sent; ``mirrored_gsn``: what is on the mirror devices; both ``None``
+        while no pmd has said so.
+    :ivar link: state, reason and code of its link to the secondary.
+    """
+
+    log = Logger()
+
+    def __init__(self, group: DriverGroup) -> None:
+        self._group = group
+        self.end: DriverEnd | None = None
+        self.sent_gsn: int | None = None
+        self.mirrored_gsn: int | None = None
+        self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+
+    def attach(self) -> tuple[dict[str, Any], list[int], int]:
+        """Take a pmd; an earlier one is cut off.
+
+        :returns: what it must know; read-only descriptors of the writelogs' devices, by LDSU
+            (rules.md 10); its end of the watermark socket.  The caller closes the descriptors.
+        :raises QdsError: the driver does not serve this group (yet).
+        """
+        group = self._group
+        if not group.is_serving:
+            raise QdsError(f"{group.name}: the driver does not serve this group yet")
+        if group.failures.restarted:
+            raise QdsError(
+                f"{group.name}: nothing is sent: {group.bypass.reason}",
+                hint="see Failed devices in qdsmirror-architecture(7)",
+            )
+        self.close()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.end = DriverEnd(group)
+        self.end.adopt(group.runtime.reactor, ours)
+        shared = [unit.writelog.open_shared() for unit in group.units]
+        refresh = group.refresh_job
+        info = {
+            "group": group.number,
+            "generations": [
+                one.id.hex() for one in group.units[0].writelog.superblock.generations
+            ],
+            "durable_gsn": group.durable_gsn,
+            "committed_gsn": group.committed_gsn,
+            "refresh": refresh.announcement() if refresh is not None else None,
+            "units": [
+                _unit_info(unit, self.end.rings[unit.index], shared[unit.index])
+                for unit in group.units
+            ],
+        }  # fmt: skip
+        return info, [one.fd for row in shared for one in row], theirs.detach()
+
+    def close(self) -> None:
+        """Cut the pmd off, if there is one."""
+        if self.end is not None:
+            self.end.close()
+
+    # -- what it is told ------------------------------------------------------------------------
+
+    def tell_generations(self, ids: Sequence[bytes]) -> None:
+        """Say of which generations frames may be."""
+        if self.end is not None:
+            self.end.generations(ids)
+
+    def tell_refresh(self, announcement: dict[str, Any] | None) -> None:
+        """Say which refresh is in progress."""
+        if self.end is not None:
+            self.end.refresh(announcement)
+
+    # -- what it says ---------------------------------------------------------------------------
+
+    def said_committed(
+        self, end: DriverEnd, sent: int, committed: int, mirrored: int, ends: Sequence[Committed]
+    ) -> None:
+        """Take its watermarks."""
+        if end is not self.end:
+            return
+        self.sent_gsn = sent
+        self.mirrored_gsn = mirrored
+        self._group.committed(committed, ends)
+
+    def said_link(self, end: DriverEnd, link: dict[str, Any]) -> None:
+        """Take the state of its link."""
+        if end is not self.end:
+            return
+        group = self._group
+        was = self.link["state"]
+        self.link = link
+        if link.get("refresh_lost"):
+            group.coherence.restart(link["refresh_lost"])
+        if link.get("diverged"):
+            group.coherence.lose(link["reason"])
+        up = link["state"] == "connected"
+        event = Event.LINK_UP if up else Event.LINK_DOWN
+        group.modes.happen(event, group.runtime.wall(), link["reason"])
+        if link["state"] != was:
+            self.log.info(
+                "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",
+                group=group.name, state=link["state"], reason=link["reason"],
+            )  # fmt: skip
+
+    def lost(self, end: DriverEnd) -> None:
+        """Learn that an attachment has ended."""
+        if end is not self.end:
+            return
+        group = self._group
+        self.end = None
+        self.sent_gsn = self.mirrored_gsn = None
+        self.link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
+        group.modes.happen(Event.LINK_DOWN, group.runtime.wall(), "the pmd is gone")
+
+
+def _unit_info(unit: DriverUnit, ring: Ring, shared: Sequence[SharedDevice]) -> dict[str, Any]:
+    tail = Cursor(unit.committed_end, unit.committed_gsn + 1, {unit.index: unit.committed_point})
+    return {
+        "index": unit.index,
+        "name": unit.name,
+        "size": unit.size,
+        "log": unit.writelog.log.hex(),
+        "ring": ring.to_json(),
+        "devices": [[one.number, one.shift] for one in shared],
+        "tail": tail.to_json(),
+        "durable": unit.durable_end,
+    }
 
 
 @implementer(IPushProducer)
@@ -90,16 +224,16 @@ class DriverEnd(Protocol):
         try:
             for kind, payload in self._parser.feed(data):
                 if kind == watermark.COMMITTED:
-                    self._group.pmd_committed(self, *watermark.parse_committed(payload))
+                    self._group.pmd.said_committed(self, *watermark.parse_committed(payload))
                 elif kind == watermark.LINK:
-                    self._group.pmd_link(self, watermark.parse_json(payload))
+                    self._group.pmd.said_link(self, watermark.parse_json(payload))
         except ProtocolError as error:
             self.log.error("{error}", error=error.message)
             self.close()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         """See :class:`Protocol`."""
-        self._group.pmd_lost(self)
+        self._group.pmd.lost(self)
 
     def close(self) -> None:
         """Cut the pmd off."""

@@ -151,7 +151,7 @@ class Bypass:
     def _patience(self, now: float) -> float:
         if self._left_at is not None and now < self._left_at + OVERFLOW_AGAIN_SECONDS:
             return OVERFLOW_AGAIN_SECONDS
-        return OVERFLOW_WAIT_SECONDS if self._group.link["state"] == "connected" else 0.0
+        return OVERFLOW_WAIT_SECONDS if self._group.pmd.link["state"] == "connected" else 0.0
 
     def _look_again(self) -> None:
         self._timer = None
@@ -216,10 +216,10 @@ class Bypass:
             group.coherence.end_for_bypass()
             yield self._frame_break(bypass)
             for unit in group.units:
-                unit.hasten()
+                unit.syncing.hasten()
             yield self.until(self._is_all_applied)
             if group.coherent:
-                yield gatherResults([unit.clear_dirty() for unit in group.units])
+                yield gatherResults([unit.direct.clear_dirty() for unit in group.units])
                 self._check_logs()
             yield group.checkpoints.record_everywhere(
                 bypass=state,
@@ -234,10 +234,10 @@ class Bypass:
             raise
         self.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), reason)
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
-            unit.go_direct()
+            unit.direct.begin()
 
     def _frame_break(self, bypass: bytes) -> Deferred[None]:
         """Tell the secondary, in the order of things, that nothing comes after."""
@@ -328,7 +328,7 @@ class Bypass:
         except Exception:
             self._become(ON)
             for unit in group.units:
-                unit.go_direct()
+                unit.direct.begin()
             raise
         yield self._begin_generation(generations)
 
@@ -342,7 +342,7 @@ class Bypass:
         group = self._group
         self.state = None
         group.generation = generations[-1].id
-        group.tell_generations([generation.id for generation in generations])
+        group.pmd.tell_generations([generation.id for generation in generations])
         first = group.units[0]
         mark: list[UnitFrame | None] = []
         first.when_free(lambda: mark.append(first.append_control(SWITCH, generations[-2].id)))
@@ -375,8 +375,8 @@ class Bypass:
 
         def done(_upto: int, error: BaseException | None) -> None:
             if error is not None:
-                unit.fail("data device", unit.config.data_device, error)
+                unit.fail_data(error)
             synced.callback(None)
 
-        unit.sync_data(done)
+        unit.applying.sync(done)
         return synced

@@ -58,8 +58,7 @@ class Checkpoints:
         """Learn that a writelog is full: free what can be freed, now or when an ACK allows it."""
         self.wanted = True
         if any(
-            _tail_end(unit) > unit.writelog.durable_tail
-            or unit.applied_sequence > unit.synced_sequence
+            _tail_end(unit) > unit.writelog.durable_tail or not unit.applying.is_synced
             for unit in self._group.units
             # A checkpoint leaves a failed one as it is: asking again would not end.
             if not unit.log_failed and (unit.exempt or not unit.dead)
@@ -75,28 +74,26 @@ class Checkpoints:
         self._again = False
         self._entries_before = self._group.next_gsn
         unsynced = [
-            unit
-            for unit in self._group.units
-            if unit.applied_sequence > unit.synced_sequence and not unit.dead
+            unit for unit in self._group.units if not unit.applying.is_synced and not unit.dead
         ]
         _each(unsynced, self._sync_unit, self._synced)
 
     def _sync_unit(self, unit: DriverUnit, done: Callable[[], None]) -> None:
         def synced(upto: int, error: BaseException | None) -> None:
             if error is not None:
-                unit.fail("data device", unit.config.data_device, error)
+                unit.fail_data(error)
             else:
-                unit.synced_sequence = upto
+                unit.applying.synced_sequence = upto
             done()
 
-        unit.sync_data(synced)
+        unit.applying.sync(synced)
 
     def _synced(self) -> None:
         unapplied = self._unapplied
         while unapplied:
             frame = unapplied[0]
             unit = frame.unit
-            if not frame.applied or frame.sequence > unit.synced_sequence:
+            if not frame.applied or frame.sequence > unit.applying.synced_sequence:
                 break
             unapplied.popleft()
             self.applied_gsn = frame.gsn_last
@@ -144,7 +141,7 @@ class Checkpoints:
     def _write_unit(self, unit: DriverUnit, done: Callable[[], None]) -> None:
         def written(error: BaseException | None) -> None:
             if error is not None:
-                unit.fail("writelog", unit.config.writelog_device, error)
+                unit.fail_log(error)
             done()
 
         # Both slots before the space is used again (rules.md 5): losing either loses nothing.
@@ -179,7 +176,7 @@ class Checkpoints:
             def written(error: BaseException | None) -> None:
                 if error is not None:
                     failed.append(error)
-                    unit.fail("writelog", unit.config.writelog_device, error)
+                    unit.fail_log(error)
                 done()
 
             unit.update_superblock(own, written)

@@ -81,7 +81,7 @@ class Coherence:
     def _begun(self, job: Refresh) -> Any:
         yield job.begun
         if self.job is job:
-            self._group.tell_refresh(job.announcement())
+            self._group.pmd.tell_refresh(job.announcement())
         return job.status()
 
     @inlineCallbacks
@@ -147,7 +147,7 @@ class Coherence:
         self.reason = "the last refresh was ended before it was complete"
         yield group.checkpoints.record_everywhere(refresh=None, reason=self.reason)
         group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
         if not job.begun.called:
             job.begun.errback(DegradedError(f"{group.name}: the refresh was ended"))
         return {}
@@ -170,7 +170,7 @@ class Coherence:
         self.reason = ""
         group.modes.happen(Event.REFRESH_ENDED, group.runtime.wall())
         self.log.info("{group}: refresh complete, the mirror is coherent", group=group.name)
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
 
     @inlineCallbacks
     def lose(self, reason: str) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 
 from qdsmirror.errors import QdsError
 from qdsmirror.storage.binding import Bound, seal, take_over
@@ -54,6 +53,4 @@ def leave_devices(group: DriverGroup) -> Deferred[None]:
                     group=group.name, path=one.device.path, why=error,
                 )  # fmt: skip
 
-    reactor = group.runtime.reactor
-    done: Deferred[None] = deferToThreadPool(reactor, reactor.getThreadPool(), record)
-    return done
+    return group.runtime.blocking(record)

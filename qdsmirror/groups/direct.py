@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import Deferred
+
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.frames import Entry
 from qdsmirror.interfaces import INbdConnection
@@ -40,6 +42,12 @@ class Direct:
     def busy(self) -> bool:
         """Whether something taken is not yet answered."""
         return self._running or bool(self._queue)
+
+    def begin(self) -> None:
+        """Take over what waits: the group is in bypass."""
+        waiting = [*self._unit.waiting.drop(), *self.held]
+        self.held = []
+        self.take(waiting)
 
     def take(self, requests: Sequence[Request]) -> None:
         """Take writes, trims, zeroes and flushes, in order."""
@@ -89,6 +97,20 @@ class Direct:
         if gone:
             self._queue = deque(r for r in self._queue if r.connection not in gone)
 
+    def clear_dirty(self) -> Deferred[None]:
+        """Clear the dirty bitmap; fires when that is durable, or the writelog has failed."""
+        unit = self._unit
+        blocks = unit.dirty.blocks(unit.dirty.clear())
+        cleared: Deferred[None] = Deferred()
+
+        def done(_result: None, error: BaseException | None) -> None:
+            if error is not None:
+                unit.fail_log(error)
+            cleared.callback(None)
+
+        unit.run_on_log(partial(write_blocks, unit.writelog.device, unit.dirty.area, blocks), done)
+        return cleared
+
     def _marked(
         self,
         batch: list[Request],
@@ -100,7 +122,7 @@ class Direct:
         if error is not None:
             self._running = False
             self._queue.extendleft(reversed(batch))
-            unit.fail("writelog", unit.config.writelog_device, error)
+            unit.fail_log(error)
             return
         late = [request for request in batch if self._needs_sync(request)]
 
@@ -123,7 +145,7 @@ class Direct:
             self._running = False
             for request in batch:
                 request.connection.answer_error(request, errno.EIO, str(error))
-            self._unit.fail("data device", self._unit.config.data_device, error)
+            self._unit.fail_data(error)
             return
         self._running = False
         answer_all(batch)

@@ -8,49 +8,35 @@ durable GSN is announced), LOUD.
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
-from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.lag import LagClock
-from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Event, GroupModes, Mode
 from qdsmirror.core.watermark import Committed
-from qdsmirror.errors import QdsError
-from qdsmirror.groups.attachment import DriverEnd
+from qdsmirror.groups.attachment import Attachment
 from qdsmirror.groups.bypass import OFF, ON, Bypass
 from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
-from qdsmirror.groups.devices import leave_devices, take_over_devices
+from qdsmirror.groups.devices import leave_devices
 from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.refresh import Refresh
-from qdsmirror.groups.restart import (
-    failures_found,
-    go_on_past,
-    known_failures,
-    open_devices,
-    record_failures,
-    replay_all,
-)
+from qdsmirror.groups.restart import open_devices, recover
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import IGroup
-from qdsmirror.limits import UNAPPLIED_BYTES_MAX
 from qdsmirror.paths import Paths
-from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.recovery import OpenUnit, close_units, judge
+from qdsmirror.storage.recovery import OpenUnit, close_units
 
 _ERRORS_KEPT = 8
 
@@ -62,9 +48,7 @@ class DriverGroup:
     :param nbd_listening_fd: the group's listening Unix socket, owned by the master.
     :param latch: knows the group's failed devices, and learns of more.
     :ivar durable_gsn: every GSN up to this one is durable in its writelog.
-    :ivar committed_gsn: what the secondary has acknowledged; ``sent_gsn``, ``mirrored_gsn``
-        likewise, ``None`` while no pmd has said so.
-    :ivar failed_since: when the first of its devices failed, seconds since 1970; 0 if none has.
+    :ivar committed_gsn: what the secondary has acknowledged.
     """
 
     log = Logger()
@@ -92,23 +76,18 @@ class DriverGroup:
         self.coherence = Coherence(self)
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
+        self.pmd = Attachment(self)
         self.next_gsn = 1
         self.durable_gsn = self.committed_gsn = 0
-        self.sent_gsn: int | None = None
-        self.mirrored_gsn: int | None = None
-        self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
-        self.failed_since = 0.0
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.failures = Failures(self, self._latch)
         self.extensions = Extensions(self, self._latch)
         self._fd = nbd_listening_fd
         self._listener: Any = None
         self._serving = False
-        self._unapplied_bytes = 0
         self._undurable: deque[UnitFrame] = deque()
         self._timer: Any = None
-        self._pmd: DriverEnd | None = None
         self._idle: list[Deferred[None]] = []
 
     # -- life ---------------------------------------------------------------------------------
@@ -116,14 +95,11 @@ class DriverGroup:
     @inlineCallbacks
     def start(self) -> Any:
         """Recover every device, then serve the LDSUs."""
-        known = known_failures(self, self._latch)
-        pool = self.runtime.reactor.getThreadPool()
-        opened: list[OpenUnit] = yield deferToThreadPool(
-            self.runtime.reactor, pool, open_devices, self, known
-        )
+        blocking = self.runtime.blocking
+        opened: list[OpenUnit] = yield blocking(open_devices, self, self._latch)
         try:
-            yield deferToThreadPool(self.runtime.reactor, pool, self._recover, opened)
-            yield deferToThreadPool(self.runtime.reactor, pool, self.extensions.settle, opened)
+            yield blocking(recover, self, opened, self._latch)
+            yield blocking(self.extensions.settle, opened)
             self._listener = self.runtime.listen(
                 self.runtime.reactor, self._fd, {u.name: u for u in self.units}, self.runtime.budget
             )
@@ -141,75 +117,6 @@ class DriverGroup:
             self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
             self.refresh_job.poke()
         self._tick()
-
-    def _recover(self, opened: Sequence[OpenUnit]) -> None:
-        """Replay, record void ranges, and write every superblock (blocking)."""
-        plan = judge(opened)
-        take_over_devices(self, opened)
-        replay_all(self, opened, self._latch)
-        if any(one.untrusted for one in opened):
-            go_on_past(self, opened, plan, self._latch)
-            return
-        for one in opened:
-            one.writelog.clear_end(one.reached.position)
-        superblocks = [unit.writelog.superblock for unit in opened]
-        settled = settle(superblocks)
-        self.generation = settled.generations[-1].id
-        self.durable_gsn = self.checkpoints.applied_gsn = plan.next_gsn - 1
-        self.committed_gsn = max(s.tail.gsn for s in superblocks) - 1
-        self.next_gsn = plan.next_gsn
-        self.units = [self.make_unit(one) for one in opened]
-        for void in plan.voids:
-            self.log.warn(
-                "{group}: GSN {first} to {last} were lost before they were durable; recorded as "
-                "void", group=self.name, first=void.range.first, last=void.range.end - 1,
-            )  # fmt: skip
-            unit = self.units[void.ldsu]
-            unit.writelog.write(unit.void_writes(void.range.first, void.range.length))
-            unit.writelog.sync()
-        self.bypass.resume(settled)
-        self.coherence.resume(settled)
-        common: dict[str, Any] = {}
-        if settled.uneven:
-            # A crash came while bypass was being entered or left: complete it in all.
-            common = {
-                "generations": settled.generations,
-                "bypass": settled.bypass,
-                "coherent": settled.coherent,
-                "reason": settled.reason,
-                "refresh": None,
-            }
-        failed = failures_found(opened)
-        if failed:
-            record_failures(self, failed, self._latch)
-            common["failures"] = failed.to_json()
-        for unit in self.units:
-            unit.writelog.update(both=True, **common | self.checkpoints.cursors(unit))
-        if awaits_switch(settled.generations, self.next_gsn):
-            self._switch(settled.generations[-2].id)
-        self.failures.resume(failed)
-        self.lag.framed(self.committed_gsn + 1, self.runtime.reactor.seconds())
-
-    def make_unit(self, opened: OpenUnit) -> DriverUnit:
-        """Make an LDSU of its devices (blocking)."""
-        superblock = opened.writelog.superblock
-        if opened.untrusted is None:
-            dirty, damage = load_bitmap(opened.writelog.device, superblock)
-            if damage:
-                self.note_error(damage)
-        else:
-            # All is dirty where the bitmap has failed with its writelog.
-            dirty = empty_bitmap(superblock)
-        return DriverUnit(
-            self, opened.config, opened.device, opened.writelog, opened.reached, dirty
-        )
-
-    def _switch(self, predecessor: bytes) -> None:
-        """Begin the newest generation with its switch, durably, before anything else (blocking)."""
-        unit = self.units[0]
-        unit.writelog.write(unit.switch_writes(predecessor))
-        unit.writelog.sync()
-        self.durable_gsn = self.checkpoints.applied_gsn = self.next_gsn - 1
 
     @inlineCallbacks
     def stop(self) -> Any:
@@ -237,10 +144,12 @@ class DriverGroup:
         if self.bypass.phase == ON:
             yield self.bypass.sync()
         yield self._final_checkpoint()
+        while self.failures.busy:
+            yield self.failures.stop()
+            yield self._final_checkpoint()
         self._serving = False
         self.modes.happen(Event.DRIVER_STOPPED, self.runtime.wall())
-        if self._pmd is not None:
-            self._pmd.close()
+        self.pmd.close()
         yield gatherResults([d for unit in self.units for d in unit.close()])
         self.runtime.unapplied.leave(self)
         yield leave_devices(self)
@@ -272,8 +181,7 @@ class DriverGroup:
     def may_frame(self) -> bool:
         """Whether more may be framed: what is not yet applied is bounded (BOUND)."""
         return (
-            self._unapplied_bytes < UNAPPLIED_BYTES_MAX
-            and self._serving
+            self._serving
             and self.runtime.unapplied.has_room(self)
             and self.bypass.phase == OFF
             and not self.failures.stops_framing
@@ -282,7 +190,12 @@ class DriverGroup:
     @property
     def hurry(self) -> bool:
         """Whether commits should not wait for company."""
-        return self._unapplied_bytes > UNAPPLIED_BYTES_MAX // 4
+        return self.runtime.unapplied.is_much(self)
+
+    @property
+    def unapplied_bytes(self) -> int:
+        """What is framed and not yet applied."""
+        return self.runtime.unapplied.held_by(self)
 
     def take_gsns(self, count: int) -> tuple[int, int]:
         """Take the next global sequence numbers."""
@@ -295,7 +208,6 @@ class DriverGroup:
         """Take a new frame into the group's order."""
         self._undurable.append(frame)
         self.checkpoints.framed(frame)
-        self._unapplied_bytes += frame.weight
         self.runtime.unapplied.take(self, frame.weight)
 
     def appended(self) -> None:
@@ -310,8 +222,8 @@ class DriverGroup:
         before = self.durable_gsn
         while undurable and undurable[0].durable:
             self.durable_gsn = undurable.popleft().gsn_last
-        if self._pmd is not None:
-            self._pmd.durable(self.durable_gsn, unit)
+        if self.pmd.end is not None:
+            self.pmd.end.durable(self.durable_gsn, unit)
         self.bypass.poke()
         if self.refresh_job is not None and self.durable_gsn != before:
             self.refresh_job.became_durable(self.durable_gsn)
@@ -319,7 +231,6 @@ class DriverGroup:
     def was_applied(self, weight: int) -> None:
         """Learn that frames of this many payload bytes are on their data device."""
         blocked = not self.may_frame
-        self._unapplied_bytes -= weight
         self.runtime.unapplied.give(self, weight)
         if blocked:
             self.frame_again()
@@ -356,17 +267,6 @@ class DriverGroup:
         """Keep an error for ``qdsinfo`` and the log."""
         self.notes.append(text)
         self.log.error("{group}: {text}", group=self.name, text=text)
-
-    def unit_failed(self, path: str, reason: str, error: BaseException) -> None:
-        """Learn that a device has failed; a failed sync is remembered for good (rules.md 4)."""
-        self.failed_since = self.failed_since or self.runtime.wall()
-        self.notes.append(reason)
-        try:
-            self._latch.record(path, error)
-        except QdsError as cause:
-            self.note_error(cause.message)
-        self.bypass.poke()
-        self.note_idle()
 
     # -- coherence ----------------------------------------------------------------------------
 
@@ -413,118 +313,25 @@ class DriverGroup:
     # -- the pmd --------------------------------------------------------------------------------
 
     def attach_pmd(self) -> tuple[dict[str, Any], list[int], int]:
-        """Take a pmd; an earlier one is cut off (rules.md 17).
+        """See :meth:`Attachment.attach`."""
+        return self.pmd.attach()
 
-        :returns: what it must know; read-only descriptors of the writelogs' devices, by LDSU
-            (rules.md 10); its end of the watermark socket.  The caller closes the descriptors.
-        :raises QdsError: the driver does not serve this group (yet).
-        """
-        if not self._serving:
-            raise QdsError(f"{self.name}: the driver does not serve this group yet")
-        if self.failures.restarted:
-            raise QdsError(
-                f"{self.name}: nothing is sent: {self.bypass.reason}",
-                hint="see Failed devices in qdsmirror-architecture(7)",
-            )
-        if self._pmd is not None:
-            self._pmd.close()
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._pmd = DriverEnd(self)
-        self._pmd.adopt(self.runtime.reactor, ours)
-        shared = [unit.writelog.open_shared() for unit in self.units]
-        info = {
-            "group": self.number,
-            "generations": [
-                one.id.hex() for one in self.units[0].writelog.superblock.generations
-            ],
-            "durable_gsn": self.durable_gsn,
-            "committed_gsn": self.committed_gsn,
-            "refresh": self.refresh_job.announcement() if self.refresh_job else None,
-            "units": [
-                {
-                    "index": unit.index,
-                    "name": unit.name,
-                    "size": unit.size,
-                    "log": unit.writelog.log.hex(),
-                    "ring": self._pmd.rings[unit.index].to_json(),
-                    "devices": [[one.number, one.shift] for one in shared[unit.index]],
-                    "tail": Cursor(
-                        unit.committed_end,
-                        unit.committed_gsn + 1,
-                        {unit.index: unit.committed_point},
-                    ).to_json(),
-                    "durable": unit.durable_end,
-                }
-                for unit in self.units
-            ],
-        }  # fmt: skip
-        return info, [one.fd for row in shared for one in row], theirs.detach()
-
-    def pmd_committed(
-        self, end: DriverEnd, sent: int, committed: int, mirrored: int, ends: Sequence[Committed]
-    ) -> None:
-        """Take the pmd's watermarks; only the latest attachment's count."""
-        if end is not self._pmd:
-            return
-        self.sent_gsn = sent
-        self.mirrored_gsn = mirrored
-        if committed > self.durable_gsn:
+    def committed(self, gsn: int, ends: Sequence[Committed]) -> None:
+        """Learn what the secondary has committed, and by LDSU where that ends."""
+        if gsn > self.durable_gsn:
             self.note_error(
-                f"the pmd reports GSN {committed} as committed, only {self.durable_gsn} is durable"
+                f"the pmd reports GSN {gsn} as committed, only {self.durable_gsn} is durable"
             )
             return
-        self.committed_gsn = max(committed, self.committed_gsn)
+        self.committed_gsn = max(gsn, self.committed_gsn)
         for row in ends:
             if row.ldsu >= len(self.units):
                 self.note_error(f"the pmd reports on LDSU {row.ldsu}, which does not exist")
                 return
-            unit = self.units[row.ldsu]
-            if unit.committed_end <= row.position <= unit.durable_end:
-                unit.committed_end = row.position
-                unit.committed_point = row.point
-                unit.committed_gsn = max(committed, unit.committed_gsn)
-        self.coherence.committed(committed)
+            self.units[row.ldsu].committed(gsn, row)
+        self.coherence.committed(gsn)
         if self.checkpoints.wanted:
             self.checkpoints.want_space()
-
-    def pmd_link(self, end: DriverEnd, link: dict[str, Any]) -> None:
-        """Take the state of the pmd's link."""
-        if end is not self._pmd:
-            return
-        was = self.link["state"]
-        self.link = link
-        if link.get("refresh_lost"):
-            self.coherence.restart(link["refresh_lost"])
-        if link.get("diverged"):
-            self.coherence.lose(link["reason"])
-        up = link["state"] == "connected"
-        event = Event.LINK_UP if up else Event.LINK_DOWN
-        self.modes.happen(event, self.runtime.wall(), link["reason"])
-        if link["state"] != was:
-            self.log.info(
-                "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",
-                group=self.name, state=link["state"], reason=link["reason"],
-            )  # fmt: skip
-
-    def pmd_lost(self, end: DriverEnd) -> None:
-        """Learn that an attachment has ended."""
-        if end is not self._pmd:
-            return
-        self._pmd = None
-        self.sent_gsn = self.mirrored_gsn = None
-        self.link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
-        self.modes.happen(Event.LINK_DOWN, self.runtime.wall(), "the pmd is gone")
-
-    def tell_generations(self, ids: Sequence[bytes]) -> None:
-        """Tell an attached pmd of which generations frames may be."""
-        if self._pmd is not None:
-            self._pmd.generations(ids)
-
-    def tell_refresh(self, announcement: dict[str, Any] | None) -> None:
-        """Tell an attached pmd which refresh is in progress."""
-        if self._pmd is not None:
-            self._pmd.refresh(announcement)
 
     # -- status ---------------------------------------------------------------------------------
 
@@ -536,7 +343,7 @@ class DriverGroup:
     def reason(self) -> str:
         """Why the state is what it is: the first that matters to an operator."""
         failed = next((e for unit in self.units for e in unit.errors), "")
-        link = self.link["reason"] if self.link["state"] != "connected" else ""
+        link = self.pmd.link["reason"] if self.pmd.link["state"] != "connected" else ""
         return failed or self.bypass.reason or link or self.coherence.reason
 
     @property

@@ -18,7 +18,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
     config = group.config
     written = group.next_gsn - 1
     age = group.lag.age(group.committed_gsn, written, group.runtime.reactor.seconds())
-    link = group.link
+    link = group.pmd.link
     said = {key: link[key] for key in ("state", "reason", "code")}
     failed = next((reason for unit in group.units for reason in unit.errors), "")
     driver: dict[str, Any] = {"pid": pid}
@@ -31,7 +31,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "operation": config.operation,
         "state": group.state.value,
         "modes": [mode.value for mode in group.modes.shown],
-        "since": group.failed_since if failed else group.modes.since,
+        "since": group.failures.since if failed else group.modes.since,
         "reason": group.reason,
         "coherent": group.coherent,
         "generation": group.generation.hex(),
@@ -40,9 +40,9 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
             "written": written,
             "durable": group.durable_gsn,
             "applied": _applied(group),
-            "sent": group.sent_gsn,
+            "sent": group.pmd.sent_gsn,
             "committed": group.committed_gsn,
-            "mirrored": group.mirrored_gsn,
+            "mirrored": group.pmd.mirrored_gsn,
         },
         "lag": {
             "entries": written - group.committed_gsn,
@@ -93,6 +93,6 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
             "entries": waiting,
             "oldest_age_seconds": round(age, 3) if waiting else 0.0,
         },
-        "dead": unit.dead,
-        "errors": list(unit.errors),
+        "dead": bool(unit.dead),
+        "errors": unit.errors,
     }

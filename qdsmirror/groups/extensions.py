@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
     from qdsmirror.groups.unit import DriverUnit
 
+#: Remembers a failed sync for good, of a device by its path.
+Remember = Callable[[str, BaseException], None]
+
 
 class Extensions:
     """The extension devices of a group.
@@ -76,32 +79,32 @@ class Extensions:
         for device in left:
             # A log that has failed is not read: what it has is not known.
             if not device.header.log or trusted:
-                self._take_back(device)
+                self._take_back(device, self._record)
             else:
                 self.unusable[device.device.path] = "of a writelog that has failed"
 
-    def _take_back(self, device: PoolDevice) -> None:
+    def _take_back(self, device: PoolDevice, remember: Remember) -> None:
         path = device.device.path
         if path in self.unusable:
             return
         if device.header.log and device.failure is None:
             device.release()
         if device.failure is not None:
-            self._lose(device, device.failure)
+            self._lose(device, device.failure, remember)
         else:
             order = self._group.config.pool.index
             self._free.append(device)
             self._free.sort(key=lambda one: order(one.device.path))
 
-    def _lose(self, device: PoolDevice, error: BaseException) -> None:
+    def _lose(self, device: PoolDevice, error: BaseException, remember: Remember) -> None:
         """Never use a device again."""
         path = device.device.path
         self.unusable[path] = str(error)
         self._group.note_error(f"extension {path} failed: {error}")
-        self._record(path, error)
+        remember(path, error)
 
     def _record(self, path: str, error: BaseException) -> None:
-        """Remember a failed sync for good (rules.md 4)."""
+        """Remember a failed sync for good (rules.md 4; blocking)."""
         try:
             self._latch.record(path, error)
         except QdsError as cause:
@@ -123,7 +126,7 @@ class Extensions:
         for unit in self._group.units:
             while unit.writelog.released:
                 device = unit.writelog.released.pop(0)
-                self._take_back(device)
+                self._take_back(device, self._group.failures.remember)
                 self.log.info(
                     "{group}: {path} has left the writelog of {unit}",
                     group=self._group.name, path=device.device.path, unit=unit.name,
@@ -201,10 +204,11 @@ class Extensions:
             if error is None or device in unit.writelog.extensions.values():
                 return
             # What its header says by now counts for nothing: no superblock names it.
+            remember = self._group.failures.remember
             if isinstance(error, (OSError, DeviceFailedError)):
-                self._lose(device, error)
+                self._lose(device, error, remember)
             else:
-                self._take_back(device)
+                self._take_back(device, remember)
 
         return self._change(unit, partial(unit.writelog.extend, device), done, device.device.path)
 
@@ -299,7 +303,7 @@ class Extensions:
             self._changing[unit.index] -= 1
             if error is not None and unit.writelog.is_undecided:
                 # Nobody knows which layout a crash would leave.
-                unit.fail("writelog", unit.config.writelog_device, error)
+                unit.fail_log(error)
             settled(error)
             unit.full_since = None
             group.frame_again()

@@ -15,10 +15,11 @@ next start (:mod:`qdsmirror.groups.restart`).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks, succeed
+from twisted.internet.defer import Deferred, DeferredLock, inlineCallbacks
 from twisted.logger import Logger
 
 from qdsmirror.core.failures import Dead, Failed, Untrusted
@@ -38,7 +39,7 @@ WRITELOG, DATA_DEVICE = "writelog", "data device"
 class Failures:
     """The failed devices of a group.
 
-    :ivar recorded: what is durable of them.
+    :ivar recorded: what is durable of them, and what the LDSUs go by.
     :ivar stops_framing: a writelog has failed: nothing may be framed any more.
     :ivar restarted: a writelog failed before this start, so that it is not there to be sent.
     """
@@ -53,36 +54,66 @@ class Failures:
         self.restarted = False
         #: What could not be recorded.
         self._refused: Failed | None = None
-        self._since: dict[tuple[str, int], tuple[str, float]] = {}
-        self._drained: set[int] = set()
+        #: By device and LDSU, in seconds since 1970.
+        self._since: dict[tuple[str, int], float] = {}
         self._working = False
+        #: One after the other writes the state file.
+        self._file = DeferredLock()
 
-    def happened(self, unit: DriverUnit, what: str, path: str, error: BaseException) -> None:
+    @property
+    def since(self) -> float:
+        """When the first device failed, in seconds since 1970; 0 if none has."""
+        return min(self._since.values(), default=0.0)
+
+    def happened(self, unit: DriverUnit, what: str, error: BaseException) -> None:
         """Learn that a device has failed, for good (invariant LOUD)."""
-        group = self._group
         if unit.log_failed if what == WRITELOG else unit.dead:
             return
+        group, config = self._group, unit.config
+        path = config.writelog_device if what == WRITELOG else config.data_device
         reason = f"{what} {path} failed: {error}"
-        self._since[what, unit.index] = (
-            reason[:FAILURE_REASON_CHARS_MAX], group.runtime.wall(),
-        )  # fmt: skip
+        self._since[what, unit.index] = group.runtime.wall()
         self.log.error("{group} {unit}: {reason}", group=group.name, unit=unit.name, reason=reason)
-        unit.errors.append(reason)
+        group.notes.append(reason)
+        self._latched(unit, what, reason)
+        self.remember(path, error)
+        group.bypass.poke()
+        group.note_idle()
+        if not self._working:
+            self._work()
+
+    def _latched(self, unit: DriverUnit, what: str, reason: str) -> None:
         if what == WRITELOG:
             unit.log_failed = reason
             self.stops_framing = True
         else:
-            unit.dead = True
+            unit.dead = reason
             unit.refuse(reason)
-        group.unit_failed(path, reason, error)
-        if not self._working:
-            self._work()
 
-    def stop(self) -> Deferred[None]:
+    def remember(self, path: str, error: BaseException) -> None:
+        """Remember a failed sync for good: the master at once, then the state file (rules.md 4).
+
+        The file is written in a thread, so that other groups go on however long that takes;
+        whatever is made of the failure is written after it.
+        """
+        if self._latch.tell(path, error):
+            self._in_file(self._latch.write, path, error).addErrback(
+                lambda failure: self._group.note_error(str(failure.value))
+            )
+
+    def _in_file(self, job: Callable[..., None], *args: Any) -> Deferred[None]:
+        return self._file.run(self._group.runtime.blocking, job, *args)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is half-way, or not yet in the state file."""
+        return self._working or bool(self._file.locked)
+
+    @inlineCallbacks
+    def stop(self) -> Any:
         """Fire when nothing is half-way: the driver stops."""
-        return (
-            self._group.bypass.until(lambda: not self._working) if self._working else succeed(None)
-        )
+        yield self._group.bypass.until(lambda: not self._working)
+        yield self._file.run(lambda: None)
 
     def check_logs(self, doing: str) -> None:
         """Check that every writelog is as it should be.
@@ -106,7 +137,7 @@ class Failures:
         :raises DeviceFailedError: one has failed.
         """
         group = self._group
-        failed = next((unit.errors[0] for unit in group.units if unit.dead), "")
+        failed = next((unit.dead for unit in group.units if unit.dead), "")
         if failed:
             raise DeviceFailedError(
                 f"{group.name}: no {doing} while a data device has failed: {failed}",
@@ -127,19 +158,12 @@ class Failures:
         """Take up what the start has found, and has made durable."""
         self.recorded = recorded
         for index, log in recorded.untrusted.items():
-            unit = self._group.units[index]
-            unit.errors.append(log.reason)
-            unit.log_failed = log.reason
-            unit.unlogged = True
-            self._since[WRITELOG, index] = (log.reason, log.since)
-            self._drained.add(index)
-            self.restarted = self.stops_framing = True
+            self._latched(self._group.units[index], WRITELOG, log.reason)
+            self._since[WRITELOG, index] = log.since
+            self.restarted = True
         for index, device in recorded.dead.items():
-            unit = self._group.units[index]
-            unit.errors.append(device.reason)
-            unit.dead = unit.exempt = True
-            unit.refusal = device.reason
-            self._since[DATA_DEVICE, index] = (device.reason, device.since)
+            self._latched(self._group.units[index], DATA_DEVICE, device.reason)
+            self._since[DATA_DEVICE, index] = device.since
 
     def _wanted(self) -> Failed:
         """Give what should be durable by now."""
@@ -149,11 +173,11 @@ class Failures:
         dead: dict[int, Dead] = {}
         for unit in group.units:
             if unit.log_failed:
-                reason, since = self._since[WRITELOG, unit.index]
-                drained = unit.index in self._drained
-                untrusted[unit.index] = Untrusted(reason, since, upto, drained, unit.size)
+                reason, since = _shorten(unit.log_failed), self._since[WRITELOG, unit.index]
+                untrusted[unit.index] = Untrusted(reason, since, upto, unit.unlogged, unit.size)
             if unit.dead:
-                dead[unit.index] = Dead(*self._since[DATA_DEVICE, unit.index], unit.size)
+                reason, since = _shorten(unit.dead), self._since[DATA_DEVICE, unit.index]
+                dead[unit.index] = Dead(reason, since, unit.size)
         return Failed(untrusted, dead, group.generation.hex())
 
     def _break(self) -> int:
@@ -191,10 +215,12 @@ class Failures:
         yield group.bypass.until(lambda: not any(u.log_failed and u.is_on_log for u in group.units))
         wanted = self._wanted()
         if wanted != self.recorded:
+            before = self.recorded.dead
             yield self._record(wanted)
             for unit in group.units:
-                if unit.index in self.recorded.dead and not unit.exempt:
-                    unit.be_exempt()
+                if unit.exempt and unit.index not in before:
+                    unit.applying.be_exempt()
+                    group.checkpoints.take()
             return
         yield self._drain()
 
@@ -204,7 +230,7 @@ class Failures:
 
         :raises QdsError: the state file cannot be written.
         """
-        self._latch.record_group(wanted)
+        yield self._in_file(self._latch.record_group, wanted)
         try:
             yield self._group.checkpoints.record_everywhere(failures=wanted.to_json(), **more)
         except QdsError:
@@ -234,7 +260,7 @@ class Failures:
             bypass.phase = ENTERING
             group.coherence.end_for_bypass()
         for unit in group.units:
-            unit.hasten()
+            unit.syncing.hasten()
             if unit.log_failed and unit.index in self.recorded.untrusted:
                 unit.write_past_log()
         yield bypass.until(self._is_drained)
@@ -254,7 +280,6 @@ class Failures:
             **group.checkpoints.each_cursor(),
         )
         if done:
-            self._drained.update(drained)
             self._go_past(state)
 
     def _is_drained(self) -> bool:
@@ -264,7 +289,7 @@ class Failures:
             return True
         if group.checkpoints.running or any(unit.has_frames for unit in group.units):
             return False
-        if all(unit.applied_sequence == unit.synced_sequence for unit in group.units):
+        if all(unit.applying.is_synced for unit in group.units):
             return True
         group.checkpoints.take()
         return False
@@ -272,13 +297,15 @@ class Failures:
     def _go_past(self, state: dict[str, Any]) -> None:
         group = self._group
         for unit in group.units:
-            if unit.log_failed:
-                unit.unlogged = True
-                unit.answer_drained()
+            if unit.unlogged:
+                unit.syncing.answer_late()
         group.bypass.begin(state)
         group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), state["reason"])
-        group.tell_refresh(None)
+        group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None
-            unit.go_direct()
-            unit.direct.go_on()
+            unit.direct.begin()
+
+
+def _shorten(reason: str) -> str:
+    return reason[:FAILURE_REASON_CHARS_MAX]

@@ -212,7 +212,7 @@ class Refresh:
             return
         unit = self.group.units[self._unit]
         # A failed LDSU waits for the next start; an earlier refresh that still reads, for its end.
-        if unit.errors or unit.is_locked:
+        if unit.errors or unit.waiting.is_locked:
             return
         self._claim(unit)
         if not self._has_room(unit):

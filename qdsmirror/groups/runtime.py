@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.threads import deferToThreadPool
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.core.clienthello import server_name_for
@@ -21,6 +23,8 @@ from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.net.tls import client_options, server_context_factory
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.worker import AdaptiveWorker, ReadWorkers, ThreadWorker
+
+_T = TypeVar("_T")
 
 #: Application reads of one LDSU that may wait for its data device at the same time.
 READ_THREADS = 4
@@ -81,6 +85,10 @@ class Runtime:
             slow_worker=lambda name: ThreadWorker(reactor, name),
             read_worker=lambda name: ReadWorkers(reactor, READ_THREADS, name),
         )
+
+    def blocking(self, job: Callable[..., _T], *args: Any) -> Deferred[_T]:
+        """Run a job that may block in a thread of the reactor's pool: one that is rare."""
+        return deferToThreadPool(self.reactor, self.reactor.getThreadPool(), job, *args)
 
     def wall_ns(self) -> int:
         """Give nanoseconds since 1970, for a frame's header."""

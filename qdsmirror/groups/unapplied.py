@@ -36,6 +36,14 @@ class Unapplied:
         held = self._held.setdefault(group, 0)
         return self.held_bytes < self._limit or held < self._share
 
+    def held_by(self, group: Framer) -> int:
+        """Give the bytes that a group holds."""
+        return self._held.get(group, 0)
+
+    def is_much(self, group: Framer) -> bool:
+        """Tell whether a group holds so much that it should not dawdle."""
+        return self._held.get(group, 0) > self._limit // 4
+
     def take(self, group: Framer, amount_bytes: int) -> None:
         """Count what a group has framed."""
         self._held[group] = self._held.get(group, 0) + amount_bytes

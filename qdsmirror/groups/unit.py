@@ -1,8 +1,8 @@
 """One LDSU in the driver: from a client's requests to frames, and from frames to the data device.
 
 The way of a write (man page qdsmirror-architecture(7)): queued, framed and appended to the
-writelog, answered, durable by the committer, applied to the data device.  A frame is applied only
-after it is durable (invariant NO-HIDDEN).
+writelog, answered (here); durable (:mod:`qdsmirror.groups.syncing`); on the data device
+(:mod:`qdsmirror.groups.applying`).  In bypass they go another way (:mod:`qdsmirror.groups.direct`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from zope.interface import implementer
 
@@ -24,21 +23,19 @@ from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.groups import bypass
-from qdsmirror.groups.direct import Direct, answer_all
+from qdsmirror.groups.applying import Applying
+from qdsmirror.groups.direct import Direct
+from qdsmirror.groups.failures import DATA_DEVICE, WRITELOG
 from qdsmirror.groups.framing import Framing, UnitFrame
 from qdsmirror.groups.reading import Reading
+from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.waiting import WaitingRequests
 from qdsmirror.interfaces import IBlockDevice, IExport, INbdConnection
-from qdsmirror.limits import (
-    COMMIT_DELAY_SECONDS,
-    COMMIT_INTERVAL_SECONDS,
-)
-from qdsmirror.storage.apply import apply_entries
-from qdsmirror.storage.bitmap import write_blocks
 from qdsmirror.storage.writelog import Writelog, Writes
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
+    from qdsmirror.core.watermark import Committed
     from qdsmirror.groups.driver import DriverGroup
 
 
@@ -46,13 +43,14 @@ if TYPE_CHECKING:
 class DriverUnit:
     """An LDSU: an NBD export over a data device and a writelog.
 
-    :ivar errors: what has failed, for ``qdsinfo``; empty while all is well.
-    :ivar refusal: why every request is answered with an error; empty while none is.
     :ivar log_failed: why the writelog is not used any more; empty while it is.
-    :ivar unlogged: the failed writelog is durably recorded as such: writes go past it.
-    :ivar dead: the data device has failed; ``exempt``: that is durable, so nothing waits for it.
+    :ivar dead: why the data device is not used any more; empty while it is.
+    :ivar refusal: why every request is answered with an error; empty while none is.
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
+    :ivar appending: whether an append is under way.
+    :ivar durable_end: where the log is durable up to; ``applied_end``: what is before is applied
+        and synced, for the whole group; ``committed_end``: ... is committed at the secondary.
     """
 
     log = Logger()
@@ -76,9 +74,7 @@ class DriverUnit:
         self.minimum_block = device.logical_block
         self.preferred_block = max(4096, device.physical_block)
         self.writelog = writelog
-        self.errors: list[str] = []
-        self.refusal = self.log_failed = ""
-        self.unlogged = self.dead = self.exempt = False
+        self.log_failed = self.dead = self.refusal = ""
         self.connections: set[INbdConnection] = set()
         self.pending = PendingIndex()
         self.payload_cap = writelog.ring.payload_cap
@@ -94,47 +90,28 @@ class DriverUnit:
         self.direct = Direct(self)
         self.full_since: float | None = None
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
-        self._appending = False
+        self.appending = False
         self._turns: deque[Callable[[], None]] = deque()
         self._pumping = False
         self._pump_again = False
-        self._committing = False
-        self._commit_call: Any = None
-        self._committed_at = 0.0
-        self._applying = False
-        self._appended: deque[UnitFrame] = deque()
-        self._durable: deque[UnitFrame] = deque()
-        self._flushes: deque[tuple[int, Request]] = deque()
-        #: Answered once what a failed writelog was to hold is safe.
-        self._late: list[Request] = []
-        self._urgent = False
         self._leaving = False
-        self._reset(reached)
-
-    @property
-    def framed_point(self) -> Point:
-        """Where the history stands behind the last frame made."""
-        return self._framing.point
-
-    def _reset(self, cursor: Cursor) -> None:
-        """Stand at the end of what recovery found."""
-        point = cursor.point(self.index)
-        self._framing = Framing(self, point)
-        self.durable_end = cursor.position
-        self.durable_point = point
-        self.applied_sequence = point.sequence - 1
-        self.synced_sequence = point.sequence - 1
-        #: Everything before is applied and synced, for the whole group.
-        self.applied_end = cursor.position
-        self.applied_point = point
-        #: Everything before is committed at the secondary.
-        tail = self.writelog.superblock.tail
+        point = reached.point(self.index)
+        self.framing = Framing(self, point)
+        self.syncing = Syncing(self, self._sync_worker)
+        self.applying = Applying(self, self._apply_worker, point.sequence - 1)
+        self.durable_end = self.applied_end = writelog.head = reached.position
+        self.durable_point = self.applied_point = point
+        tail = writelog.superblock.tail
         self.committed_end = tail.position
         self.committed_point = tail.point(self.index)
         #: Every frame behind that place has a later GSN.  Not the group's committed GSN: a crash
         #: between two superblocks leaves tails of different age.
         self.committed_gsn = tail.gsn - 1
-        self.writelog.head = cursor.position
+
+    @property
+    def framed_point(self) -> Point:
+        """Where the history stands behind the last frame made."""
+        return self.framing.point
 
     # -- IExport ------------------------------------------------------------------------------
 
@@ -165,7 +142,7 @@ class DriverUnit:
             elif self.group.bypass.phase == bypass.LEAVING:
                 self.direct.held.append(request)
             else:
-                self._flush(request)
+                self.syncing.flush(request)
         if past:
             self.direct.take(past)
         elif self.waiting:
@@ -183,7 +160,7 @@ class DriverUnit:
             while self._pump_again:
                 # Whoever makes room from within (a checkpoint that ends at once) asks again.
                 self._pump_again = False
-                while self.waiting and not self._appending and self.group.may_frame:
+                while self.waiting and not self.appending and self.group.may_frame:
                     if not self._append_batch():
                         break
         finally:
@@ -208,7 +185,7 @@ class DriverUnit:
                 self.group.bypass.no_room(self)
             return False
         self.full_since = None
-        frame, writes = self._framing.make(frames.ENTRIES, placement, entries)
+        frame, writes = self.framing.make(frames.ENTRIES, placement, entries)
         self.group.framed(frame)
         self.pending.add(entries)
         self._append(frame, writes, finished)
@@ -220,7 +197,7 @@ class DriverUnit:
         self.pump()
 
     def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
-        self._appending = True
+        self.appending = True
         self._append_worker.run(
             partial(self.writelog.write, writes),
             partial(self._was_appended, frame, finished),
@@ -233,17 +210,12 @@ class DriverUnit:
         _result: None,
         error: BaseException | None,
     ) -> None:
-        self._appending = False
-        if error is not None:
+        self.appending = False
+        self.syncing.take(frame)
+        if error is not None or self.log_failed:
             frame.waiting.extend(finished)
-            self._appended.append(frame)
-            self.fail("writelog", self.config.writelog_device, error)
-            self._give_turns()
-            self.group.bypass.poke()
-            return
-        self._appended.append(frame)
-        if self.log_failed:
-            frame.waiting.extend(finished)
+            if error is not None:
+                self.fail_log(error)
             self._give_turns()
             self.group.bypass.poke()
             return
@@ -251,12 +223,12 @@ class DriverUnit:
         for request in finished:
             if self.group.always_durable or request.flags & nbd.CMD_FLAG_FUA:
                 frame.waiting.append(request)
-                self._urgent = True
+                self.syncing.urgent = True
             else:
                 now.setdefault(request.connection, []).append(request)
         for connection, requests in now.items():
             connection.answer(requests)
-        self._commit()
+        self.syncing.go_on()
         self._give_turns()
         self.pump()
         self.group.appended()
@@ -267,7 +239,7 @@ class DriverUnit:
         self._give_turns()
 
     def _give_turns(self) -> None:
-        while self._turns and not self._appending:
+        while self._turns and not self.appending:
             self._turns.popleft()()
 
     def append_control(self, kind: int, payload: bytes = b"") -> UnitFrame | None:
@@ -283,53 +255,54 @@ class DriverUnit:
         if placement is None:
             self.group.checkpoints.want_space()
             return None
-        frame, writes = self._framing.make(kind, placement, (), [payload])
+        frame, writes = self.framing.make(kind, placement, (), [payload])
         self.group.framed(frame)
-        self._urgent = True
+        self.syncing.urgent = True
         self._append(frame, writes, ())
         return frame
 
-    def void_writes(self, first: int, count: int) -> Writes:
-        """Give the writes that record a GSN range as lost (recovery only)."""
-        return self._recovered(frames.VOID, b"", first, count)
-
-    def switch_writes(self, predecessor: bytes) -> Writes:
-        """Give the writes of the frame that begins a generation (recovery only; rules.md 7)."""
-        return self._recovered(frames.SWITCH, predecessor, *self.group.take_gsns(1))
-
-    def _recovered(self, kind: int, payload: bytes, first: int, count: int) -> Writes:
-        placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
-        assert placement is not None, "the reserve holds room for what recovery records"
-        frame, writes = self._framing.make(kind, placement, (), [payload], (first, count))
+    def stand_behind(self, frame: UnitFrame) -> None:
+        """Go on behind a frame that the start has recorded, durably; it holds nothing to apply."""
         self.durable_end = self.applied_end = frame.end
-        self.durable_point = self.applied_point = self._framing.point
-        self.applied_sequence = self.synced_sequence = frame.sequence
-        return writes
+        self.durable_point = self.applied_point = frame.next_point
+        self.applying.applied_sequence = self.applying.synced_sequence = frame.sequence
 
-    # -- bypass -------------------------------------------------------------------------------
+    # -- the rooms ------------------------------------------------------------------------------
+
+    def became_durable(self, durable: Sequence[UnitFrame]) -> None:
+        """Learn that frames are durable, and may be applied."""
+        for frame in durable:
+            frame.durable = True
+        self.durable_end = durable[-1].end
+        self.durable_point = durable[-1].next_point
+        self.applying.take(durable)
+
+    def committed(self, gsn: int, end: Committed) -> None:
+        """Learn where the part of the log ends that the secondary has committed."""
+        if self.committed_end <= end.position <= self.durable_end:
+            self.committed_end = end.position
+            self.committed_point = end.point
+            self.committed_gsn = max(gsn, self.committed_gsn)
 
     @property
     def has_frames(self) -> bool:
         """Whether a frame is under way that is not yet applied."""
-        return bool(self._appending or self._appended or self._durable or self._applying)
+        return self.appending or self.syncing.has_frames or self.applying.busy
 
-    def hasten(self) -> None:
-        """Make what is appended durable without waiting for company."""
-        self._urgent = True
-        self._commit()
+    @property
+    def is_on_log(self) -> bool:
+        """Whether the writelog's device is at work on a frame."""
+        return self.appending or self.syncing.running
 
-    def clear_dirty(self) -> Deferred[None]:
-        """Clear the dirty bitmap; fires when that is durable, or the LDSU has failed."""
-        blocks = self.dirty.blocks(self.dirty.clear())
-        cleared: Deferred[None] = Deferred()
-
-        def done(_result: None, error: BaseException | None) -> None:
-            if error is not None:
-                self.fail("writelog", self.config.writelog_device, error)
-            cleared.callback(None)
-
-        self.run_on_log(partial(write_blocks, self.writelog.device, self.dirty.area, blocks), done)
-        return cleared
+    @property
+    def busy(self) -> bool:
+        """Whether something accepted is not yet applied."""
+        return not self.refusal and (
+            self.waiting.any
+            or self.syncing.has_late
+            or self.has_frames
+            or self.direct.busy
+        )  # fmt: skip
 
     def run_on_log(
         self, job: Callable[[], None], done: Callable[[None, BaseException | None], None]
@@ -343,19 +316,14 @@ class DriverUnit:
         """Run a job that writes the data device."""
         self._apply_worker.run(job, done)
 
-    def go_direct(self) -> None:
-        """Write past the writelog what waits: the group is in bypass."""
-        waiting = [*self.waiting.drop(), *self.direct.held]
-        self.direct.held = []
-        if waiting:
-            self.direct.take(waiting)
+    def update_superblock(
+        self, changes: dict[str, Any], done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Write both slots of the writelog's superblock with these changes, durably."""
+        update = partial(self.writelog.update, both=True, **changes)
+        self.run_on_log(update, lambda _result, error: done(error))
 
     # -- refresh ------------------------------------------------------------------------------
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether a refresh that was ended still reads its last chunk."""
-        return self.waiting.is_locked
 
     @property
     def spare_bytes(self) -> int:
@@ -379,7 +347,7 @@ class DriverUnit:
 
         :returns: ``None`` while there is no room, or when the LDSU has failed.
         """
-        if self.errors or self.group.failures.stops_framing:
+        if self.dead or self.group.failures.stops_framing:
             return None
         size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
         placement = self.writelog.place(size)
@@ -388,7 +356,7 @@ class DriverUnit:
             return None
         kind = frames.REFRESH_ZEROES if data is None else frames.REFRESH
         payload = None if data is None else memoryview(data)
-        frame, writes = self._framing.make(
+        frame, writes = self.framing.make(
             frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
         )
         frame.entries = ()
@@ -396,196 +364,55 @@ class DriverUnit:
         self._append(frame, writes, ())
         return frame
 
-    # -- committing ---------------------------------------------------------------------------
+    # -- failures and the end -------------------------------------------------------------------
 
-    def _commit(self) -> None:
-        """Make what is appended durable: at once if somebody waits, else in company."""
-        if self._committing or not self._appended or self.log_failed:
-            return
-        if self._urgent or self.group.hurry:
-            if self._commit_call is not None:
-                self._commit_call.cancel()
-                self._commit_call = None
-            self._commit_now()
-        elif self._commit_call is None:
-            reactor = self.group.runtime.reactor
-            since = reactor.seconds() - self._committed_at
-            self._commit_call = reactor.callLater(
-                max(COMMIT_DELAY_SECONDS, COMMIT_INTERVAL_SECONDS - since), self._commit_later
-            )
+    def fail_log(self, error: BaseException) -> None:
+        """Learn that the writelog has failed: see :class:`Failures`."""
+        self.group.failures.happened(self, WRITELOG, error)
 
-    def _commit_later(self) -> None:
-        self._commit_call = None
-        if not self._committing and self._appended and not self.log_failed:
-            self._commit_now()
+    def fail_data(self, error: BaseException) -> None:
+        """Learn that the data device has failed: see :class:`Failures`."""
+        self.group.failures.happened(self, DATA_DEVICE, error)
 
-    def _commit_now(self) -> None:
-        self._committing = True
-        self._urgent = False
-        self._sync_worker.run(self.writelog.sync, partial(self._committed, len(self._appended)))
+    @property
+    def errors(self) -> list[str]:
+        """What has failed, for ``qdsinfo``; empty while all is well."""
+        return [reason for reason in (self.log_failed, self.dead) if reason]
 
-    def _committed(self, count: int, _result: None, error: BaseException | None) -> None:
-        self._committing = False
-        self._committed_at = self.group.runtime.reactor.seconds()
-        if error is not None:
-            self.fail("writelog", self.config.writelog_device, error)
-            self.group.bypass.poke()
-            return
-        answers: dict[INbdConnection, list[Request]] = {}
-        frame = None
-        for _ in range(count):
-            frame = self._appended.popleft()
-            frame.durable = True
-            self._durable.append(frame)
-            for request in frame.waiting:
-                answers.setdefault(request.connection, []).append(request)
-            frame.waiting = []
-        if frame is not None:
-            self.durable_end = frame.end
-            self.durable_point = frame.next_point
-            while self._flushes and self._flushes[0][0] <= frame.sequence:
-                request = self._flushes.popleft()[1]
-                answers.setdefault(request.connection, []).append(request)
-        for connection, requests in answers.items():
-            connection.answer(requests)
-        self.group.became_durable(self)
-        self._apply()
-        if self._flushes or any(f.waiting for f in self._appended):
-            self._urgent = True
-        self._commit()
+    @property
+    def unlogged(self) -> bool:
+        """Whether it is durable that nothing is lost with the failed writelog: writes go past."""
+        recorded = self.group.failures.recorded.untrusted.get(self.index)
+        return recorded is not None and recorded.drained
 
-    # -- applying -----------------------------------------------------------------------------
-
-    def _apply(self) -> None:
-        if self._applying or not self._durable or (self.dead and not self.exempt):
-            return
-        self._applying = True
-        batch = list(self._durable)
-        self._durable.clear()
-        if self.exempt:
-            self._applied(batch, None, None)
-            return
-        self._apply_worker.run(
-            partial(apply_entries, self.device, [e for f in batch for e in f.entries]),
-            partial(self._applied, batch),
-        )
-
-    def _applied(self, batch: list[UnitFrame], _result: None, error: BaseException | None) -> None:
-        self._applying = False
-        if error is not None:
-            self._durable.extendleft(reversed(batch))
-            self.fail("data device", self.config.data_device, error)
-            self._apply()
-            return
-        for frame in batch:
-            self.pending.remove(frame.entries)
-            frame.entries = ()
-            frame.applied = True
-        self.applied_sequence = batch[-1].sequence
-        if self.exempt:
-            self.synced_sequence = self.applied_sequence
-        self.group.was_applied(sum(frame.weight for frame in batch))
-        self._apply()
-
-    # -- reading ------------------------------------------------------------------------------
-
-    def _flush(self, request: Request) -> None:
-        if self.log_failed:
-            self._flushes.append((self._framing.sequence - 1, request))
-            return
-        if not self._appended and not self._appending:
-            request.connection.answer([request])
-            return
-        self._flushes.append((self._framing.sequence - 1, request))
-        self._urgent = True
-        self._commit()
-
-    # -- checkpoints and the end ----------------------------------------------------------------
-
-    def sync_data(self, done: Callable[[int, BaseException | None], None]) -> None:
-        """Make what is applied durable on the data device.
-
-        :param done: called with the last local sequence that this covers.
-        """
-        upto = self.applied_sequence
-        self._apply_worker.run(self.device.fdatasync, lambda _result, error: done(upto, error))
-
-    def update_superblock(
-        self, changes: dict[str, Any], done: Callable[[BaseException | None], None]
-    ) -> None:
-        """Write both slots of the writelog's superblock with these changes, durably."""
-        self._sync_worker.run(
-            partial(self.writelog.update, both=True, **changes),
-            lambda _result, error: done(error),
-        )
-
-    def fail(self, what: str, path: str, error: BaseException) -> None:
-        """Latch a failure: see :class:`qdsmirror.groups.failures.Failures`."""
-        self.group.failures.happened(self, what, path, error)
-
-    def refuse(self, reason: str) -> None:
-        """Answer what waits, and all that comes, with an error (invariant LOUD)."""
-        if self.refusal:
-            return
-        self.refusal = reason
-        waiting = [r for f in self._appended for r in f.waiting]
-        waiting += [*self._late, *(r for _, r in self._flushes)]
-        waiting += [*self.waiting.drop(), *self.direct.drop()]
-        self._late.clear()
-        self._flushes.clear()
-        for frame in self._appended:
-            frame.waiting = []
-        for request in waiting:
-            request.connection.answer_error(request, errno.EIO, reason)
-
-    def be_exempt(self) -> None:
-        """Count everything as applied: it is durable that the data device is dead (rules.md 16)."""
-        self.exempt = True
-        self.synced_sequence = self.applied_sequence
-        self._apply()
-        self.group.checkpoints.take()
+    @property
+    def exempt(self) -> bool:
+        """Whether it is durable that the data device is dead: nothing waits for it any more."""
+        return self.index in self.group.failures.recorded.dead
 
     @property
     def dirty_bytes(self) -> int:
         """What was written past the writelog; everything, where nobody knows."""
         return self.size if self.unlogged else self.dirty.dirty_bytes
 
-    @property
-    def is_on_log(self) -> bool:
-        """Whether the writelog's device is at work on a frame."""
-        return self._appending or self._committing
+    def refuse(self, reason: str) -> None:
+        """Answer what waits, and all that comes, with an error (invariant LOUD)."""
+        if self.refusal:
+            return
+        self.refusal = reason
+        for request in (*self.syncing.drop(), *self.waiting.drop(), *self.direct.drop()):
+            request.connection.answer_error(request, errno.EIO, reason)
 
     def write_past_log(self) -> None:
         """Write to the data device what the failed writelog was to hold, in order (rules.md 13)."""
-        for frame in self._appended:
-            self._late.extend(frame.waiting)
-            frame.waiting = []
-        self._durable.extend(self._appended)
-        self._appended.clear()
-        self._apply()
-
-    def answer_drained(self) -> None:
-        """Answer what waited for the failed writelog: all of it is safe without."""
-        waiting = [*self._late, *(request for _, request in self._flushes)]
-        self._late.clear()
-        self._flushes.clear()
-        answer_all(waiting)
-
-    @property
-    def busy(self) -> bool:
-        """Whether something accepted is not yet applied."""
-        return bool(
-            not self.refusal
-            and (self.waiting.any or self._late or self.has_frames or self.direct.busy)
-        )  # fmt: skip
+        self.applying.take(self.syncing.hand_on())
+        self.applying.go_on()
 
     def close(self) -> list[Any]:
         """Stop the workers; the devices are closed by the group.
 
         :returns: the workers' Deferreds.
         """
-        if self._commit_call is not None:
-            self._commit_call.cancel()
-            self._commit_call = None
+        self.syncing.stop()
         workers = (self._append_worker, self._sync_worker, self._apply_worker, self._read_worker)
         return [worker.stop() for worker in workers]

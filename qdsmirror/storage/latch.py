@@ -170,9 +170,24 @@ class FailureLatch:
 
         :raises QdsError: it cannot be written.
         """
+        if self.tell(device, error):
+            self.write(device, error)
+
+    def tell(self, device: str, error: BaseException) -> bool:
+        """Let the processes remember a failure, as the first part of :meth:`record`; never blocks.
+
+        :returns: whether it is one of a sync, so that :meth:`write` must follow.
+        """
         if not isinstance(error, DeviceFailedError):
-            return
+            return False
         self._tell(device, str(error))
+        return True
+
+    def write(self, device: str, error: BaseException) -> None:
+        """Note durably what was told, as the second part of :meth:`record`.
+
+        :raises QdsError: it cannot be written.
+        """
         recorded, group = self._read()
         self._write({device: str(error), **self._known(), **recorded}, group)
 

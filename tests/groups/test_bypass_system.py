@@ -158,7 +158,7 @@ class BypassTests(TestCase):
         assert driver is not None
         sites.initialise_journal()
         yield sites.start_rmd()
-        yield sites.until(lambda: driver.link["state"] == "refused", "the refusal")
+        yield sites.until(lambda: driver.pmd.link["state"] == "refused", "the refusal")
         yield driver.switch_bypass("off")
         yield sites.until(lambda: driver.coherent, "the refresh to end")
         yield sites.drained()

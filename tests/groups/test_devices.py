@@ -289,7 +289,7 @@ class MirrorDeviceTests(TestCase):
         known = rmd.mirror.journal.superblock
         self.assertFalse(known.coherent)
         self.assertIn(f"{sites.base}/mirror1 (bytes 0 to {MIB - 1})", known.reason)
-        yield sites.until(lambda: driver.link["code"] == 4, "the refusal")
+        yield sites.until(lambda: driver.pmd.link["code"] == 4, "the refusal")
         yield sites.until(lambda: not driver.coherent, "the primary's knowledge")
         yield sites.refresh()
         yield sites.drained()

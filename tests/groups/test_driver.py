@@ -143,7 +143,7 @@ class TailTests(SynchronousTestCase):
         for _ in range(3):
             for name in ("qds1 data", "qds1 commit", "qds0 commit"):
                 world.steps[name].step_all()
-        self.assertEqual(second.synced_sequence, 1)
+        self.assertEqual(second.applying.synced_sequence, 1)
         self.assertEqual(world.group.checkpoints.applied_gsn, 0)
         self.assertEqual(read_superblock(world.log(1)).applied.position, 0)
         world.settle(3)

@@ -548,4 +548,4 @@ class SiteTests(TestCase):
 def is_full(sites: Sites) -> bool:
     """Tell whether the writelog has no room for another write, and nobody frees any."""
     unit = sites.unit(0)
-    return bool(unit.waiting) and not unit._appending and unit.writelog.free_bytes < 3 * BLOCK
+    return bool(unit.waiting) and not unit.appending and unit.writelog.free_bytes < 3 * BLOCK

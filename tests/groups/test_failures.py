@@ -148,6 +148,24 @@ class Far:
                 self.disks[header.ldsu][entry.offset : entry.offset + entry.length] = data
 
 
+class Pool:
+    """A thread pool that stands still until it is told to run."""
+
+    def __init__(self, world: FailureWorld) -> None:
+        self._jobs: list[tuple[Any, ...]] = []
+        self._reactor = world.reactor
+        self._real = world.reactor.callInThreadWithCallback
+        world.test.patch(self._reactor, "callInThreadWithCallback", self._keep)
+
+    def _keep(self, *job: Any) -> None:
+        self._jobs.append(job)
+
+    def run(self) -> None:
+        while self._jobs:
+            self._real(*self._jobs.pop(0))
+        self._reactor.callInThreadWithCallback = self._real  # type: ignore[method-assign]
+
+
 class Story(Application):
     """What an application asks of two LDSUs, and a secondary."""
 
@@ -215,6 +233,7 @@ class Story(Application):
         for path in paths:
             test.assertIn(f"writelog {path} failed", status["bypass"]["reason"])
         test.assertGreater(status["bypass"]["since"], 0)
+        test.assertGreater(status["since"], 0)
         error = test.failureResultOf(group.switch_bypass("off"), DeviceFailedError).value
         test.assertIn("qdswlinit", error.hint)
         test.failureResultOf(group.refresh("full"), DeviceFailedError)
@@ -424,6 +443,68 @@ class WritelogTests(SynchronousTestCase):
         world.settle(1)
         self.assertEqual(world.client.done, requests)
         self.assertEqual(world.data().content()[:BLOCK], unique(2))
+
+    def test_log_that_fails_while_another_is_recorded_is_recorded_first(self) -> None:
+        story = Story(self, 3, stepped=True)
+        world = story.world
+        world.start()
+        world.group.switch_bypass("on")
+        world.settle(1)
+        world.log(0).fail("pwritev")
+        requests = [story.write(0, 0)]
+        world.step("qds0 commit")
+        requests.append(story.write(1, 0))
+        # The first record of the other; this one's dirty bits; that all is safe without the other.
+        world.step("qds2 commit")
+        world.step("qds1 commit")
+        world.log(1).fail("pwritev")
+        world.step("qds1 commit", 2)
+        world.step("qds2 commit")
+        self.assertTrue(story.unit(0).unlogged)
+        self.assertTrue(story.unit(1).log_failed)
+        self.assertFalse(world.steps["qds1 data"].waiting, "rules.md 13")
+        world.settle(1)
+        self.assertEqual(world.client.done, requests)
+        self.assertEqual(world.data(1).violations, 0)
+        self.assertEqual(world.data(1).content()[:BLOCK], unique(2))
+        self.assertEqual(set(world.latch.kept[1].untrusted), {0, 1})
+
+    def test_what_is_made_of_a_failure_waits_for_the_state_file_alone(self) -> None:
+        story = Story(self)
+        world = story.world
+        world.start()
+        told: list[str] = []
+        self.patch(world.latch, "_tell", lambda device, _reason: told.append(device))
+        pool = Pool(world)
+        world.log(0).fail("fdatasync")
+        request = story.write(0, 0, fua=True)
+        world.settle(1)
+        self.assertEqual(told, ["/near/log0"], "the master is told at once")
+        self.assertEqual(world.latch.kept, ({}, Failed()))
+        self.assertIsNone(durable_superblock(world.log(1).durable()).failures)
+        self.assertEqual(world.client.done, [])
+        self.assertEqual(world.client.read(story.unit(1), 0, BLOCK), bytes(BLOCK))
+        pool.run()
+        world.settle(1)
+        self.assertEqual(world.client.done, [request])
+        self.assertIn("/near/log0", world.latch.kept[0])
+        story.check_bypass("/near/log0")
+
+    def test_driver_ends_when_the_state_file_is_written(self) -> None:
+        story = Story(self)
+        world = story.world
+        world.start()
+        story.write(0, 0)
+        world.settle(0.1)
+        pool = Pool(world)
+        world.data().fail("fdatasync")
+        stopped = world.group.stop()
+        world.settle(1)
+        self.assertNoResult(stopped)
+        pool.run()
+        world.settle(1)
+        self.successResultOf(stopped)
+        self.assertIn("/near/data0", world.latch.kept[0])
 
     def test_overflow_and_refresh_are_refused_while_a_log_has_failed(self) -> None:
         story = Story(self)

@@ -8,10 +8,10 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import refresh as refresh_module
 from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.refresh import Refresh
+from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.groups.unit import DriverUnit
 from tests.fakes import MemoryDevice
 from tests.groups import world as world_module
@@ -186,7 +186,7 @@ class TurnTests(SynchronousTestCase):
         world = RefreshWorld(self, stepped=True, log=4 * MIB)
         unit = world.begin_work()
         world.settle()
-        self.patch(driver_module, "UNAPPLIED_BYTES_MAX", 64 * KIB)
+        world.group.runtime.unapplied = Unapplied(64 * KIB, 0)
         for number in range(40):
             world.client.write(unit, 512 * KIB + number * BLOCK, unique(number))
         world.step("qds0 writelog", 2)
@@ -246,7 +246,7 @@ class BeginTests(SynchronousTestCase):
         job = world.refresh()
         world.steps["qds0 commit"].step_all()
         world.steps["qds0 writelog"].step_all()
-        self.assertTrue(unit.is_locked)
+        self.assertTrue(unit.waiting.is_locked)
         world.steps["qds0 read"].step_all()
         for _ in range(100):
             world.settle(0.01)

@@ -324,8 +324,8 @@ class RefreshTests(TestCase):
         yield sites.start_rmd()
         driver, rmd = sites.driver, sites.rmd
         assert driver is not None and rmd is not None
-        yield sites.until(lambda: driver.link["state"] == "refused", "the refusal")
-        self.assertEqual(driver.link["code"], 4)
+        yield sites.until(lambda: driver.pmd.link["state"] == "refused", "the refusal")
+        self.assertEqual(driver.pmd.link["code"], 4)
         self.assertIn("lost committed frames", driver.status()["reason"])
         yield sites.until(lambda: rmd.link_state["state"] == "refused", "the refusal there")
         self.assertIn("lost committed frames", rmd.status()["reason"])
@@ -348,7 +348,7 @@ class RefreshTests(TestCase):
         yield sites.start_pmd()
         driver = sites.driver
         assert driver is not None
-        yield sites.until(lambda: driver.link["state"] == "refused", "the refusal")
+        yield sites.until(lambda: driver.pmd.link["state"] == "refused", "the refusal")
         self.assertIn("another generation", driver.status()["reason"])
         before = [sites.mirror(index) for index in range(2)]
         sites.write(0, 0, unique(1))
@@ -382,7 +382,7 @@ class RefreshTests(TestCase):
         yield sites.start_pmd()
         driver = sites.driver
         assert driver is not None
-        yield sites.until(lambda: driver.link["state"] == "refused", "the refusal")
+        yield sites.until(lambda: driver.pmd.link["state"] == "refused", "the refusal")
         self.assertIn("history differs", driver.status()["reason"])
 
 

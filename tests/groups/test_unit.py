@@ -9,8 +9,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror import limits
 from qdsmirror.core import nbd
 from qdsmirror.core.extents import HOLE, ZERO
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import waiting as waiting_module
+from qdsmirror.groups.unapplied import Unapplied
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, FakeConnection, unique
 
 
@@ -395,15 +395,15 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(world.data().content()[99 * BLOCK : 100 * BLOCK], unique(1000))
 
     def test_unapplied_bytes_are_bounded(self) -> None:
-        self.patch(driver_module, "UNAPPLIED_BYTES_MAX", 64 * KIB)
         world = DriverWorld(self, log=4 * MIB, stepped=True)
         unit = world.start()
+        world.group.runtime.unapplied = Unapplied(64 * KIB, 0)
         requests = [world.client.write(unit, n * 8192, unique(n, 8192)) for n in range(32)]
         for name in ("qds0 writelog", "qds0 commit"):
             world.steps[name].step_all()
         framed = sum(frame.weight for frame in world.frames)
         self.assertLess(framed, 64 * KIB + limits.FRAME_PAYLOAD_BYTES_MAX)
-        self.assertLessEqual(world.group._unapplied_bytes, framed)
+        self.assertLessEqual(world.group.unapplied_bytes, framed)
         for number in range(32, 64):
             requests.append(world.client.write(unit, number * 8192, unique(number, 8192)))
         before = len(world.frames)
@@ -411,7 +411,7 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(len(world.frames), before, "framed beyond the bound")
         world.settle()
         self.assertEqual(world.client.done, requests)
-        self.assertEqual(world.group._unapplied_bytes, 0)
+        self.assertEqual(world.group.unapplied_bytes, 0)
 
 
 class ErrorTests(SynchronousTestCase):
@@ -486,7 +486,7 @@ class ErrorTests(SynchronousTestCase):
         world.data(0).fail("fdatasync")
         world.settle(2)
         self.assertTrue(self.unit.errors)
-        self.assertGreater(self.unit.applied_sequence, self.unit.synced_sequence)
+        self.assertGreater(self.unit.applying.applied_sequence, self.unit.applying.synced_sequence)
         other = world.group.units[1]
         for number in range(100):
             world.client.write(other, number * BLOCK, unique(number))

@@ -16,14 +16,15 @@ from twisted.internet.defer import succeed
 
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
+from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
@@ -104,7 +105,7 @@ def _ignore(_result: Any, _error: BaseException | None) -> None:
 @mutation("NO-HIDDEN")
 def _apply_before_durable(patch: Patch) -> None:
     def early(unit: Any, frame: Any, *_: Any) -> None:
-        unit._apply_worker.run(partial(apply_entries, unit.device, frame.entries), _ignore)
+        unit.run_on_data(partial(apply_entries, unit.device, frame.entries), _ignore)
 
     patch(DriverUnit, "_append", _wrapped(DriverUnit, "_append", before=early))
 
@@ -119,8 +120,8 @@ def _announce_before_durable(patch: Patch) -> None:
         unit.durable_end = was
 
     def appended(unit: Any, *_: Any) -> None:
-        if unit.group._pmd is not None:
-            unit.group._pmd.durable(0, unit)
+        if unit.group.pmd.end is not None:
+            unit.group.pmd.end.durable(0, unit)
 
     patch(DriverEnd, "durable", durable)
     patch(DriverUnit, "_was_appended", _wrapped(DriverUnit, "_was_appended", after=appended))
@@ -128,10 +129,10 @@ def _announce_before_durable(patch: Patch) -> None:
 
 @mutation("DURABLE")
 def _flush_without_sync(patch: Patch) -> None:
-    def flush(unit: Any, request: Any) -> None:
+    def flush(_syncing: Any, request: Any) -> None:
         request.connection.answer([request])
 
-    patch(DriverUnit, "_flush", flush)
+    patch(Syncing, "flush", flush)
 
 
 @mutation("DURABLE")
@@ -148,12 +149,12 @@ def _fua_answered_from_the_cache(patch: Patch) -> None:
 
 @mutation("LOUD", seeds=300)
 def _failed_sync_taken_for_good(patch: Patch) -> None:
-    real = DriverUnit._committed
+    real = Syncing._committed
 
-    def committed(unit: Any, count: int, result: Any, error: Any) -> None:
-        real(unit, count, result, None)
+    def committed(syncing: Any, count: int, result: Any, error: Any) -> None:
+        real(syncing, count, result, None)
 
-    patch(DriverUnit, "_committed", committed)
+    patch(Syncing, "_committed", committed)
 
 
 @mutation("TAIL")
@@ -163,10 +164,10 @@ def _tail_past_an_unacknowledged_frame(patch: Patch) -> None:
 
 @mutation("TAIL")
 def _tail_past_an_unsynced_frame(patch: Patch) -> None:
-    def sync_data(unit: Any, done: Any) -> None:
-        done(unit.applied_sequence, None)
+    def sync(applying: Any, done: Any) -> None:
+        done(applying.applied_sequence, None)
 
-    patch(DriverUnit, "sync_data", sync_data)
+    patch(Applying, "sync", sync)
 
 
 def _after_cursors(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -226,8 +227,8 @@ def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
 
 @mutation("RECOVER", seeds=300)
 def _void_ranges_not_recorded(patch: Patch) -> None:
-    real = driver_module.judge
-    patch(driver_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
+    real = restart_module.judge
+    patch(restart_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
 
 
 @mutation("RECOVER", seeds=400)
@@ -272,7 +273,7 @@ def _bypass_left_without_a_sync(patch: Patch) -> None:
 
 @mutation("GENERATION", seeds=400, first=90)
 def _switch_not_completed_at_the_start(patch: Patch) -> None:
-    patch(driver_module, "awaits_switch", lambda *_: False)
+    patch(restart_module, "awaits_switch", lambda *_: False)
 
 
 # -- between the sites ----------------------------------------------------------------------------

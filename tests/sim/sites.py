@@ -25,9 +25,11 @@ from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.limits import KIB
 from qdsmirror.paths import Paths
 from qdsmirror.storage.extension import PoolDevice
+from qdsmirror.storage.latch import FailureLatch, FailureMemory
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, Unsynced, at_random, everything, nothing
 from tests.sim.corruption import Corruption
@@ -50,6 +52,7 @@ class Sites:
     :ivar serving: whether the driver has started; ``receiving``: whether the rmd has.
     :ivar due: when which daemon is to be started.
     :ivar latched: devices that were made to fail.
+    :ivar memory: what the driver's master remembers of them, until its site's power is cut.
     """
 
     def __init__(self, seed: int, base: Path, profile: Profile | None = None) -> None:
@@ -73,6 +76,7 @@ class Sites:
         self.counts: dict[str, int] = {}
         self.due: dict[str, float] = {}
         self.latched: set[str] = set()
+        self.memory = FailureMemory()
         self.numbers = 0
         self.logged: list[Any] = []
         #: By path the first superblock of each writelog: its UUID and its bitmap's place stay.
@@ -237,6 +241,7 @@ class Sites:
             listen=lambda *_: _Listener(),
             attach=lambda _reactor, _path: self._attach(process),
             endpoint=lambda *_: _Way(self, process),
+            unapplied=Unapplied(self.profile.limit, 0),
             server_tls=lambda *_: None,
         )
         return process, runtime
@@ -250,7 +255,11 @@ class Sites:
         common = (self.config, self.host[site], self.paths[site], process)
         if name == "driver":
             self.serving = False
-            process.group = DriverGroup(*common, -1, runtime=runtime)
+            memory = self.memory
+            latch = FailureLatch(
+                self.paths[site].state_file(0), partial(memory.of, 0), partial(memory.remember, 0)
+            )
+            process.group = DriverGroup(*common, -1, runtime=runtime, latch=latch)
         elif name == "pmd":
             process.group = PrimaryGroup(*common, runtime=runtime)
         else:
@@ -340,6 +349,8 @@ class Sites:
         """Cut a site's power: its processes end, and so does what its disks had not written."""
         self.count(f"power cut {site}")
         self.note(f"power cut {site}")
+        if site == "alpha":
+            self.memory = FailureMemory()
         for name in ("rmd",) if site == "beta" else ("driver", "pmd"):
             process: Process | None = getattr(self, name)
             setattr(self, name, None)

@@ -14,7 +14,6 @@ from twisted.logger import LogLevel, globalLogPublisher
 from qdsmirror.core import stream
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
 from qdsmirror.groups import committing as committing_module
-from qdsmirror.groups import driver as driver_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
@@ -46,7 +45,6 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(os, "urandom", bytes_of)
         patch(os, "getpid", lambda: 4711)
         patch(secrets, "token_bytes", bytes_of)
-        patch(driver_module, "UNAPPLIED_BYTES_MAX", profile.limit)
         patch(committing_module, "RECEIVED_BYTES_MAX", profile.limit)
         patch(committing_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)

@@ -228,7 +228,7 @@ class World(Clients):
         frame = profile.log // 4
         # A refresh that has been let in reads its chunk first; a frame may come between.
         unapplied = profile.limit + frame + profile.log // 16 + 8 * KIB
-        if self.driver is not None and self.driver.group._unapplied_bytes > unapplied:
+        if self.driver is not None and self.driver.group.unapplied_bytes > unapplied:
             raise Violation("BOUND: too much is unapplied at the driver")
         if self.pmd is not None and self.pmd.group._outbound is not None:
             flying = sum(size for _, size, _, _ in self.pmd.group._outbound._in_flight)
@@ -342,7 +342,7 @@ class World(Clients):
         self._check_equal()
 
     def _refused(self) -> bool:
-        return self.driver is not None and self.driver.group.link["state"] == "refused"
+        return self.driver is not None and self.driver.group.pmd.link["state"] == "refused"
 
     def _initialise_writelogs(self) -> bytes:
         generation = secrets.token_bytes(16)
@@ -358,7 +358,7 @@ class World(Clients):
         group = self.driver.group
         return (
             group.bypass.phase == "off"
-            and group.mirrored_gsn == group.next_gsn - 1
+            and group.pmd.mirrored_gsn == group.next_gsn - 1
             and group.all_applied
             and group.refresh_job is None
             and group.coherent

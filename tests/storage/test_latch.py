@@ -102,6 +102,16 @@ class MemoryTests(TestCase):
         self.assertRaises(QdsError, self.latch().record, "/dev/a", DeviceFailedError("EIO"))
         self.assertEqual(self.told, [("/dev/a", "EIO")])
 
+    def test_in_two_parts_of_which_the_first_never_blocks(self) -> None:
+        latch, error = self.latch(), DeviceFailedError("EIO")
+        self.assertFalse(latch.tell("/dev/b", OSError("EIO")))
+        self.assertTrue(latch.tell("/dev/a", error))
+        self.assertEqual(self.told, [("/dev/a", "EIO")])
+        self.assertFalse(self.path.exists())
+        latch.write("/dev/a", error)
+        self.assertEqual(len(self.told), 1)
+        self.assertEqual(FailureLatch(self.path).failures(), {"/dev/a": "EIO"})
+
     def test_written_as_soon_as_that_is_possible(self) -> None:
         self.memory.remember(3, "/dev/a", "fdatasync: EIO")
         self.latch().check(["/dev/b"])
