@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.threads import blockingCallFromThread
 from twisted.logger import Logger
+from twisted.python.threadable import isInIOThread
 
 from qdsmirror import errors, limits
 from qdsmirror.daemons import logs, memory
@@ -130,6 +132,10 @@ class _Child:
         self._channel.send({"group": number, "state": state, "reason": text, "code": code})
 
     def _report_failure(self, number: int, device: str, reason: str) -> None:
+        if not isInIOThread():  # type: ignore[no-untyped-call]
+            # Devices are opened, and may fail, in a thread; the channel is the reactor's.
+            blockingCallFromThread(self._reactor, self._report_failure, number, device, reason)
+            return
         assert self._channel is not None
         text = reason[: limits.REASON_CHARACTERS_MAX]
         if not self._channel.send({"group": number, "failed": device, "reason": text}):
