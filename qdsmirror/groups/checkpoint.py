@@ -35,6 +35,7 @@ class Checkpoints:
         self._group = group
         self._unapplied: deque[UnitFrame] = deque()
         self._again = False
+        self._changes = False
         self._entries_before = 0
         self.applied_gsn = 0
         self.running = False
@@ -76,6 +77,7 @@ class Checkpoints:
         unsynced = [
             unit for unit in self._group.units if not unit.applying.is_synced and not unit.dead
         ]
+        self._changes = bool(unsynced)
         _each(unsynced, self._sync_unit, self._synced)
 
     def _sync_unit(self, unit: DriverUnit, done: Callable[[], None]) -> None:
@@ -96,6 +98,7 @@ class Checkpoints:
             if not frame.applied or frame.sequence > unit.applying.synced_sequence:
                 break
             unapplied.popleft()
+            self._changes = True
             self.applied_gsn = frame.gsn_last
             unit.applied_end = frame.end
             unit.applied_point = frame.next_point
@@ -109,6 +112,7 @@ class Checkpoints:
                 or unit.writelog.superblock.head.position != unit.durable_end
             )
         ]
+        self._changes = self._changes or bool(changed)
         _each(changed, self._write_unit, self._taken)
 
     def cursors(self, unit: DriverUnit) -> dict[str, Any]:
@@ -155,9 +159,12 @@ class Checkpoints:
                 unit.pump()
             if self._group.refresh_job is not None:
                 self._group.refresh_job.poke()
+        changed = self._changes
         if self._again:
             self.take()
-        self._group.bypass.poke()
+        if changed:
+            # Whoever waits for something takes another: that would not end where nothing changes.
+            self._group.bypass.poke()
         self._group.note_idle()
 
     def record_everywhere(self, **changes: Any) -> Deferred[None]:

@@ -688,6 +688,23 @@ class DataDeviceTests(SynchronousTestCase):
         self.assertIn(story.write(1, 4, fua=True), world.client.done)
         story.check(dead=0)
 
+    def test_device_dies_while_bypass_is_entered(self) -> None:
+        story = Story(self)
+        world = story.world
+        world.start()
+        pool = Pool(world)
+        story.write(0, 0)
+        story.write(1, 0)
+        world.data(0).fail("fdatasync")
+        entered = world.group.switch_bypass("on")
+        world.settle(2)
+        # Its death is not yet recorded: that is waited for, without looking again and again.
+        self.assertNoResult(entered)
+        pool.run()
+        world.settle(2)
+        self.successResultOf(entered)
+        self.assertEqual(world.group.state, "bypass")
+
     def test_overflow_beside_a_dead_device(self) -> None:
         from dataclasses import replace
 
