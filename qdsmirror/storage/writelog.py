@@ -202,11 +202,12 @@ class Writelog:
             slot_bytes=slot_bytes,
             bitmap=bitmap,
         )
-        initialise_bitmap(device, superblock)
         for place in {*SLOT_BYTES, *EXTENSION_SLOT_BYTES} - {slot_bytes}:
             # A forgotten second slot, of another size or an extension's, must not be found again.
             if place + 4096 <= device.size:
                 device.pwritev([_ZEROES[:4096]], place)
+        # Behind that: such a place may lie in the bitmap.
+        initialise_bitmap(device, superblock)
         log = cls(device, superblock)
         log.write_superblock(renewed(superblock), both=True)
         return log

@@ -8,10 +8,11 @@ from random import Random
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.bitmap import SECTOR_BITS, SECTOR_BYTES, BitmapArea, DirtyBitmap
+from qdsmirror.core.records import SLOT_BYTES
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import BITMAP_CHUNK_BYTES_MIN, MIB
 from qdsmirror.storage.bitmap import load_bitmap, write_blocks
-from qdsmirror.storage.writelog import Writelog
+from qdsmirror.storage.writelog import Writelog, read_superblock
 from tests.fakes import MemoryDevice, at_random, nothing
 from tests.storage.logworld import LOG, initialise
 
@@ -128,6 +129,19 @@ class BitmapTests(SynchronousTestCase):
         bitmap, told = load_bitmap(self.device, log.superblock)
         self.assertEqual(bitmap.dirty_bytes, SIZE)
         self.assertTrue(told)
+
+    def test_initialised_beside_every_size_of_slot(self) -> None:
+        # Where another size's slot would stand, something of this log's may stand.
+        found = set()
+        for size in (MIB // 4, 4 * MIB, 8 * MIB, 64 * MIB, 512 * MIB):
+            for physical in (4096, 65536) if size > MIB else (4096,):
+                device = MemoryDevice(size, path="/log0", physical_block=physical)
+                log = initialise(device, sizes=(SIZE,))
+                self.assertEqual(load_bitmap(device, log.superblock)[1], "", (size, physical))
+                self.assertEqual(read_superblock(device), log.superblock)
+                found.add(log.superblock.slot_bytes)
+                device.discard()
+        self.assertEqual(found, set(SLOT_BYTES[:3]))
 
     def test_initialised_whole_or_not(self) -> None:
         # A superblock names the area only once that is valid.
