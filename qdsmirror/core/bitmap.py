@@ -83,6 +83,11 @@ def _pack_sector(log: bytes, number: int, bits: bytes) -> bytes:
     return head + crc32c(head, crc32c(log + number.to_bytes(8, "big"))).to_bytes(_CRC_BYTES, "big")
 
 
+def _lowest(bits: int) -> int:
+    """Give the number of the lowest bit that is set."""
+    return (bits & -bits).bit_length() - 1
+
+
 class DirtyBitmap:
     """The bits of one LDSU in memory.
 
@@ -177,12 +182,29 @@ class DirtyBitmap:
         at, bit = divmod(offset // self.area.chunk, 8)
         return bool(self._bits[at] >> bit & 1)
 
-    @property
-    def dirty_bytes(self) -> int:
-        """Bytes of the LDSU in dirty chunks."""
-        count = int.from_bytes(self._bits, "little").bit_count()
-        if count and self.is_marked(self._ldsu_bytes - 1):
-            # The last chunk may end with the device.
-            short = -self._ldsu_bytes % self.area.chunk
-            return count * self.area.chunk - short
-        return count * self.area.chunk
+    def dirty_bytes(self, offset: int = 0) -> int:
+        """Give the bytes of the LDSU in dirty chunks, from a byte on."""
+        chunk = self.area.chunk
+        bits = self._bits_from(offset // chunk)
+        count = bits.bit_count() * chunk - (offset % chunk if bits & 1 else 0)
+        # The last chunk may end with the device.
+        last = bits and self.is_marked(self._ldsu_bytes - 1)
+        return count - (-self._ldsu_bytes % chunk if last else 0)
+
+    def next_dirty(self, offset: int) -> tuple[int, int] | None:
+        """Give the first and the end byte of what is dirty without a gap, from a byte on.
+
+        :returns: ``None`` where nothing is.
+        """
+        first = offset // self.area.chunk
+        bits = self._bits_from(first)
+        if not bits or offset >= self._ldsu_bytes:
+            return None
+        gap = _lowest(bits)
+        end = first + gap + _lowest(~(bits >> gap))
+        start = max(offset, (first + gap) * self.area.chunk)
+        return start, min(end * self.area.chunk, self._ldsu_bytes)
+
+    def _bits_from(self, chunk: int) -> int:
+        """Give the bits as a number, the first of them of this chunk."""
+        return int.from_bytes(self._bits[chunk // 8 :], "little") >> chunk % 8

@@ -38,6 +38,7 @@ class Settled(NamedTuple):
     """What a group's superblocks say together.
 
     :ivar bypass: the bypass that the group is in.
+    :ivar tracked: whether frames and dirty bitmaps have all that the mirror lacks.
     :ivar refreshes: each superblock's refresh, where it still counts.
     :ivar uneven: whether they do not all say so yet.
     """
@@ -45,6 +46,7 @@ class Settled(NamedTuple):
     generations: tuple[Generation, ...]
     bypass: Mapping[str, Any] | None
     coherent: bool
+    tracked: bool
     reason: str
     refreshes: list[Mapping[str, Any] | None]
     uneven: bool
@@ -55,7 +57,7 @@ def settle(superblocks: Sequence[Superblock]) -> Settled:
 
     - One knows a newer generation: the group was leaving bypass, and has left it.
     - One is in bypass, and none knows a newer generation: the group was entering, and is in it.
-    - A mirror is coherent when all say so.
+    - A mirror is coherent when all say so; tracked, when each says one or the other.
 
     :raises BrokenError: they are of different histories.
     """
@@ -74,6 +76,7 @@ def settle(superblocks: Sequence[Superblock]) -> Settled:
         newest.generations,
         bypass,
         coherent,
+        all(s.coherent or s.tracked for s in superblocks),
         newest.reason or next((s.reason for s in superblocks if s.reason), ""),
         refreshes,
         left or any((s.bypass is None) != (bypass is None) for s in superblocks),

@@ -202,6 +202,7 @@ class Superblock:
     :ivar head: a guess: everything before it is durable in this log.
     :ivar durable_gsn: the group's durable GSN when this was written (rules.md 6).
     :ivar coherent: whether the mirror is usable as of one instant (invariant COHERENT).
+    :ivar tracked: of a mirror that is not: whether frames and dirty bitmaps have all it lacks.
     :ivar refresh: the refresh in progress, as the driver or the rmd describes it, or ``None``.
     :ivar bypass: the bypass that the group is in, by id, since and reason, or ``None``; in a
         journal the one at whose break the mirror stands.
@@ -227,6 +228,7 @@ class Superblock:
     head: Cursor = field(default_factory=Cursor)
     durable_gsn: int = 0
     coherent: bool = False
+    tracked: bool = False
     reason: str = ""
     refresh: Mapping[str, Any] | None = None
     bypass: Mapping[str, Any] | None = None
@@ -263,6 +265,8 @@ class Superblock:
             "bypass": dict(self.bypass) if self.bypass is not None else None,
             "bitmap": list(self.bitmap) if self.bitmap is not None else None,
         }
+        if self.tracked:
+            body["tracked"] = True
         if self.fingerprints is not None:
             body["fingerprints"] = dict(self.fingerprints)
         if self.failures is not None:
@@ -292,6 +296,7 @@ class Superblock:
             reason=body["reason"],
             refresh=body["refresh"],
             bypass=body["bypass"],
+            tracked=body.get("tracked", False) is True,
             bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
             fingerprints=body.get("fingerprints"),
             failures=body.get("failures"),

@@ -11,7 +11,7 @@ from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event
 from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.groups.bypass import OFF
-from qdsmirror.groups.refresh import Refresh
+from qdsmirror.groups.refresh import DIRTY, FULL, Refresh
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
@@ -21,6 +21,9 @@ class Coherence:
     """What the primary durably knows of its mirror.
 
     :ivar coherent: whether the mirror is the group's state as of one instant.
+    :ivar tracked: whether the writelogs' frames and the dirty bitmaps have all that the mirror
+        lacks, so that a dirty refresh makes it equal.  A coherent mirror is tracked; a full refresh
+        gives it up, since its secondary may begin anew at the cut.
     :ivar reason: why it is not; "" while it is.
     :ivar job: the refresh in progress.
     """
@@ -29,13 +32,14 @@ class Coherence:
 
     def __init__(self, group: DriverGroup) -> None:
         self._group = group
-        self.coherent = False
+        self.coherent = self.tracked = False
         self.reason = ""
         self.job: Refresh | None = None
 
     def resume(self, settled: Settled) -> None:
         """Take up what the superblocks say."""
         self.coherent = settled.coherent
+        self.tracked = settled.tracked
         self.reason = settled.reason
         self.job = Refresh.resumed(self._group, settled.refreshes)
 
@@ -45,14 +49,14 @@ class Coherence:
 
         In bypass, this leaves it.
 
-        :raises DegradedError: one is running already.
+        :param kind: ``full``, ``dirty``, or ``auto`` for what will do.
+        :raises DegradedError: one is running already, or a dirty one would not do.
         """
         group = self._group
-        if kind != "full":
-            raise UsageError(f"there is no {kind} refresh", hint="use --full")
         if group.bypass.phase != OFF:
-            left: dict[str, Any] = yield self.leave_bypass()
+            left: dict[str, Any] = yield self.leave_bypass(kind)
             return left
+        chosen = self._choose(kind)
         group.failures.check_logs("refresh")
         group.failures.check_data("refresh")
         if self.job is not None:
@@ -60,19 +64,40 @@ class Coherence:
                 f"{group.name}: a refresh is running already",
                 hint=f"watch it with qdsinfo -g {group.number}, or end it with killrefresh",
             )
-        status: dict[str, Any] = yield self._begin("asked for by the operator")
+        status: dict[str, Any] = yield self._begin(chosen, "asked for by the operator")
         return status
 
+    def _choose(self, kind: str) -> str:
+        """Give the kind of refresh that will do."""
+        name = self._group.name
+        lacks_nothing = self.coherent and self._group.bypass.phase == OFF
+        if kind == "auto":
+            return DIRTY if self.tracked and not lacks_nothing else FULL
+        if kind not in (FULL, DIRTY):
+            raise UsageError(f"there is no {kind} refresh", hint="use --full or --dirty")
+        if kind == DIRTY and (lacks_nothing or not self.tracked):
+            why = "lacks nothing" if lacks_nothing else "lacks more than the dirty bitmaps have"
+            raise DegradedError(f"{name}: its mirror {why}", hint="use qdsrefresh --full")
+        return kind
+
+    def _marks(self, job: Refresh) -> dict[str, Any]:
+        """Begin to be incoherent; give what must be durable before the refresh begins."""
+        self.coherent = False
+        self.tracked = job.kind == DIRTY
+        self.reason = "a refresh is in progress"
+        return {
+            "coherent": False,
+            "tracked": self.tracked,
+            "reason": self.reason,
+            "refresh": job.state,
+        }
+
     @inlineCallbacks
-    def _begin(self, reason: str) -> Any:
+    def _begin(self, kind: str, reason: str) -> Any:
         """Mark the mirror incoherent durably, then begin (invariant COHERENT)."""
         group = self._group
-        job = self.job = Refresh(group)
-        self.coherent = False
-        self.reason = "a refresh is in progress"
-        yield group.checkpoints.record_everywhere(
-            coherent=False, reason=self.reason, refresh=job.state
-        )
+        job = self.job = Refresh(group, kind)
+        yield group.checkpoints.record_everywhere(**self._marks(job))
         group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
         job.begin()
         return (yield self._begun(job))
@@ -85,18 +110,17 @@ class Coherence:
         return job.status()
 
     @inlineCallbacks
-    def leave_bypass(self) -> Any:
+    def leave_bypass(self, kind: str = "auto") -> Any:
         """Leave bypass by a refresh; fires with its status once it has durably begun.
 
+        :param kind: see :meth:`refresh`.
         :raises DegradedError: the group is not in bypass, or cannot leave it yet.
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
         generations = group.bypass.next_generation()
-        job = Refresh(group)
-        self.coherent = False
-        self.reason = "a refresh is in progress"
-        yield group.bypass.leave(generations, coherent=False, reason=self.reason, refresh=job.state)
+        job = Refresh(group, self._choose(kind))
+        yield group.bypass.leave(generations, **self._marks(job))
         self.job = job
         group.modes.happen(Event.BYPASS_ENDED, group.runtime.wall(), "bypass was left")
         job.begin()
@@ -105,16 +129,17 @@ class Coherence:
 
     def end_for_bypass(self) -> None:
         """End a refresh, which cannot go on in bypass; the mirror stays incoherent."""
-        job = self.job
+        if self.job is not None:
+            self.reason = "the last refresh was ended by a bypass"
+            self._end_early(self.job, self.reason)
+
+    def _end_early(self, job: Refresh, reason: str) -> None:
         group = self._group
-        if job is None:
-            return
         job.stop()
         self.job = None
-        self.reason = "the last refresh was ended by a bypass"
-        group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
+        group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), reason)
         if not job.begun.called:
-            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended by a bypass"))
+            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended: {reason}"))
 
     @inlineCallbacks
     def restart(self, lost: str) -> Any:
@@ -128,7 +153,7 @@ class Coherence:
         )
         job.stop()
         try:
-            yield self._begin("the secondary lost part of the one before")
+            yield self._begin(FULL, "the secondary lost part of the one before")
         except QdsError as error:
             group.note_error(f"the refresh could not begin anew: {error.message}")
 
@@ -142,14 +167,10 @@ class Coherence:
         group = self._group
         if job is None:
             raise DegradedError(f"{group.name}: no refresh is running")
-        job.stop()
-        self.job = None
         self.reason = "the last refresh was ended before it was complete"
+        self._end_early(job, self.reason)
         yield group.checkpoints.record_everywhere(refresh=None, reason=self.reason)
-        group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
         group.pmd.tell_refresh(None)
-        if not job.begun.called:
-            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended"))
         return {}
 
     def committed(self, gsn: int) -> None:
@@ -162,11 +183,13 @@ class Coherence:
         group = self._group
         self.job = None
         try:
-            yield group.checkpoints.record_everywhere(refresh=None, coherent=True, reason="")
+            yield group.checkpoints.record_everywhere(
+                refresh=None, coherent=True, tracked=False, reason=""
+            )
         except QdsError as error:
             group.note_error(f"the refresh is complete, but that {error.message}")
             return
-        self.coherent = True
+        self.coherent = self.tracked = True
         self.reason = ""
         group.modes.happen(Event.REFRESH_ENDED, group.runtime.wall())
         self.log.info("{group}: refresh complete, the mirror is coherent", group=group.name)
@@ -174,12 +197,22 @@ class Coherence:
 
     @inlineCallbacks
     def lose(self, reason: str) -> Any:
-        """Record that the secondary does not hold this group's mirror (any more)."""
-        if not self.coherent:
+        """Record that the secondary does not hold this group's mirror (any more).
+
+        A dirty refresh, which builds on it, ends.
+        """
+        if not self.tracked:
             return
-        self.coherent = False
+        group, job = self._group, self.job
+        self.coherent = self.tracked = False
         self.reason = reason
+        changes: dict[str, Any] = {}
+        if job is not None:
+            self._end_early(job, reason)
+            changes["refresh"] = None
         try:
-            yield self._group.checkpoints.record_everywhere(coherent=False, reason=reason)
+            yield group.checkpoints.record_everywhere(
+                coherent=False, tracked=False, reason=reason, **changes
+            )
         except QdsError as error:
-            self._group.note_error(error.message)
+            group.note_error(error.message)

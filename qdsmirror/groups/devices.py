@@ -28,7 +28,9 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
 
     def incoherent(reason: str) -> None:
         for unit in used:
-            unit.writelog.update(both=True, coherent=False, reason=reason, refresh=None)
+            unit.writelog.update(
+                both=True, coherent=False, tracked=False, reason=reason, refresh=None
+            )
 
     bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in used]
     for text in take_over(bound, group.config, incoherent):

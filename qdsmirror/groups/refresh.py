@@ -1,4 +1,8 @@
-"""A full refresh: every block of every LDSU through the writelog, between the writes that go on.
+"""A refresh: blocks of every LDSU through the writelog, between the writes that go on.
+
+A full one sends every block; a dirty one what the dirty bitmaps have, which no bypass changes
+meanwhile (rules.md 12): bits are cleared only when the next bypass is entered with a coherent
+mirror.
 
 It keeps COHERENT (the mirror is durably marked incoherent before its first chunk is framed, and
 coherent only once the end mark is committed) and rules.md 14 (space first, then the range's lock,
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 _NOTHING = bytes(REFRESH_READ_BYTES)
 
+FULL, DIRTY = "full", "dirty"
 MARK, BEGIN, CHUNKS, END, COMMIT, DONE = "mark", "begin", "chunks", "end", "commit", "done"
 
 
@@ -48,12 +53,16 @@ class Refresh:
     """A refresh in progress.
 
     :ivar id: 16 random bytes: the same after a restart.
+    :ivar kind: FULL or DIRTY.
     :ivar cut: where a secondary may start that has no part of the history (see `state`).
     :ivar begun: fires when the begin mark is durable.
     """
 
-    def __init__(self, group: DriverGroup, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, group: DriverGroup, kind: str, state: Mapping[str, Any] | None = None
+    ) -> None:
         self.group = group
+        self.kind = kind
         self.begun: Deferred[None] = Deferred()
         if state is None:
             self.id = os.urandom(16)
@@ -66,11 +75,11 @@ class Refresh:
         # Known to be durable: only then may a secondary be told to begin there.
         self._cut_durable = self.cut is not None
         self._done = [0] * len(group.units)
-        self.kind = "full"
         self._phase = MARK
         self._mark: UnitFrame | None = None
         self._unit = 0
-        self._offset = 0
+        # What is sent next of it, as far as it is known to be to be sent.
+        self._offset = self._end = 0
         # Where room is kept for us, and its log's tail when we last used it.
         self._claimed: DriverUnit | None = None
         self._tail = 0
@@ -92,13 +101,14 @@ class Refresh:
         known = [state for state in states if state is not None]
         if not known:
             return None
-        refresh = cls(group, max(known, key=lambda s: float(s["started"])))
+        newest = max(known, key=lambda s: float(s["started"]))
+        refresh = cls(group, newest["kind"], newest)
         # Nobody waits to hear that it has begun.
         refresh.begun.addErrback(_was_ended)
         for index, state in enumerate(states):
             if state is not None and state["id"] == refresh.id.hex():
                 refresh._done[index] = min(state["done"], group.units[index].size)
-        refresh._began_bytes = sum(refresh._done)
+        refresh._began_bytes = refresh._bytes() - refresh._bytes(refresh._done)
         refresh._phase = BEGIN
         refresh._skip_done()
         return refresh
@@ -116,9 +126,12 @@ class Refresh:
     def announcement(self) -> dict[str, Any] | None:
         """Give what the pmd must know: the id, and the cut at which a history may begin anew.
 
-        ``None`` while a crash could still take away what lies before the cut.
+        ``None`` while a crash could still take away what lies before the cut, and of a dirty
+        refresh, which needs the history before it.
         """
-        return {"id": self.id.hex(), "cut": self.cut} if self._cut_durable else None
+        if self.kind == DIRTY or not self._cut_durable:
+            return None
+        return {"id": self.id.hex(), "cut": self.cut}
 
     # -- the work -----------------------------------------------------------------------------
 
@@ -126,6 +139,7 @@ class Refresh:
         """Go to work: the mirror is durably marked incoherent by now (COHERENT)."""
         if self._phase == MARK:
             self._phase = BEGIN
+            self._skip_done()
             self.poke()
 
     def poke(self) -> None:
@@ -198,11 +212,26 @@ class Refresh:
     def _skip_done(self) -> None:
         units = self.group.units
         while self._unit < len(units):
-            self._offset = max(self._offset, self._done[self._unit])
-            if self._offset < units[self._unit].size:
+            offset = max(self._offset, self._done[self._unit])
+            if (found := self._next(units[self._unit], offset)) is not None:
+                self._offset, self._end = found
                 return
             self._unit += 1
             self._offset = 0
+
+    def _next(self, unit: DriverUnit, offset: int) -> tuple[int, int] | None:
+        """Give the first and the end byte of what is to be sent next, from a byte on."""
+        if self.kind == DIRTY:
+            return unit.dirty.next_dirty(offset)
+        return (offset, unit.size) if offset < unit.size else None
+
+    def _bytes(self, offsets: Sequence[int] | None = None) -> int:
+        """Give how many bytes are to be sent, of each LDSU from an offset on."""
+        units = self.group.units
+        first = offsets or [0] * len(units)
+        if self.kind == DIRTY:
+            return sum(unit.dirty.dirty_bytes(at) for unit, at in zip(units, first, strict=True))
+        return sum(unit.size - at for unit, at in zip(units, first, strict=True))
 
     def _next_chunk(self) -> None:
         if self._unit >= len(self.group.units):
@@ -220,7 +249,7 @@ class Refresh:
             return
         if not self.group.may_frame:
             return
-        span = min(ZERO_ENTRY_BYTES_MAX, unit.size - self._offset)
+        span = min(ZERO_ENTRY_BYTES_MAX, self._end - self._offset)
         unit.lock(self._offset, span)
         self._working = True
         unit.reading.find_hole(self._offset, span, partial(self._found, unit, span))
@@ -315,17 +344,17 @@ class Refresh:
 
     def status(self) -> dict[str, Any]:
         """Give the ``refresh`` object of ``qdsinfo --json``."""
-        total = sum(unit.size for unit in self.group.units)
-        done = sum(self._done)
+        remaining = self._bytes(self._done)
+        done = self._bytes() - remaining
         elapsed = self.group.runtime.reactor.seconds() - self._began_at
         rate = (done - self._began_bytes) / elapsed if elapsed > 0 else 0.0
         return {
             "kind": self.kind,
             "id": self.id.hex(),
             "done_bytes": done,
-            "remaining_bytes": total - done,
+            "remaining_bytes": remaining,
             "rate": round(rate),
-            "eta_seconds": round((total - done) / rate, 1) if rate else None,
+            "eta_seconds": round(remaining / rate, 1) if rate else None,
             "started": self.started,
         }
 

@@ -174,6 +174,7 @@ def _go_on(
             "generations": settled.generations,
             "bypass": settled.bypass,
             "coherent": settled.coherent,
+            "tracked": settled.tracked and not settled.coherent,
             "reason": settled.reason,
             "refresh": None,
         }

@@ -393,7 +393,7 @@ class DriverUnit:
     @property
     def dirty_bytes(self) -> int:
         """What was written past the writelog; everything, where nobody knows."""
-        return self.size if self.unlogged else self.dirty.dirty_bytes
+        return self.size if self.unlogged else self.dirty.dirty_bytes()
 
     def refuse(self, reason: str) -> None:
         """Answer what waits, and all that comes, with an error (invariant LOUD)."""

@@ -55,14 +55,14 @@ def _to_stderr(text: str) -> None:
 
 def _refresh_parser(prog: str, description: str) -> argparse.ArgumentParser:
     made = cli.parser(prog, description, groups=True)
-    made.add_argument(
-        "--full",
-        dest="kind",
-        action="store_const",
-        const="full",
-        default="full",
-        help="send every block (the default)",
-    )
+    kinds = made.add_mutually_exclusive_group()
+    for kind, text in (
+        ("full", "send every block"),
+        ("dirty", "send what was written in bypass; the default where that will do"),
+    ):
+        kinds.add_argument(
+            f"--{kind}", dest="kind", action="store_const", const=kind, default="auto", help=text
+        )
     return made
 
 

@@ -188,7 +188,7 @@ def _dirty_bytes(unit: OpenUnit) -> int:
     bitmap, damage = read_bitmap(unit.writelog.device, unit.writelog.superblock)
     if damage:
         print(f"warning: {damage}", file=sys.stderr)
-    return bitmap.dirty_bytes
+    return bitmap.dirty_bytes()
 
 
 def _failed_devices(group: GroupConfig, failed: Failed, now: float) -> list[dict[str, Any]]:

@@ -89,7 +89,27 @@ class BitmapTests(SynchronousTestCase):
             self.assertEqual(marks(one, self.CHUNKS), model)
             self.assertEqual(one.damaged, [])
             last = 512 if self.CHUNKS - 1 in model else 0
-            self.assertEqual(one.dirty_bytes, len(model) * CHUNK - last)
+            self.assertEqual(one.dirty_bytes(), len(model) * CHUNK - last)
+
+    @given(st.sets(st.integers(0, 40)), st.integers(0, 41 * CHUNK - 512))
+    def test_dirty_from_a_byte_on(self, chunks: set[int], first: int) -> None:
+        size = 41 * CHUNK - 512
+        bitmap = DirtyBitmap(bitmap_area(0, size, GIB, 4096), size, LOG)
+        bitmap.mark((number * CHUNK, 1) for number in chunks)
+        sectors = [at for at in range(first // 512 * 512, size, 512) if at // CHUNK in chunks]
+        found = []
+        offset = first
+        while (run := bitmap.next_dirty(offset)) is not None:
+            start, end = run
+            self.assertLessEqual(offset, start)
+            self.assertLess(start, end)
+            self.assertFalse(end < size and bitmap.is_marked(end))
+            found += range(start // 512 * 512, end, 512)
+            offset = end
+        self.assertEqual(found, sectors)
+        dirty = len(sectors) * 512 - (first % 512 if first // CHUNK in chunks else 0)
+        self.assertEqual(bitmap.dirty_bytes(first), dirty)
+        self.assertEqual(bitmap.dirty_bytes(size), 0)
 
     def test_blocks_that_are_marked_already_are_not_given(self) -> None:
         bitmap = self.bitmap()
@@ -100,9 +120,9 @@ class BitmapTests(SynchronousTestCase):
     def test_clear(self) -> None:
         bitmap = self.bitmap()
         bitmap.mark([(0, self.SIZE)])
-        self.assertEqual(bitmap.dirty_bytes, self.SIZE)
+        self.assertEqual(bitmap.dirty_bytes(), self.SIZE)
         self.assertEqual(bitmap.clear(), [0, 1])
-        self.assertEqual(bitmap.dirty_bytes, 0)
+        self.assertEqual(bitmap.dirty_bytes(), 0)
         self.assertEqual(content(bitmap), content(self.bitmap()))
 
     def test_every_short_range(self) -> None:
@@ -146,7 +166,7 @@ class DamageTests(SynchronousTestCase):
         expected = self.DIRTY | self.chunks_of(damaged)
         self.assertEqual(marks(found, self.CHUNKS), expected)
         short = 4096 if self.CHUNKS - 1 in expected else 0
-        self.assertEqual(found.dirty_bytes, len(expected) * CHUNK - short)
+        self.assertEqual(found.dirty_bytes(), len(expected) * CHUNK - short)
         ranges = [range(first, end) for first, end in found.damaged_ranges]
         told = {n for n in range(self.CHUNKS) if any(n * CHUNK in r for r in ranges)}
         self.assertEqual(told, self.chunks_of(damaged))

@@ -38,7 +38,7 @@ class GoldenTests(SynchronousTestCase):
         self.assertEqual((superblock.counter, superblock.durable_gsn), (3, 3))
         self.assertEqual(superblock.refresh, {"id": REFRESH_ID.hex()})
         dirty, damage = load_bitmap(unit.writelog.device, superblock)
-        self.assertEqual((dirty.dirty_bytes, damage), (DATA_BYTES, ""))
+        self.assertEqual((dirty.dirty_bytes(), damage), (DATA_BYTES, ""))
         found = list(unit.writelog.reader(superblock.applied))
         self.assertEqual(
             [(f.header.kind, f.header.sequence, f.header.gsn_first) for f in found],

@@ -316,7 +316,7 @@ class SwitchTests(Case):
         self.assertTrue(self.world.group.coherent)
         before = self.world.group.generation
         self.world.client.write(self.unit, BLOCK, unique(2))
-        self.assertEqual(self.switch("off")["kind"], "full")
+        self.assertEqual(self.switch("off")["kind"], "dirty")
         status = self.world.group.status()
         self.assertEqual((status["state"], status["bypass"]), ("refresh", None))
         self.assertFalse(status["coherent"])
@@ -378,10 +378,10 @@ class SwitchTests(Case):
         self.world.attach()
         self.mirror_all()
         self.switch("on")
-        self.assertEqual(self.unit.dirty.dirty_bytes, 0)
+        self.assertEqual(self.unit.dirty.dirty_bytes(), 0)
         self.world.kill()
         self.world.start()
-        self.assertEqual(self.world.group.units[0].dirty.dirty_bytes, 0)
+        self.assertEqual(self.world.group.units[0].dirty.dirty_bytes(), 0)
 
     def test_a_break_leaves_room_for_what_must_follow(self) -> None:
         for more in range(3):

@@ -189,7 +189,15 @@ class EndTests(CoherenceTestCase):
         for index in range(2):
             for changes in (
                 {"coherent": False, "reason": "not this one"},
-                {"refresh": {"id": "00" * 16, "cut": None, "started": 1.0, "done": 0}},
+                {
+                    "refresh": {
+                        "id": "00" * 16,
+                        "kind": "full",
+                        "cut": None,
+                        "started": 1.0,
+                        "done": 0,
+                    }
+                },
             ):
                 world.settle()
                 world.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -82,7 +83,8 @@ class BypassTests(TestCase):
             self.assertTrue(counts, "the mirror is no prefix of what was written")
             world.at("secondary", "qdsinfo", "--is", "coherent")
 
-            world.at("primary", "qdsbypass", "off")
+            begun = json.loads(world.at("primary", "qdsbypass", "off", "--json"))
+            self.assertEqual(begun["groups"][0]["kind"], "dirty")
             self.write_some(client, 20)
             world.wait("coherent", 60)
             client.flush()

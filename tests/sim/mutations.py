@@ -30,6 +30,7 @@ from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.bitmap import empty_bitmap
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
@@ -269,6 +270,20 @@ def _bypass_before_everything_is_applied(patch: Patch) -> None:
 @mutation("NO-HIDDEN", seeds=200, sequence=("bypass on", "write", "refresh"))
 def _bypass_left_without_a_sync(patch: Patch) -> None:
     patch(Bypass, "sync", lambda _self: succeed(None))
+
+
+@mutation("COHERENT", seeds=200)
+def _marks_forgotten_at_the_start(patch: Patch) -> None:
+    patch(restart_module, "load_bitmap", lambda _device, superblock: (empty_bitmap(superblock), ""))
+
+
+@mutation("COHERENT", seeds=200)
+def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
+    def clear(bypass: Any, *_: Any) -> None:
+        for unit in bypass._group.units:
+            unit.clear_dirty()
+
+    patch(Bypass, "_frame_break", _wrapped(Bypass, "_frame_break", before=clear))
 
 
 @mutation("GENERATION", seeds=400, first=90)

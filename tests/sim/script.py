@@ -112,8 +112,8 @@ def _power_cut(world: Script) -> None:
 
 
 def _refresh(world: Script) -> None:
-    """A full refresh begins, and ends if time passes; it leaves bypass."""
-    world.change_group("refresh", "full")
+    """A refresh begins, and ends if time passes; it leaves bypass, and is dirty then."""
+    world.change_group("refresh", "auto")
 
 
 def _bypass_on(world: Script) -> None:

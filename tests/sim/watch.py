@@ -11,12 +11,14 @@ from unittest import mock
 
 from twisted.logger import LogLevel, globalLogPublisher
 
+from qdsmirror.core import bitmap as bitmap_module
 from qdsmirror.core import stream
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
 from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.limits import KIB
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.storage.writelog import Writelog
@@ -47,6 +49,7 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(secrets, "token_bytes", bytes_of)
         patch(committing_module, "RECEIVED_BYTES_MAX", profile.limit)
         patch(committing_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
+        patch(bitmap_module, "BITMAP_CHUNK_BYTES_MIN", 4 * KIB)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
         patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:

@@ -78,7 +78,7 @@ class World(Clients):
         elif what == "fuse":
             self._light_fuse()
         elif what == "refresh":
-            self._refresh()
+            self._refresh(self.random.choice(("auto", "dirty", "full")))
         elif what == "bypass":
             self.switch_bypass()
         elif what in ("extend", "free"):
@@ -124,12 +124,12 @@ class World(Clients):
                 self.random.randrange(12), self.random.random() < 0.5, self.random.random() < 0.6
             )
 
-    def _refresh(self) -> None:
+    def _refresh(self, kind: str) -> None:
         if not self.serving or self.driver is None or self.driver.group.refresh_job is not None:
             return
-        self.count("refresh")
-        self.note("refresh")
-        begun = maybeDeferred(self.driver.group.refresh, "full")
+        self.count(f"{kind} refresh")
+        self.note(f"{kind} refresh")
+        begun = maybeDeferred(self.driver.group.refresh, kind)
         begun.addErrback(lambda failure: failure.trap(QdsError))
 
     def switch_bypass(self) -> None:
@@ -337,7 +337,7 @@ class World(Clients):
         self._until(self._refused, "a refusal", alone=True)
         if before != [bytes(disk.seen) for disk in self.model.mirrors]:
             raise Violation("GENERATION: the mirror takes up another history")
-        self._refresh()
+        self._refresh("full")
         self._until(self._at_rest, "the refresh")
         self._check_equal()
 

@@ -46,7 +46,7 @@ class BitmapTests(SynchronousTestCase):
         assert self.log.superblock.bitmap is not None
         self.area: BitmapArea = self.log.superblock.bitmap
         self.bitmap, told = load_bitmap(self.device, self.log.superblock)
-        self.assertEqual((told, self.bitmap.dirty_bytes, self.area.blocks), ("", 0, 2))
+        self.assertEqual((told, self.bitmap.dirty_bytes(), self.area.blocks), ("", 0, 2))
 
     def mark(self, *places: int) -> None:
         """Mark chunks as a direct write does."""
@@ -66,7 +66,7 @@ class BitmapTests(SynchronousTestCase):
         self.mark(0, 9 * SECTOR)
         self.assertEqual(self.device.unsynced, [])
         bitmap, told = self.load(self.device.crash(nothing))
-        self.assertEqual((told, bitmap.dirty_bytes), ("", 2 * CHUNK))
+        self.assertEqual((told, bitmap.dirty_bytes()), ("", 2 * CHUNK))
         self.assertTrue(bitmap.is_marked(0) and bitmap.is_marked(9 * SECTOR))
 
     def test_a_valid_one_is_not_written(self) -> None:
@@ -85,16 +85,16 @@ class BitmapTests(SynchronousTestCase):
             f"the dirty bitmap of qds0 on /log0 is damaged (bytes {first} to {first + 511}): bytes "
             f"{SECTOR} to {2 * SECTOR - 1} of the LDSU count as changed; check that device",
         )
-        self.assertEqual(bitmap.dirty_bytes, SECTOR + 2 * CHUNK)
+        self.assertEqual(bitmap.dirty_bytes(), SECTOR + 2 * CHUNK)
         again, told = self.load(self.device.crash(nothing))
-        self.assertEqual((told, again.dirty_bytes), ("", bitmap.dirty_bytes))
+        self.assertEqual((told, again.dirty_bytes()), ("", bitmap.dirty_bytes()))
 
     def test_damage_where_nothing_stands(self) -> None:
         self.device.corrupt(self.area.start + self.area.size - 1, b"\0")
         bitmap, told = self.load(self.device)
         self.assertIn("is damaged", told)
         self.assertIn("nothing stood there", told)
-        self.assertEqual(bitmap.dirty_bytes, 0)
+        self.assertEqual(bitmap.dirty_bytes(), 0)
         self.assertEqual(self.load(self.device)[1], "")
 
     def test_a_crash_while_damage_is_mended(self) -> None:
@@ -114,7 +114,7 @@ class BitmapTests(SynchronousTestCase):
     def test_zeroed(self) -> None:
         self.device.zero(self.area.start, self.area.size, False)
         bitmap, told = self.load(self.device)
-        self.assertEqual(bitmap.dirty_bytes, SIZE)
+        self.assertEqual(bitmap.dirty_bytes(), SIZE)
         self.assertIn(f"bytes 0 to {SIZE - 1} of the LDSU count as changed", told)
 
     def test_initialised_anew(self) -> None:
@@ -122,12 +122,12 @@ class BitmapTests(SynchronousTestCase):
         self.mark(0)
         old, old_area = self.log.superblock, self.stored()
         log = initialise(self.device, sizes=(SIZE,), log=LOG[::-1])
-        self.assertEqual(load_bitmap(self.device, log.superblock)[0].dirty_bytes, 0)
+        self.assertEqual(load_bitmap(self.device, log.superblock)[0].dirty_bytes(), 0)
         bitmap = DirtyBitmap(self.area, SIZE, old.log, self.stored())
-        self.assertEqual(bitmap.dirty_bytes, SIZE)
+        self.assertEqual(bitmap.dirty_bytes(), SIZE)
         self.device.corrupt(self.area.start, old_area)
         bitmap, told = load_bitmap(self.device, log.superblock)
-        self.assertEqual(bitmap.dirty_bytes, SIZE)
+        self.assertEqual(bitmap.dirty_bytes(), SIZE)
         self.assertTrue(told)
 
     def test_initialised_beside_every_size_of_slot(self) -> None:
@@ -191,5 +191,5 @@ class BitmapTests(SynchronousTestCase):
             self.assertLessEqual(self.marked(found), before)
             # The next time it is cleared whatever stands there.
             write_blocks(after, self.area, found.blocks(found.clear()))
-            self.assertEqual(self.load(after)[0].dirty_bytes, 0)
+            self.assertEqual(self.load(after)[0].dirty_bytes(), 0)
             self.setUp()

@@ -68,7 +68,18 @@ class CommandTests(TestCase):
         code, output, _ = captured(self, refresh.launch_main, "--json", "--root", self.root)
         self.assertEqual(code, 0)
         self.assertEqual(json.loads(output)["groups"][0]["remaining_bytes"], 100)
-        self.assertEqual(driver.calls[-1], ("Refresh", {"kind": "full"}))
+        self.assertEqual(driver.calls[-1], ("Refresh", {"kind": "auto"}))
+
+    def test_dirty(self) -> None:
+        driver = self.driver({"Refresh": progress(0, 100)})
+        code, _, _ = captured(self, refresh.launch_main, "--dirty", "--root", self.root)
+        self.assertEqual(code, 0)
+        self.assertEqual(driver.calls[-1], ("Refresh", {"kind": "dirty"}))
+        code, _, errors = captured(
+            self, refresh.launch_main, "--dirty", "--full", "--root", self.root
+        )
+        self.assertEqual(code, 2)
+        self.assertIn("not allowed with", errors)
 
     def test_one_is_running(self) -> None:
         self.driver({"Refresh": DegradedError("dsgrp000: a refresh is running already", "wait")})
