@@ -51,12 +51,14 @@ class Tunables:
     :ivar metadata_seconds: and at least this often while there is something to record.
     :ivar send_window: bytes sent and not yet acknowledged.
     :ivar reconnect_max: longest pause between two attempts to connect, seconds.
+    :ivar auto_refresh: whether a group leaves the bypass of an overflow by itself.
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
     metadata_seconds: float = METADATA_SECONDS_DEFAULT
     send_window: int = SEND_WINDOW_BYTES
     reconnect_max: float = RECONNECT_SECONDS_MAX
+    auto_refresh: bool = False
 
 
 @dataclass(frozen=True)

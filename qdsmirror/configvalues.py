@@ -72,6 +72,10 @@ def _one_of(value: str, *choices: str) -> str:
     return value
 
 
+def _yes_no(value: str) -> bool:
+    return _one_of(value.lower(), "yes", "no") == "yes"
+
+
 def _whole_number(value: str, low: str, high: str) -> int:
     if not (value.isascii() and value.isdecimal() and len(value) <= 15):
         raise ValidateError(f"{shown(value)} is not a whole number from {low} to {high}")
@@ -147,6 +151,7 @@ def _or_default(check: Callable[..., Any]) -> Callable[..., Any]:
 
 CHECKS: dict[str, Callable[..., Any]] = {
     "one_of": _one_of,
+    "yes_no": _yes_no,
     "whole_number": _whole_number,
     "seconds": _seconds,
     "byte_size": _byte_size,

@@ -255,6 +255,7 @@ class GroupTests(RootedTestCase):
             ],
             "tunables.send_window": ["1023K", "65M", "-1M", "1.5M", "16 X", "1P", ""],
             "tunables.reconnect_max": ["0.05", "301 s", "1 h", "s"],
+            "tunables.auto_refresh": ["maybe", "1", ""],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -279,6 +280,8 @@ class GroupTests(RootedTestCase):
             ("send_window", 64 * limits.MIB, "64 m"),
             ("reconnect_max", 0.1, "0.1"),
             ("reconnect_max", 300.0, "5min"),
+            ("auto_refresh", True, "Yes"),
+            ("auto_refresh", False, "no"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)

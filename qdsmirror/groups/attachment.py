@@ -123,6 +123,8 @@ class Attachment:
         up = link["state"] == "connected"
         event = Event.LINK_UP if up else Event.LINK_DOWN
         group.modes.happen(event, group.runtime.wall(), link["reason"])
+        if up and link["state"] != was:
+            group.bypass.link_up()
         if link["state"] != was:
             self.log.info(
                 "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",

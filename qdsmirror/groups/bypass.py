@@ -41,7 +41,8 @@ class Bypass:
     """A group's bypass.
 
     :ivar phase: OFF, ENTERING, ON or LEAVING; framing goes on only in OFF.
-    :ivar state: the bypass as the superblocks have it: id, since (seconds since 1970), reason.
+    :ivar state: the bypass as the superblocks have it: id, since (seconds since 1970), reason, and
+        whether an overflow has begun it.
     """
 
     log = Logger()
@@ -52,6 +53,8 @@ class Bypass:
         self.state: dict[str, Any] | None = None
         self._waits: list[tuple[Callable[[], bool], Deferred[None]]] = []
         self._left_at: float | None = None
+        #: Whether it was tried to leave by itself since bypass, or the link, began.
+        self._tried = False
         self._timer: Any = None
 
     def resume(self, settled: Settled) -> None:
@@ -62,6 +65,7 @@ class Bypass:
     def begin(self, state: Mapping[str, Any]) -> None:
         """Be in bypass: it is durable."""
         self.state = dict(state)
+        self._tried = False
         self._become(ON)
 
     @property
@@ -79,7 +83,8 @@ class Bypass:
         if self.state is None:
             return None
         dirty = sum(unit.dirty_bytes for unit in self._group.units)
-        return {**self.state, "dirty_bytes": dirty}
+        told = {key: self.state[key] for key in ("id", "since", "reason")}
+        return {**told, "dirty_bytes": dirty}
 
     # -- what the group tells -------------------------------------------------------------------
 
@@ -162,7 +167,7 @@ class Bypass:
     @inlineCallbacks
     def _begin_overflow(self, unit: DriverUnit) -> Any:
         try:
-            yield self._enter(f"the writelog of {unit.name} is full")
+            yield self._enter(f"the writelog of {unit.name} is full", overflow=True)
         except QdsError as error:
             self._group.note_error(f"bypass cannot be entered: {error.message}")
 
@@ -204,11 +209,16 @@ class Bypass:
         return self.status()
 
     @inlineCallbacks
-    def _enter(self, reason: str) -> Any:
+    def _enter(self, reason: str, overflow: bool = False) -> Any:
         group = self._group
         self.phase = ENTERING
         bypass = os.urandom(16)
-        state = {"id": bypass.hex(), "since": group.runtime.wall(), "reason": reason}
+        state = {
+            "id": bypass.hex(),
+            "since": group.runtime.wall(),
+            "reason": reason,
+            "overflow": overflow,
+        }
         self.log.warn("{group}: entering bypass: {reason}", group=group.name, reason=reason)
         try:
             # What is being recorded of the mirror comes first.
@@ -277,6 +287,49 @@ class Bypass:
             unit.pump()
 
     # -- leaving --------------------------------------------------------------------------------
+
+    def link_up(self) -> None:
+        """Learn that the secondary is connected."""
+        self._tried = False
+        self.heal()
+
+    def heal(self) -> None:
+        """Leave an overflow's bypass where that is wanted: the secondary has all before the break.
+
+        What came before would fill the writelog again.
+        """
+        group = self._group
+        if (
+            self.phase == ON
+            and group.config.tunables.auto_refresh
+            and self.state is not None
+            and self.state.get("overflow")
+            and not self._tried
+            and not group.failures.stops_framing
+            and group.pmd.link["state"] == "connected"
+            and group.committed_gsn == group.next_gsn - 1
+        ):
+            self._tried = True
+            self._leave_by_itself()
+
+    @inlineCallbacks
+    def _leave_by_itself(self) -> Any:
+        group = self._group
+        self.log.info("{group}: the secondary is back: leaving bypass", group=group.name)
+        try:
+            yield group.coherence.leave_bypass()
+        except DegradedError as error:
+            # What is committed is not free yet, or somebody has been faster.
+            self.log.info("{group}: not yet: {why}", group=group.name, why=error.message)
+            if self._timer is None:
+                self._timer = group.runtime.reactor.callLater(OVERFLOW_AGAIN_SECONDS, self._again)
+        except QdsError as error:
+            group.note_error(f"bypass cannot be left: {error.message}")
+
+    def _again(self) -> None:
+        self._timer = None
+        self._tried = False
+        self.heal()
 
     def next_generation(self) -> tuple[Generation, ...]:
         """Give the list with the generation that leaving bypass begins.

@@ -330,6 +330,7 @@ class DriverGroup:
                 return
             self.units[row.ldsu].committed(gsn, row)
         self.coherence.committed(gsn)
+        self.bypass.heal()
         if self.checkpoints.wanted:
             self.checkpoints.want_space()
 

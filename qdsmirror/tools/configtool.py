@@ -172,6 +172,8 @@ def _print_section(section: dict[str, Any], depth: int) -> None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if not any(special in text for special in "#'\""):
         return text

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, entries
-from qdsmirror.core.watermark import LINK, pack_json
+from qdsmirror.core.watermark import LINK, Committed, pack_json
 from qdsmirror.errors import DegradedError, UsageError
 from tests.fakes import nothing
-from tests.groups.test_bypass import CHUNK, Case, make_coherent
+from tests.groups.test_bypass import CHUNK, Case, make_coherent, overflowing
 from tests.groups.world import BLOCK, DriverWorld, durable_superblock, unique
 
 
@@ -179,3 +180,73 @@ class DirtyRefreshTests(Case):
         self.world.start()
         self.assertFalse(self.world.group.coherent)
         self.assertEqual(self.switch("off")["kind"], "full")
+
+
+class HealTests(Case):
+    """``auto_refresh``: an overflow's bypass ends by itself."""
+
+    def setUp(self) -> None:
+        self.make("yes")
+
+    def make(self, auto: str, **more: Any) -> None:
+        world = self.world = overflowing(self, **more)
+        tunables = replace(world.config.tunables, auto_refresh=auto == "yes")
+        world.config = replace(world.config, tunables=tunables)
+        make_coherent(world)
+        world.start()
+
+    def overflow(self) -> None:
+        unit = self.world.group.units[0]
+        for number in range(100):
+            self.world.client.write(unit, number * BLOCK, unique(number))
+        self.world.settle()
+        self.assertEqual(self.world.group.bypass.phase, "on")
+
+    def link(self, state: str) -> None:
+        said = {"state": state, "code": 0, "reason": "", "pid": 1}
+        self.world.pmd.dataReceived(pack_json(LINK, said))
+        self.world.settle()
+
+    def test_once_the_secondary_has_what_came_before(self) -> None:
+        self.overflow()
+        self.world.kill()
+        self.world.start()
+        self.world.attach()
+        self.link("connected")
+        group = self.world.group
+        self.assertEqual(group.bypass.phase, "on")
+        unit = group.units[0]
+        self.world.commit(ends=[Committed(0, unit.durable_end, *unit.durable_point)])
+        self.world.settle(30.0)
+        self.assertEqual(group.bypass.phase, "off")
+        job = group.refresh_job
+        self.assertEqual(job.kind if job is not None else "", "dirty")
+        self.mirror_all()
+
+    def test_not_where_it_is_not_wanted(self) -> None:
+        self.make("no")
+        self.overflow()
+        self.everything_committed()
+        self.assertEqual(self.world.group.bypass.phase, "on")
+
+    def test_not_what_an_operator_has_begun(self) -> None:
+        self.switch("on")
+        self.everything_committed()
+        self.assertEqual(self.world.group.bypass.phase, "on")
+
+    def test_not_after_a_failed_writelog(self) -> None:
+        self.overflow()
+        self.world.log().fail("fdatasync")
+        self.world.client.write(self.world.group.units[0], 15 * CHUNK, unique(7))
+        self.world.settle()
+        self.everything_committed()
+        self.assertEqual(self.world.group.bypass.phase, "on")
+        notes = [note for note in self.world.group.notes if "cannot be left" in note]
+        self.assertEqual(notes, [])
+
+    def everything_committed(self) -> None:
+        self.world.attach()
+        self.link("connected")
+        unit = self.world.group.units[0]
+        self.world.commit(ends=[Committed(0, unit.durable_end, *unit.durable_point)])
+        self.world.settle(30.0)

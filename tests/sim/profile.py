@@ -16,6 +16,7 @@ class Profile:
     :ivar steps: of the safety phase.
     :ivar pool: extension devices.
     :ivar corruption: at how many power cuts a sector of a log is damaged, of 1.
+    :ivar auto_refresh: whether the bypass of an overflow is left without an operator.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
@@ -30,6 +31,7 @@ class Profile:
     on_overflow: str
     pool: int
     corruption: float
+    auto_refresh: bool
     metadata_entries: int
     metadata_seconds: float
     window: int
@@ -68,6 +70,7 @@ class Profile:
             on_overflow=choose(("block", "bypass")),
             pool=pool,
             corruption=choose((0.0, 0.5)),
+            auto_refresh=choose((False, True)),
             metadata_entries=choose((1, 5, 50, 4096)),
             metadata_seconds=choose((0.1, 1.0, 20.0)),
             window=choose((8, 64, 1024)) * KIB,

@@ -39,6 +39,7 @@ PROFILE = Profile(
     on_overflow="block",
     pool=1,
     corruption=0.0,
+    auto_refresh=False,
     metadata_entries=4096,
     metadata_seconds=1.0,
     window=1 << 20,

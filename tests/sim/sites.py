@@ -105,6 +105,7 @@ class Sites:
                 metadata_entries=profile.metadata_entries,
                 metadata_seconds=profile.metadata_seconds,
                 send_window=profile.window,
+                auto_refresh=profile.auto_refresh,
             ),
             ldsus=tuple(
                 LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")

@@ -299,10 +299,17 @@ class World(Clients):
                 action()
                 self._after()
             else:
-                if not alone and self.driver is not None and self.driver.group.bypass.phase == "on":
+                if not alone and self._needs_operator():
                     self.switch_bypass()
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
+
+    def _needs_operator(self) -> bool:
+        """Tell whether the driver is in a bypass that it does not leave by itself."""
+        bypass = self.driver.group.bypass if self.driver is not None else None
+        if bypass is None or bypass.phase != "on":
+            return False
+        return not (self.profile.auto_refresh and bypass.state.get("overflow"))
 
     def _begin_anew(self, early: bool = False) -> None:
         """Initialise the writelogs again: the secondary keeps its old history until a refresh.
