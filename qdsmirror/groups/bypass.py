@@ -52,7 +52,8 @@ class Bypass:
         self.phase = OFF
         self.state: dict[str, Any] | None = None
         self._waits: list[tuple[Callable[[], bool], Deferred[None]]] = []
-        self._left_at: float | None = None
+        #: When it was left, or could not be entered.
+        self._ended_at: float | None = None
         #: Whether it was tried to leave by itself since bypass, or the link, began.
         self._tried = False
         self._timer: Any = None
@@ -154,7 +155,7 @@ class Bypass:
         self._begin_overflow(unit)
 
     def _patience(self, now: float) -> float:
-        if self._left_at is not None and now < self._left_at + OVERFLOW_AGAIN_SECONDS:
+        if self._ended_at is not None and now < self._ended_at + OVERFLOW_AGAIN_SECONDS:
             return OVERFLOW_AGAIN_SECONDS
         return OVERFLOW_WAIT_SECONDS if self._group.pmd.link["state"] == "connected" else 0.0
 
@@ -240,6 +241,9 @@ class Bypass:
             )
         except Exception:
             # Nothing was written past the writelogs: whatever was recorded, they hold it all.
+            self._ended_at = group.runtime.reactor.seconds()
+            for unit in group.units:
+                unit.full_since = None
             self._resume_framing()
             raise
         self.begin(state)
@@ -406,7 +410,7 @@ class Bypass:
             # A writelog has failed, and so bypass is entered again.
             self._become(OFF)
             raise
-        self._left_at = group.runtime.reactor.seconds()
+        self._ended_at = group.runtime.reactor.seconds()
         for unit in group.units:
             unit.direct.release()
 

@@ -177,6 +177,23 @@ class OverflowTests(Case):
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
 
+    def test_what_cannot_be_entered_is_not_tried_at_once_again(self) -> None:
+        world = self.world = overflowing(self)
+        world.start()
+        tried: list[float] = []
+
+        def fail() -> None:
+            tried.append(world.reactor.seconds())
+            raise DeviceFailedError("no way in")
+
+        world.group.bypass._check_logs = fail  # type: ignore[method-assign]
+        self.fill()
+        world.settle()
+        self.assertEqual(len(tried), 1)
+        world.settle(limits.OVERFLOW_AGAIN_SECONDS)
+        self.assertEqual(len(tried), 2)
+        self.assertIn("no way in", world.group.notes[-1])
+
     def test_after_leaving_there_is_time_to_make_room(self) -> None:
         world = self.world = overflowing(self)
         world.start()

@@ -281,7 +281,7 @@ def _marks_forgotten_at_the_start(patch: Patch) -> None:
 def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
     def clear(bypass: Any, *_: Any) -> None:
         for unit in bypass._group.units:
-            unit.clear_dirty()
+            unit.direct.clear_dirty()
 
     patch(Bypass, "_frame_break", _wrapped(Bypass, "_frame_break", before=clear))
 
