@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from qdsmirror import limits
@@ -215,9 +217,10 @@ class ForegroundTests(WorldCase):
             answer = await deferToThread(exchange, port, hello("dsgrp001.qdsmirror"))
             self.assertEqual(answer[-1], ALERT_UNRECOGNIZED_NAME)
             self.assertEqual(running_pid(self.world.paths.pid_file("qdsrmd")), process.pid)
-            self.assertIn(
-                "dsgrp001 takes no connection", self.world.paths.log_file("qdsrmd").read_text()
-            )
+            log = self.world.paths.log_file("qdsrmd")
+            # A thread of the daemon's writes it.
+            while "dsgrp001 takes no connection" not in log.read_text():
+                await deferLater(reactor, 0.05)
         finally:
             process.terminate()
             process.wait()
