@@ -149,8 +149,7 @@ class Bypass:
             unit.full_since = now
         left = unit.full_since + self._patience(now) - now
         if left > 0:
-            if self._timer is None:
-                self._timer = group.runtime.reactor.callLater(left, self._look_again)
+            self._look_in(left)
             return
         self._begin_overflow(unit)
 
@@ -159,8 +158,14 @@ class Bypass:
             return OVERFLOW_AGAIN_SECONDS
         return OVERFLOW_WAIT_SECONDS if self._group.pmd.link["state"] == "connected" else 0.0
 
+    def _look_in(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = self._group.runtime.reactor.callLater(seconds, self._look_again)
+
     def _look_again(self) -> None:
         self._timer = None
+        self._tried = False
+        self.heal()
         for unit in self._group.units:
             if unit.full_since is not None:
                 unit.pump()
@@ -325,15 +330,9 @@ class Bypass:
         except DegradedError as error:
             # What is committed is not free yet, or somebody has been faster.
             self.log.info("{group}: not yet: {why}", group=group.name, why=error.message)
-            if self._timer is None:
-                self._timer = group.runtime.reactor.callLater(OVERFLOW_AGAIN_SECONDS, self._again)
+            self._look_in(OVERFLOW_AGAIN_SECONDS)
         except QdsError as error:
             group.note_error(f"bypass cannot be left: {error.message}")
-
-    def _again(self) -> None:
-        self._timer = None
-        self._tried = False
-        self.heal()
 
     def next_generation(self) -> tuple[Generation, ...]:
         """Give the list with the generation that leaving bypass begins.

@@ -87,7 +87,8 @@ class Coherence:
         self.reason = "a refresh is in progress"
         return {
             "coherent": False,
-            "tracked": self.tracked,
+            # Asked for when it is written: the secondary may have lost the mirror by then.
+            "tracked": lambda _unit: self.tracked,
             "reason": self.reason,
             "refresh": job.state,
         }
@@ -98,8 +99,9 @@ class Coherence:
         group = self._group
         job = self.job = Refresh(group, kind)
         yield group.checkpoints.record_everywhere(**self._marks(job))
-        group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
-        job.begin()
+        if self.job is job:
+            group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
+            job.begin()
         return (yield self._begun(job))
 
     @inlineCallbacks
@@ -125,6 +127,10 @@ class Coherence:
         group.modes.happen(Event.BYPASS_ENDED, group.runtime.wall(), "bypass was left")
         job.begin()
         group.bypass.left()
+        if job.kind == DIRTY and not self.tracked:
+            # Lost on the way: what the mirror lacks now the bitmaps do not have.
+            self._end_early(job, self.reason)
+            yield group.checkpoints.record_everywhere(refresh=None)
         return (yield self._begun(job))
 
     def end_for_bypass(self) -> None:
@@ -139,7 +145,7 @@ class Coherence:
         self.job = None
         group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), reason)
         if not job.begun.called:
-            job.begun.errback(DegradedError(f"{group.name}: the refresh was ended: {reason}"))
+            job.begun.errback(DegradedError(f"{group.name}: {reason}"))
 
     @inlineCallbacks
     def restart(self, lost: str) -> Any:

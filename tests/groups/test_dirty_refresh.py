@@ -162,6 +162,36 @@ class DirtyRefreshTests(Case):
         self.refuse_refresh("dirty", "lacks more")
         self.assertEqual(self.begin("auto")["kind"], "full")
 
+    def test_the_secondary_loses_the_mirror_while_bypass_is_left(self) -> None:
+        world = self.world = DriverWorld(self, ldsus=2, size=16 * CHUNK, stepped=True)
+        make_coherent(world)
+        world.start()
+        world.attach()
+        self.switch("on")
+        self.write(0, 0, 1)
+        leaving = world.group.switch_bypass("off")
+        said = {"state": "refused", "code": 4, "reason": "another history", "diverged": True}
+        world.pmd.dataReceived(pack_json(LINK, {**said, "pid": 1}))
+        world.settle()
+        failure = self.failureResultOf(leaving, DegradedError)
+        self.assertIn("another history", failure.getErrorMessage())
+        self.assertEqual(self.tracked(), [False, False])
+        status = world.group.status()
+        self.assertEqual((status["bypass"], status["refresh"]), (None, None))
+        self.assertEqual(self.begin("auto")["kind"], "full")
+
+    def test_one_that_is_ended_while_it_is_marked_does_not_begin(self) -> None:
+        world = self.world = DriverWorld(self, stepped=True)
+        make_coherent(world)
+        world.start()
+        begun = world.group.refresh("full")
+        killed = world.group.kill_refresh()
+        world.settle()
+        self.successResultOf(killed)
+        self.failureResultOf(begun, DegradedError)
+        status = world.group.status()
+        self.assertEqual((status["state"], status["refresh"]), ("accumulating", None))
+
     def test_in_bypass_too_the_secondary_may_lose_the_mirror(self) -> None:
         self.world.attach()
         self.switch("on")
