@@ -20,7 +20,7 @@ GROWTH_BYTES_MAX = 16 << 20
 
 
 class BypassTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def connect(self, world: World) -> NbdClient:
         return world.until(lambda: NbdClient.connect(world.uri()), "the driver to serve")  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ SIZE = 24 << 20
 class ClientTests(TestCase):
     """Each client's reads are right, and what it wrote arrives at the mirror."""
 
-    timeout = 150
+    timeout = 400
 
     def start(self, *options: str) -> World:
         world = World(self, "--size", "24M", "--writelog", "8M", "--journal", "8M", *options)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class DemoTests(TestCase):
     """The demo as a newcomer runs it, off a terminal."""
 
-    timeout = 180
+    timeout = 400
 
     def setUp(self) -> None:
         self.place = tempfile.mkdtemp(prefix="qd", dir="/tmp")

@@ -21,7 +21,7 @@ FAILED = 1
 class WayBackTests(TestCase):
     """As qdsmirror-architecture(7) says, after a kill -9 in between."""
 
-    timeout = 170
+    timeout = 400
 
     def start(self) -> PowerWorld:
         world = PowerWorld(

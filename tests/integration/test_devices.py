@@ -20,7 +20,7 @@ SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "3M")
 class RefusedDeviceTests(TestCase):
     """Named, with the exit code of the trouble, and no byte of any device is changed."""
 
-    timeout = 120
+    timeout = 400
 
     def create(self, *options: str) -> World:
         world = World(self, *SMALL, *options)
@@ -169,7 +169,7 @@ class RefusedDeviceTests(TestCase):
 class UsedDeviceTests(TestCase):
     """Block devices, small logs, many LDSUs."""
 
-    timeout = 170
+    timeout = 400
 
     def load(self, world: World, name: str = "qds0", number: int = 0) -> None:
         """Write in several sizes, zeroes too, more than any log holds."""

@@ -20,7 +20,7 @@ LOOKS = 20
 
 
 class DurabilityTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def start(self, *options: str, durability: str = "flush") -> World:
         world = World(self, "--size", "8M", "--journal", "8M", *options)

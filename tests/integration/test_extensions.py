@@ -18,7 +18,7 @@ POOL = 3
 
 
 class ExtensionTests(TestCase):
-    timeout = 180
+    timeout = 400
 
     def start_lab(self, writelog: str, *options: str) -> LabFixture:
         lab = LabFixture(

@@ -85,7 +85,7 @@ FULL = Case(len(CASES), "writelog", "", {})
 
 
 class FaultTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def start(self) -> PowerWorld:
         world = PowerWorld(

@@ -40,7 +40,7 @@ ROWS = 40
 class FilesystemTests(TestCase):
     """ext4 through qdsattach."""
 
-    timeout = 170
+    timeout = 400
 
     def setUp(self) -> None:
         need_attached_ext4()

@@ -99,7 +99,7 @@ class Host:
 
 
 class HostsTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def loop(self, directory: Path, name: str, size: int, *options: str) -> str:
         """Make a block device."""

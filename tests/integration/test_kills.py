@@ -31,7 +31,7 @@ QEMU_WRITES_PER_SECOND = 400
 
 
 class KillTests(TestCase):
-    timeout = 180
+    timeout = 400
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))

@@ -87,7 +87,7 @@ class LinkWorld(World):
 
 
 class ProxyTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))
@@ -188,7 +188,7 @@ class Space:
 
 
 class CableTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def connect(self) -> tuple[Space, Space]:
         need_root()

@@ -103,7 +103,7 @@ print("done")
 class ClientTests(TestCase):
     """Each client does what it is made for, and the bytes are right."""
 
-    timeout = 120
+    timeout = 400
 
     def setUp(self) -> None:
         self.export = MemoryExport(size=SIZE, minimum_block=512)

@@ -26,7 +26,7 @@ PROMISES_MIN = 50
 
 
 class PowerTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))

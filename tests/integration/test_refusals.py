@@ -57,7 +57,7 @@ SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "3M")
 class RefusalTests(TestCase):
     """Each wrong thing, on either side."""
 
-    timeout = 180
+    timeout = 400
 
     def refused(
         self, world: World, number: int, code: int, reason: str, at_secondary: str = ""

@@ -36,7 +36,7 @@ journal_device = {old}/dsgrp000.journal
 
 
 class TakeoverTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     def setUp(self) -> None:
         need_attached_ext4()

@@ -32,7 +32,7 @@ def _json(text: str) -> Any:
 
 
 class VerifyTests(TestCase):
-    timeout = 170
+    timeout = 400
 
     @in_thread
     def test_fio_verifies_under_kills(self) -> None:
