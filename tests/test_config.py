@@ -674,7 +674,9 @@ class SecretTests(RootedTestCase):
         for content in (b"", b"5ec" * 21, b"5e" * 31, b"5e" * 33, b"5g" * 32, b"\xff" * 64):
             self.write(content)
             error = self.assertRaises(ConfigError, load_secret, self.paths, 0)
-            self.assertNotIn("5e", error.message + error.hint)
+            # (A temporary directory has any name.)
+            told = f"{error.message} {error.hint}".replace(str(self.paths.etc), "")
+            self.assertNotIn("5e", told)
 
     def test_missing_or_strange(self) -> None:
         error = self.assertRaises(ConfigError, load_secret, self.paths, 0)
