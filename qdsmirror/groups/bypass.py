@@ -257,6 +257,8 @@ class Bypass:
         for unit in group.units:
             unit.full_since = None
             unit.direct.begin()
+        # The secondary may have fetched all of it meanwhile.
+        self.heal()
 
     def _frame_break(self, bypass: bytes) -> Deferred[None]:
         """Tell the secondary, in the order of things, that nothing comes after."""

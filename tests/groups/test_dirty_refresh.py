@@ -253,6 +253,20 @@ class HealTests(Case):
         self.assertEqual(job.kind if job is not None else "", "dirty")
         self.mirror_all()
 
+    def test_where_the_secondary_has_it_before_bypass_is_entered(self) -> None:
+        self.make("yes", stepped=True)
+        group = self.world.group
+        self.world.attach()
+        self.link("connected")
+        group.bypass._begin_overflow(group.units[0])
+        unit = group.units[0]
+        for name in ("qds0 writelog", "qds0 commit", "qds0 data"):
+            self.world.step(name)
+        self.assertEqual(group.bypass.phase, "entering")
+        self.world.commit(ends=[Committed(0, unit.durable_end, *unit.durable_point)])
+        self.world.settle(30.0)
+        self.assertEqual(group.bypass.phase, "off")
+
     def test_not_where_it_is_not_wanted(self) -> None:
         self.make("no")
         self.overflow()
