@@ -56,6 +56,7 @@ class Bypass:
         self._ended_at: float | None = None
         #: Whether it was tried to leave by itself since bypass, or the link, began.
         self._tried = False
+        self._stopping = False
         self._timer: Any = None
 
     def resume(self, settled: Settled) -> None:
@@ -121,6 +122,7 @@ class Bypass:
 
     def stop(self) -> Deferred[None]:
         """Fire when nothing is half-way: the driver stops."""
+        self._stopping = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -312,6 +314,7 @@ class Bypass:
         group = self._group
         if (
             self.phase == ON
+            and not self._stopping
             and group.config.tunables.auto_refresh
             and self.state is not None
             and self.state.get("overflow")

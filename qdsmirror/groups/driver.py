@@ -130,6 +130,9 @@ class DriverGroup:
         yield self.bypass.stop()
         yield self.failures.stop()
         yield self.extensions.stop()
+        if self.refresh_job is not None:
+            # A bypass that was just being left has begun one.
+            self.refresh_job.stop()
         # With a full writelog they would wait for a secondary that may never come.
         for unit in self.units:
             unit.leave()

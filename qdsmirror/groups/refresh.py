@@ -6,8 +6,10 @@ mirror.
 
 It keeps COHERENT (the mirror is durably marked incoherent before its first chunk is framed, and
 coherent only once the end mark is committed) and rules.md 14 (space first, then the range's lock,
-read, append, unlock).  A crash leaves the mark and the progress in the superblocks; the next start
-goes on from there with the same id.
+read, append, unlock).  Writelogs are made durable one by one, so that a power cut may take a frame
+away and leave a later one in another log: no chunk is framed before the begin mark is durable, nor
+the end mark before every chunk is.  A crash leaves the mark and the progress in the superblocks;
+the next start goes on from there with the same id.
 
 Beside an application that keeps the log full it has a share of its own: room for a chunk that the
 application does not get, and its turn for each chunk after a multiple of its bytes was freed.
@@ -89,6 +91,7 @@ class Refresh:
         self._pause: Any = None
         self._failures = 0
         self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._last_gsn = 0
         self._began_at = group.runtime.reactor.seconds()
         self._began_bytes = 0
 
@@ -160,10 +163,13 @@ class Refresh:
     def _go_on(self) -> None:
         if self._phase == BEGIN:
             self._control(frames.REFRESH_BEGIN, CHUNKS)
-        elif self._phase == CHUNKS:
+        elif self._phase == CHUNKS and self.begun.called:
             self._next_chunk()
-        elif self._phase == END:
+        elif self._phase == END and self._are_chunks_durable():
             self._control(frames.REFRESH_END, COMMIT)
+
+    def _are_chunks_durable(self) -> bool:
+        return self._last_gsn <= self.group.durable_gsn
 
     def _control(self, kind: int, then: str) -> None:
         self._working = True
@@ -300,6 +306,7 @@ class Refresh:
             frame = unit.append_chunk(self._offset, data, length)
             if frame is not None:
                 self._offset += length
+                self._last_gsn = frame.gsn_last
                 self._in_flight.append((frame.gsn_last, unit.index, self._offset))
                 self._tail = unit.writelog.durable_tail
                 self._skip_done()
@@ -323,6 +330,9 @@ class Refresh:
         if not self.begun.called and self._mark is not None and self._mark.gsn_last <= gsn:
             self._cut_durable = True
             self.begun.callback(None)
+            self.poke()
+        elif self._phase == END:
+            self.poke()
 
     def was_committed(self, gsn: int) -> bool:
         """Learn the committed GSN; tell whether the refresh has come to its end."""

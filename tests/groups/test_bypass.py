@@ -383,6 +383,21 @@ class SwitchTests(Case):
         self.assertEqual(world.data().durable()[2 * BLOCK :][:BLOCK], unique(3))
         self.assertNotEqual(world.log().content().find(unique(4)), -1)
 
+    def test_the_driver_stops_while_bypass_is_left(self) -> None:
+        world = self.world = DriverWorld(self, stepped=True)
+        world.start()
+        self.switch("on")
+        leaving = world.group.switch_bypass("off")
+        stopped = world.group.stop()
+        world.settle()
+        self.successResultOf(stopped)
+        self.assertEqual(world.group.bypass.phase, "off")
+        # Its refresh goes on at the next start.
+        leaving.addErrback(lambda _: None)
+        world.kill()
+        world.start()
+        self.assertIsNotNone(world.group.refresh_job)
+
     def test_bits_are_cleared_for_a_coherent_mirror_only(self) -> None:
         self.switch("on")
         self.world.client.write(self.unit, 0, unique(1))

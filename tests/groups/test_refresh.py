@@ -8,6 +8,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
+from qdsmirror.core.frames import REFRESH_BEGIN, REFRESH_END
 from qdsmirror.groups import refresh as refresh_module
 from qdsmirror.groups.framing import UnitFrame
 from qdsmirror.groups.refresh import Refresh
@@ -15,6 +16,7 @@ from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.groups.unit import DriverUnit
 from tests.fakes import MemoryDevice
 from tests.groups import world as world_module
+from tests.groups.test_bypass import kinds
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, unique
 
 
@@ -157,12 +159,13 @@ class TurnTests(SynchronousTestCase):
         unit = world.begin_work()
         world.settle()
         world.refresh()
-        world.step("qds0 commit")
+        for name in ("qds0 commit", "qds0 writelog", "qds0 commit"):
+            world.step(name)
         # A hole was looked for, the chunk (a 16th of the log) is still to be read.
         world.step("qds0 read")
         within = world.client.write(unit, 128 * KIB, unique(1))
         beside = world.client.write(unit, 512 * KIB, unique(2))
-        world.step("qds0 writelog", 2)
+        world.step("qds0 writelog")
         self.assertEqual(world.client.done, [beside])
         world.settle()
         self.assertIn(within, world.client.done)
@@ -230,6 +233,38 @@ class BeginTests(SynchronousTestCase):
         self.assertFalse(world.steps["qds0 writelog"].waiting)
         world.settle()
         self.assertGreater(len(world.frames), 2)
+
+    def test_no_chunk_before_the_begin_mark_is_durable(self) -> None:
+        # It could be lost in its log, and the chunk stay in another one.
+        world = RefreshWorld(self, stepped=True, ldsus=2, size=512 * KIB, log=4 * MIB)
+        world.begin_work()
+        world.settle()
+        world.refresh()
+        for name in ("qds0 commit", "qds1 commit", "qds0 writelog"):
+            world.step(name)
+        self.assertEqual(kinds(world), [REFRESH_BEGIN])
+        self.assertFalse(world.steps["qds0 read"].waiting)
+        world.step("qds0 commit")
+        self.assertTrue(world.steps["qds0 read"].waiting)
+
+    def test_no_end_mark_before_every_chunk_is_durable(self) -> None:
+        world = RefreshWorld(self, stepped=True, ldsus=2, size=512 * KIB, log=4 * MIB)
+        world.begin_work()
+        world.settle()
+        job = world.refresh()
+        world.steps["qds1 commit"].step_all()
+        for _ in range(200):
+            for name, worker in world.steps.items():
+                if name != "qds1 commit":
+                    worker.step_all()
+            world.reactor.advance(0.01)
+        self.assertTrue(world.steps["qds1 commit"].waiting)
+        self.assertNotIn(REFRESH_END, kinds(world))
+        for _ in range(50):
+            world.settle(0.1)
+            world.commit()
+        self.assertIsNone(world.group.refresh_job)
+        self.assertEqual(job.status()["remaining_bytes"], 0)
 
     def test_refresh_that_follows_an_ended_one_waits_for_its_read(self) -> None:
         world = RefreshWorld(self, stepped=True, log=4 * MIB)
