@@ -23,7 +23,6 @@ from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.outbound import Outbound, OutUnit
-from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
@@ -417,11 +416,6 @@ def _end_of_refresh_without_sync(patch: Patch) -> None:
             return real(mirror, *args, **kw)
 
     patch(Mirror, "_mark_coherent", mark_coherent)
-
-
-@mutation("COHERENT", seeds=300, first=61050)
-def _end_of_refresh_before_its_chunks_are_durable(patch: Patch) -> None:
-    patch(Refresh, "_are_chunks_durable", lambda _self: True)
 
 
 @mutation("COHERENT", seeds=200)
