@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.core import watermark
+from qdsmirror.core.extension import Extension
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.ring import Ring
 from qdsmirror.core.states import Event
@@ -74,7 +75,7 @@ class Attachment:
             "committed_gsn": group.committed_gsn,
             "refresh": refresh.announcement() if refresh is not None else None,
             "units": [
-                _unit_info(unit, self.end.rings[unit.index], shared[unit.index])
+                _unit_info(unit, self.end.layouts[unit.index][0], shared[unit.index])
                 for unit in group.units
             ],
         }  # fmt: skip
@@ -142,6 +143,11 @@ class Attachment:
         group.modes.happen(Event.LINK_DOWN, group.runtime.wall(), "the pmd is gone")
 
 
+def _layout(unit: DriverUnit) -> tuple[Ring, tuple[Extension, ...]]:
+    superblock = unit.writelog.superblock
+    return superblock.ring, superblock.extensions
+
+
 def _unit_info(unit: DriverUnit, ring: Ring, shared: Sequence[SharedDevice]) -> dict[str, Any]:
     tail = Cursor(unit.committed_end, unit.committed_gsn + 1, {unit.index: unit.committed_point})
     return {
@@ -160,8 +166,9 @@ def _unit_info(unit: DriverUnit, ring: Ring, shared: Sequence[SharedDevice]) -> 
 class DriverEnd(Protocol):
     """Sends what became durable; a pmd that reads slowly gets the newest state, not a queue.
 
-    :ivar rings: by LDSU, what the pmd was told of its writelog's layout: it is cut off where that
-        has changed, to attach again.
+    :ivar layouts: by LDSU, the writelog's ring and extensions that the pmd was given: it is cut off
+        where they have changed, to attach again.  (Another device may have taken an extension's
+        number, in the same ring.)
     """
 
     log = Logger()
@@ -172,7 +179,7 @@ class DriverEnd(Protocol):
         self._parser = watermark.WatermarkParser()
         self._paused = False
         self._missed: dict[int, DriverUnit] = {}
-        self.rings = {unit.index: unit.writelog.ring for unit in group.units}
+        self.layouts = {unit.index: _layout(unit) for unit in group.units}
 
     def adopt(self, reactor: Any, end: socket.socket) -> None:
         """Speak over our end of a socket pair."""
@@ -192,7 +199,7 @@ class DriverEnd(Protocol):
 
     def _say(self, gsn: int, units: Sequence[DriverUnit]) -> None:
         ends = [(unit.index, unit.durable_end) for unit in units]
-        if any(unit.writelog.ring != self.rings[unit.index] for unit in units):
+        if any(_layout(unit) != self.layouts[unit.index] for unit in units):
             self.close()
         else:
             self.transport.write(watermark.pack_durable(gsn, ends))

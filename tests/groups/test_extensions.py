@@ -176,6 +176,20 @@ class UseTests(SynchronousTestCase):
         self.assertEqual(self.unit.writelog.extensions, {})
         self.assertEqual(read_extension(self.world.devices[path]).log, b"")
 
+    def test_the_pmd_attaches_again_where_another_device_took_the_place(self) -> None:
+        world = self.world
+        world.extend(path=world.pool[0])
+        ring = self.unit.writelog.ring
+        world.attach()
+        transport = world.pmd.transport
+        world.free()
+        world.extend(path=world.pool[1])
+        self.assertEqual(self.unit.writelog.ring, ring)
+        self.assertFalse(transport.disconnecting or transport.disconnected)
+        world.write(self.unit, fua=True)
+        world.settle()
+        self.assertTrue(transport.disconnecting or transport.disconnected)
+
     def test_what_the_secondary_has_waits_for_a_checkpoint_only(self) -> None:
         world = PoolWorld(self, stepped=True)
         unit = world.start()
