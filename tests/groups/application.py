@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ class Power:
         self._patch.restore()
 
 
-class Application:
+class Application(ABC):
     """An application's writes and flushes, one block each.
 
     :ivar promised: content that must survive, by (LDSU, offset).
@@ -58,9 +59,9 @@ class Application:
         self.flushes: dict[Request, list[Request]] = {}
         self.numbers = iter(range(1, 10_000))
 
+    @abstractmethod
     def settle(self) -> None:
         """Let things happen that can happen by themselves."""
-        raise NotImplementedError
 
     def write(self, ldsu: int, block: int, fua: bool = False, trim: bool = False) -> Request:
         place = (ldsu, block * BLOCK)
