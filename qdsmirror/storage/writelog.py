@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
@@ -27,11 +27,10 @@ from qdsmirror.core.records import (
     layout,
     pack_record,
     pack_slot,
-    parse_slot,
     renewed,
 )
 from qdsmirror.core.ring import Extent, Place, Placement, Ring, align_up
-from qdsmirror.errors import CorruptError, DegradedError, DeviceError, LimitError, UsageError
+from qdsmirror.errors import DegradedError, DeviceError, LimitError, UsageError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import (
     CONTROL_RECORDS_MIN,
@@ -43,38 +42,12 @@ from qdsmirror.storage.bitmap import initialise_bitmap
 from qdsmirror.storage.extension import PoolDevice, find_chained
 from qdsmirror.storage.logreader import LogReader
 from qdsmirror.storage.partition import Partition
+from qdsmirror.storage.superblock import read_superblock
 
 _ZEROES = bytes(1 << 16)
 
 #: Where, by device and offset, which buffers are to be written.
 Writes = list[tuple[Place, list[Buffer]]]
-
-
-def read_superblock(device: IBlockDevice) -> Superblock:
-    """Find the newest intact superblock of a log.
-
-    :raises CorruptError: neither slot is intact.
-    :raises OSError: the device cannot be read.
-    """
-    try:
-        first = _read_slot(device, 0, 0, SLOT_BYTES[-1])
-    except CorruptError as error:
-        # Where the slots are small, the larger places lie in the ring, and what stands there may
-        # have been written by an application: the first that holds a slot is the one.
-        for place in SLOT_BYTES:
-            try:
-                return _read_slot(device, 1, place, place)
-            except CorruptError:
-                continue
-        raise CorruptError(
-            f"{device.path} holds no intact log: {error.message}",
-            hint="initialise it with qdswlinit(1) if it was never used",
-        ) from error
-    try:
-        second = _read_slot(device, 1, first.slot_bytes, first.slot_bytes)
-    except CorruptError:
-        return first
-    return max(first, second, key=lambda s: s.counter)
 
 
 def _reserve(align: int) -> int:
@@ -87,14 +60,6 @@ def ring_bytes_for(frame_bytes: int, align: int) -> int:
     :param frame_bytes: of the largest frame; ``align``: of the ring's records.
     """
     return 2 * align_up(RECORD_HEADER_BYTES + frame_bytes, align) + _reserve(align)
-
-
-def _read_slot(device: IBlockDevice, slot: int, place: int, slot_bytes: int) -> Superblock:
-    room = max(0, min(slot_bytes, device.size - place)) // 512 * 512
-    # Most bodies are short, however large the slot: the checksum says whether this one is.
-    with suppress(CorruptError):
-        return parse_slot(device.pread(min(room, 4096), place), slot, place)
-    return parse_slot(device.pread(room, place), slot, place)
 
 
 class SharedDevice(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core.records import parse_slot
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.groups.world import DriverWorld, unique
 
 

@@ -12,7 +12,7 @@ from qdsmirror.core.frames import ENTRIES, entries
 from qdsmirror.core.records import Cursor, Superblock
 from qdsmirror.errors import DegradedError
 from qdsmirror.groups.refresh import Refresh
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, nothing
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, durable_superblock, unique
 

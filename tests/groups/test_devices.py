@@ -14,7 +14,8 @@ from qdsmirror.core.records import Superblock
 from qdsmirror.errors import DeviceFailedError, MismatchError
 from qdsmirror.groups import retry as retry_module
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice, everything, nothing
 from tests.groups.site import MIB, Sites, Steps
 from tests.groups.world import BLOCK, DriverWorld, durable_superblock, unique

@@ -19,7 +19,7 @@ from qdsmirror.groups import refresh as refresh_module
 from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.paths import Paths
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import at_random, everything, nothing
 from tests.groups.world import BLOCK, GENERATION, KIB, MIB, DriverWorld, FakeConnection, unique
 

@@ -23,7 +23,7 @@ from qdsmirror.groups.runtime import Runtime
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.paths import Paths
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import Choice, MemoryDevice, StepWorker, nothing
 from tests.groups.world import BLOCK, MIB, FakeReactor, group_config, unique
 from tests.storage.logworld import GENERATION, OTHER_GENERATION, FrameMaker, initialise, write

@@ -27,7 +27,8 @@ from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, ImmediateWorker, MemoryDevice, StepWorker
 
 KIB = 1024

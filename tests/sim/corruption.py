@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qdsmirror.core.records import Superblock, parse_placement
 from qdsmirror.errors import CorruptError
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.sim.disk import Disk, SimDevice
 from tests.sim.history import SECTOR
 

@@ -9,7 +9,8 @@ from qdsmirror.errors import CorruptError
 from qdsmirror.storage.binding import Bound, seal, take_over
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice
 from tests.storage.logworld import KIB, FrameMaker, append, config, initialise, opener, write
 

@@ -12,7 +12,8 @@ from qdsmirror.core.records import SLOT_BYTES
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import BITMAP_CHUNK_BYTES_MIN, MIB
 from qdsmirror.storage.bitmap import load_bitmap, write_blocks
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice, at_random, nothing
 from tests.storage.logworld import LOG, initialise
 

@@ -21,7 +21,8 @@ from qdsmirror.errors import (
 )
 from qdsmirror.limits import EXTENSIONS_PER_LOG_MAX, WRITELOG_BYTES_MIN
 from qdsmirror.storage.extension import PoolDevice, open_pool, read_extension
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, MemoryDevice, at_random, everything, nothing
 from tests.storage.logworld import KIB, LOG, FrameMaker, initialise, write
 

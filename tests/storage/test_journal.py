@@ -20,7 +20,7 @@ from qdsmirror.core.frames import (
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Superblock
 from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
-from qdsmirror.storage.writelog import read_superblock
+from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, at_random, everything, nothing
 from tests.storage.logworld import (
     KIB,

@@ -23,7 +23,8 @@ from qdsmirror.limits import (
     WRITELOG_BYTES_MIN,
 )
 from qdsmirror.storage.recovery import judge, open_units, replay
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice, at_random, nothing
 from tests.storage.logworld import (
     GENERATION,

@@ -24,7 +24,8 @@ from qdsmirror.pidfile import PidFile
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.identity import stable_identity
 from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.writelog import Writelog, read_superblock
+from qdsmirror.storage.superblock import read_superblock
+from qdsmirror.storage.writelog import Writelog
 from qdsmirror.tools import wlinit
 from tests.storage.logworld import KIB, FrameMaker, append, write
 from tests.tools.sites import captured
