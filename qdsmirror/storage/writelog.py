@@ -346,7 +346,8 @@ class Writelog:
         """Open its devices read-only once more, for the pmd (rules.md 10)."""
         shift = self.device.offset if isinstance(self.device, Partition) else 0
         shared = [SharedDevice(0, shift, self.device.open_shared())]
-        for number, extension in self.extensions.items():
+        # A worker may take one away meanwhile; whoever reads is told to ask again then.
+        for number, extension in list(self.extensions.items()):
             shared.append(SharedDevice(number, 0, extension.device.open_shared()))
         return shared
 
