@@ -136,11 +136,19 @@ class KillTests(TestCase):
             if asked - framed > QEMU_WRITES_PER_SECOND:
                 # Enough for a second; what waits too long would outlast the test.
                 return framed > written
+            commands = []
             for number in range(asked, asked + QEMU_BATCH):
                 offset, byte = number * BLOCK % len(model), number % 255 + 1
                 model[offset : offset + BLOCK] = bytes([byte]) * BLOCK
-                client.stdin.write(f"aio_write -q -P {byte} {offset} 4k\n")
-            client.stdin.flush()
+                commands.append(f"aio_write -q -P {byte} {offset} 4k\n")
+            try:
+                client.stdin.write("".join(commands))
+                client.stdin.flush()
+            except BrokenPipeError:
+                ended = client.wait(60)
+                assert client.stdout is not None and client.stderr is not None
+                said = f"{client.stdout.read()}{client.stderr.read()}"
+                self.fail(f"the client ended with {ended}: {said}{lab.logs()}")
             asked += QEMU_BATCH
             return framed > written
 
