@@ -146,6 +146,11 @@ SEND_WINDOW_BYTES = 16 * MIB
 #: One buffer read from the writelogs and sent as one write.
 SEND_BUFFER_BYTES = MIB
 STREAM_MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + 64
+#: Questions about the mirror devices that wait for their answers.
+QUESTIONS_MAX = 16
+QUESTION_READ_BYTES_MAX = MIB
+QUESTION_DIGESTS_BYTES_MAX = 32 * KIB
+QUESTION_CHUNK_BYTES_MIN = 4 * KIB
 #: A ClientHello longer than this is not read for its server name (RFC 8446: one record).
 CLIENT_HELLO_BYTES_MAX = 16 * KIB
 #: To authenticate; and again, to map the LDSUs and start.

@@ -7,18 +7,25 @@ last frame of a buffer (patent: "a flag is set in the header requesting an ackno
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from qdsmirror.core.questions import ANSWER_HEAD_BYTES
 from qdsmirror.errors import LimitError, ProtocolError
-from qdsmirror.limits import KIB, STREAM_MESSAGE_BYTES_MAX
+from qdsmirror.limits import KIB, QUESTION_READ_BYTES_MAX, STREAM_MESSAGE_BYTES_MAX
 
 FRAME = 1
 ACK = 2
 PING = 3
 BYE = 4
-_TYPES = frozenset((FRAME, ACK, PING, BYE))
+#: A question about the mirror devices, and its answer (:mod:`qdsmirror.core.questions`).
+ASK = 5
+ANSWER = 6
+#: What the secondary tells the driver unasked: a JSON object that names what it is ``about``.
+REPORT = 7
+_TYPES = frozenset((FRAME, ACK, PING, BYE, ASK, ANSWER, REPORT))
 
 #: Flag of a FRAME: answer with an ACK once it is committed.
 ACK_REQUESTED = 1
@@ -28,6 +35,7 @@ _HEADER = Struct(">BBHI")
 HEADER_BYTES = _HEADER.size
 _ACK = Struct(">QQ")
 _SMALL_BYTES_MAX = 64 * KIB
+_CAPS = {FRAME: STREAM_MESSAGE_BYTES_MAX, ANSWER: QUESTION_READ_BYTES_MAX + ANSWER_HEAD_BYTES}
 
 
 class Message(NamedTuple):
@@ -77,6 +85,22 @@ def pack_bye(reason: str) -> bytes:
     """Make a BYE: an orderly end, with the reason."""
     text = reason.encode()[:1024]
     return _HEADER.pack(BYE, 0, 0, len(text)) + text
+
+
+def pack_relayed(kind: int, payload: bytes) -> bytes:
+    """Make an ASK, ANSWER or REPORT of a payload that the pmd passes on as it is."""
+    return _HEADER.pack(kind, 0, 0, len(payload)) + payload
+
+
+def pack_report(report: dict[str, Any]) -> bytes:
+    """Make a REPORT.
+
+    :raises LimitError: it is too long to be taken.
+    """
+    payload = json.dumps(report).encode()
+    if len(payload) > _SMALL_BYTES_MAX:
+        raise LimitError(f"report of {len(payload)} bytes is over the limit of {_SMALL_BYTES_MAX}")
+    return pack_relayed(REPORT, payload)
 
 
 class MessageParser:
@@ -136,7 +160,7 @@ class MessageParser:
         self._type, self._flags, _, length = _HEADER.unpack(raw)
         if self._type not in _TYPES:
             raise ProtocolError(f"stream message of unknown type {self._type}")
-        cap = STREAM_MESSAGE_BYTES_MAX if self._type == FRAME else _SMALL_BYTES_MAX
+        cap = _CAPS.get(self._type, _SMALL_BYTES_MAX)
         if length > cap:
             raise LimitError(f"stream message of {length} bytes is over the limit of {cap}")
         return int(length)

@@ -13,9 +13,10 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any, NamedTuple
 
+from qdsmirror.core.questions import ANSWER_HEAD_BYTES
 from qdsmirror.core.records import Point
 from qdsmirror.errors import ProtocolError
-from qdsmirror.limits import LDSUS_PER_GROUP_MAX
+from qdsmirror.limits import LDSUS_PER_GROUP_MAX, QUESTION_READ_BYTES_MAX
 
 #: driver → pmd: the group's durable GSN, and per LDSU the position up to which its log is durable.
 DURABLE = 1
@@ -27,7 +28,11 @@ COMMITTED = 3
 LINK = 4
 #: driver → pmd: a JSON object: the generations that frames may be of from now on (rules.md 7).
 GENERATIONS = 5
-_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK, GENERATIONS))
+#: driver → pmd, and back: what the pmd relays as it is (:mod:`qdsmirror.core.stream`).
+ASK = 6
+ANSWER = 7
+REPORT = 8
+_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK, GENERATIONS, ASK, ANSWER, REPORT))
 
 _HEADER = Struct(">BBHI")
 _GSN = Struct(">Q")
@@ -36,7 +41,9 @@ _DURABLE = Struct(">IQ")
 _COMMITTED = Struct(">IQQ16s")
 #: What one LDSU takes in the longest message, a REFRESH with the cut of every LDSU.
 _UNIT_BYTES_MAX = 128
-_PAYLOAD_BYTES_MAX = 4096 + LDSUS_PER_GROUP_MAX * _UNIT_BYTES_MAX
+_PAYLOAD_BYTES_MAX = max(
+    4096 + LDSUS_PER_GROUP_MAX * _UNIT_BYTES_MAX, ANSWER_HEAD_BYTES + QUESTION_READ_BYTES_MAX
+)
 
 
 class Committed(NamedTuple):
@@ -93,8 +100,13 @@ def pack_json(kind: int, body: dict[str, Any] | None) -> bytes:
     return _message(kind, json.dumps(body).encode())
 
 
+def pack_relayed(kind: int, payload: bytes) -> bytes:
+    """Make an ASK, ANSWER or REPORT."""
+    return _message(kind, payload)
+
+
 def parse_json(payload: bytes) -> dict[str, Any]:
-    """Read the payload of a LINK, REFRESH or GENERATIONS.
+    """Read the payload of a LINK, REFRESH, GENERATIONS or REPORT.
 
     :raises ProtocolError: it is no JSON object.
     """

@@ -76,6 +76,8 @@ class PmdEnd(Protocol):
                     self._take_durable(*watermark.parse_durable(payload))
                 elif kind == watermark.GENERATIONS:
                     self._take_generations(watermark.parse_json(payload)["generations"])
+                elif kind == watermark.ASK:
+                    self._group.ask(payload)
                 elif kind == watermark.REFRESH:
                     self.refresh = watermark.parse_json(payload) or None
                     if self.refresh is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IPushProducer
@@ -19,6 +19,7 @@ from qdsmirror.core.ring import Ring
 from qdsmirror.core.states import Event
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import ProtocolError, QdsError
+from qdsmirror.groups.questions import Questions
 from qdsmirror.storage.writelog import SharedDevice
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Attachment:
     :ivar sent_gsn: what it has sent; ``mirrored_gsn``: what is on the mirror devices; both ``None``
         while no pmd has said so.
     :ivar link: state, reason and code of its link to the secondary.
+    :ivar questions: what the secondary is asked by it.
+    :ivar listeners: by what they are ``about``, who takes the secondary's reports; one that nobody
+        takes is dropped.
     """
 
     log = Logger()
@@ -43,6 +47,13 @@ class Attachment:
         self.sent_gsn: int | None = None
         self.mirrored_gsn: int | None = None
         self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+        self.questions = Questions(self)
+        self.listeners: dict[str, Callable[[dict[str, Any]], None]] = {}
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a link to the secondary."""
+        return bool(self.link["state"] == "connected")
 
     def attach(self) -> tuple[dict[str, Any], list[int], int]:
         """Take a pmd; an earlier one is cut off.
@@ -117,11 +128,13 @@ class Attachment:
         group = self._group
         was = self.link["state"]
         self.link = link
+        up = self.is_connected
+        if not up:
+            self.questions.fail_all(link["reason"] or "no link")
         if link.get("refresh_lost"):
             group.coherence.restart(link["refresh_lost"])
         if link.get("diverged"):
             group.coherence.lose(link["reason"])
-        up = link["state"] == "connected"
         event = Event.LINK_UP if up else Event.LINK_DOWN
         group.modes.happen(event, group.runtime.wall(), link["reason"])
         if up and link["state"] != was:
@@ -132,6 +145,20 @@ class Attachment:
                 group=group.name, state=link["state"], reason=link["reason"],
             )  # fmt: skip
 
+    def said_answer(self, end: DriverEnd, payload: bytes) -> None:
+        """Take the secondary's answer to a question.
+
+        :raises ProtocolError: see :meth:`Questions.answered`.
+        """
+        if end is self.end:
+            self.questions.answered(payload)
+
+    def said_report(self, end: DriverEnd, report: dict[str, Any]) -> None:
+        """Take what the secondary tells unasked."""
+        listener = self.listeners.get(str(report.get("about")))
+        if end is self.end and listener is not None:
+            listener(report)
+
     def lost(self, end: DriverEnd) -> None:
         """Learn that an attachment has ended."""
         if end is not self.end:
@@ -140,6 +167,7 @@ class Attachment:
         self.end = None
         self.sent_gsn = self.mirrored_gsn = None
         self.link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
+        self.questions.fail_all(self.link["reason"])
         group.modes.happen(Event.LINK_DOWN, group.runtime.wall(), "the pmd is gone")
 
 
@@ -213,6 +241,10 @@ class DriverEnd(Protocol):
         said = {"generations": [one.hex() for one in ids]}
         self.transport.write(watermark.pack_json(watermark.GENERATIONS, said))
 
+    def ask(self, question: bytes) -> None:
+        """Have the secondary asked."""
+        self.transport.write(watermark.pack_relayed(watermark.ASK, question))
+
     def pauseProducing(self) -> None:  # noqa: N802
         """See :class:`IPushProducer`."""
         self._paused = True
@@ -236,6 +268,10 @@ class DriverEnd(Protocol):
                     self._group.pmd.said_committed(self, *watermark.parse_committed(payload))
                 elif kind == watermark.LINK:
                     self._group.pmd.said_link(self, watermark.parse_json(payload))
+                elif kind == watermark.ANSWER:
+                    self._group.pmd.said_answer(self, payload)
+                elif kind == watermark.REPORT:
+                    self._group.pmd.said_report(self, watermark.parse_json(payload))
         except ProtocolError as error:
             self.log.error("{error}", error=error.message)
             self.close()

@@ -158,7 +158,7 @@ class Bypass:
     def _patience(self, now: float) -> float:
         if self._ended_at is not None and now < self._ended_at + OVERFLOW_AGAIN_SECONDS:
             return OVERFLOW_AGAIN_SECONDS
-        return OVERFLOW_WAIT_SECONDS if self._group.pmd.link["state"] == "connected" else 0.0
+        return OVERFLOW_WAIT_SECONDS if self._group.pmd.is_connected else 0.0
 
     def _look_in(self, seconds: float) -> None:
         if self._timer is None:
@@ -320,7 +320,7 @@ class Bypass:
             and self.state.get("overflow")
             and not self._tried
             and not group.failures.stops_framing
-            and group.pmd.link["state"] == "connected"
+            and group.pmd.is_connected
             and group.committed_gsn == group.next_gsn - 1
         ):
             self._tried = True

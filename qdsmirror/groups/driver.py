@@ -347,7 +347,7 @@ class DriverGroup:
     def reason(self) -> str:
         """Why the state is what it is: the first that matters to an operator."""
         failed = next((e for unit in self.units for e in unit.errors), "")
-        link = self.pmd.link["reason"] if self.pmd.link["state"] != "connected" else ""
+        link = "" if self.pmd.is_connected else self.pmd.link["reason"]
         return failed or self.bypass.reason or link or self.coherence.reason
 
     @property

@@ -61,6 +61,9 @@ from qdsmirror.paths import Paths
 #: Errors after which the same attempt would fail again: an operator must act first.
 _REFUSALS = (IdentityError, ConfigError, BrokenError)
 
+#: What the secondary says to the driver: types in the stream, and on the watermark socket.
+_RELAYED = {stream.ANSWER: watermark.ANSWER, stream.REPORT: watermark.REPORT}
+
 
 @implementer(IGroup, ILinkOwner)
 class PrimaryGroup:
@@ -208,6 +211,11 @@ class PrimaryGroup:
         if self._outbound is not None:
             self._outbound.durable(gsn)
 
+    def ask(self, question: bytes) -> None:
+        """Relay a question; the driver asks again what a lost link leaves without an answer."""
+        if self._link is not None:
+            self._link.send(stream.pack_relayed(stream.ASK, question))
+
     def driver_lost(self, driver: PmdEnd) -> None:
         """Lose the driver: without it nothing may be sent."""
         if driver is self._driver:
@@ -340,9 +348,13 @@ class PrimaryGroup:
 
     def link_message(self, link: Link, message: Message) -> None:
         """See :class:`ILinkOwner`."""
-        if message.type != stream.ACK:
+        relayed = _RELAYED.get(message.type)
+        if relayed is not None:
+            if self._driver is not None and link is self._link:
+                self._driver.write(watermark.pack_relayed(relayed, bytes(message.payload)))
+        elif message.type != stream.ACK:
             raise ProtocolError(f"the secondary sent a message of type {message.type}")
-        if self._outbound is not None and link is self._link:
+        elif self._outbound is not None and link is self._link:
             self._outbound.acknowledged(stream.parse_ack(message.payload))
 
     def link_writable(self, link: Link) -> None:

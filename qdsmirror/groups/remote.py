@@ -35,6 +35,7 @@ from qdsmirror.errors import (
 from qdsmirror.groups.authority import Authority
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.remote_status import remote_status
+from qdsmirror.groups.replies import Replies
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.limits import UNAUTHENTICATED_MAX
@@ -82,6 +83,7 @@ class RemoteGroup:
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.since = self.runtime.wall()
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
+        self._replies: Replies | None = None
         self._link: Link | None = None
         self._handshakes = 0
         self._paused = False
@@ -121,6 +123,8 @@ class RemoteGroup:
         self.committing = Committing(
             mirror, self.runtime, self._acknowledge, self._press, self._committing_failed
         )
+        hasher = self.runtime.slow_worker(f"{self.name} questions")
+        self._replies = Replies(mirror, hasher)
         self._say("connecting", "waiting for the primary")
 
     @inlineCallbacks
@@ -131,6 +135,9 @@ class RemoteGroup:
             return
         self._drop_link("the remote mirror daemon was stopped")
         yield committing.stop()
+        if self._replies is not None:
+            yield self._replies.stop()
+            self._replies = None
         if not committing.failed:
             yield self._leave_devices(committing.mirror)
         self.committing = None
@@ -276,9 +283,13 @@ class RemoteGroup:
         """See :class:`ILinkOwner`."""
         if link is not self._link or self.committing is None:
             return
-        if message.type != stream.FRAME:
+        if message.type == stream.ASK:
+            assert self._replies is not None
+            self._replies.take(message.payload, partial(self._answer, link))
+        elif message.type != stream.FRAME:
             raise ProtocolError(f"the primary sent a message of type {message.type}")
-        self.committing.take(message.payload, bool(message.flags & stream.ACK_REQUESTED))
+        else:
+            self.committing.take(message.payload, bool(message.flags & stream.ACK_REQUESTED))
 
     def link_writable(self, link: Link) -> None:
         """See :class:`ILinkOwner`."""
@@ -298,6 +309,18 @@ class RemoteGroup:
     def _acknowledge(self, committed: int, mirrored: int) -> None:
         if self._link is not None:
             self._link.send(stream.pack_ack(committed, mirrored))
+
+    def _answer(self, link: Link, answer: bytes) -> None:
+        if link is self._link:
+            link.send(stream.pack_relayed(stream.ANSWER, answer))
+
+    def report(self, report: dict[str, Any]) -> None:
+        """Tell the driver something unasked; lost where there is no link.
+
+        :param report: a JSON object that says what it is ``about``; small.
+        """
+        if self._link is not None:
+            self._link.send(stream.pack_report(report))
 
     def _press(self, full: bool) -> None:
         """Pause or resume the peer (BOUND)."""

@@ -12,6 +12,8 @@ from qdsmirror.core import stream
 from qdsmirror.core.stream import (
     ACK,
     ACK_REQUESTED,
+    ANSWER,
+    ASK,
     BYE,
     FRAME,
     HEADER_BYTES,
@@ -25,7 +27,7 @@ from qdsmirror.core.stream import (
     parse_ack,
 )
 from qdsmirror.errors import LimitError, ProtocolError
-from qdsmirror.limits import KIB, STREAM_MESSAGE_BYTES_MAX
+from qdsmirror.limits import KIB, MIB, STREAM_MESSAGE_BYTES_MAX
 
 NUMBER = st.integers(0, (1 << 64) - 1)
 MESSAGE = st.one_of(
@@ -93,11 +95,13 @@ class StreamTests(SynchronousTestCase):
     def test_refused_before_anything_is_gathered(self) -> None:
         for kind, length, error in (
             (0, 0, ProtocolError),
-            (5, 0, ProtocolError),
+            (8, 0, ProtocolError),
             (FRAME, STREAM_MESSAGE_BYTES_MAX + 1, LimitError),
             (FRAME, (1 << 32) - 1, LimitError),
             (ACK, 64 * KIB + 1, LimitError),
             (BYE, STREAM_MESSAGE_BYTES_MAX, LimitError),
+            (ASK, 64 * KIB + 1, LimitError),
+            (ANSWER, MIB + 6, LimitError),
         ):
             parser = MessageParser()
             with self.assertRaises(error):

@@ -104,7 +104,7 @@ class WatermarkTests(SynchronousTestCase):
     def test_refused_before_it_is_gathered(self) -> None:
         for raw in (
             struct.pack(">BBHI", 0, 0, 0, 0),
-            struct.pack(">BBHI", 6, 0, 0, 0),
+            struct.pack(">BBHI", 9, 0, 0, 0),
             struct.pack(">BBHI", DURABLE, 0, 0, (1 << 32) - 1),
         ):
             with self.assertRaises(ProtocolError):

@@ -14,7 +14,16 @@ from dataclasses import replace
 from crc32c import crc32c
 
 from qdsmirror import limits
-from qdsmirror.core import ampbox, clienthello, frames, nbd, records, stream, watermark
+from qdsmirror.core import (
+    ampbox,
+    clienthello,
+    frames,
+    nbd,
+    questions,
+    records,
+    stream,
+    watermark,
+)
 from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.nbd_options import ExportInfo, Negotiation
@@ -103,6 +112,11 @@ def stream_messages(data: bytes) -> None:
                 assert len(message.payload) <= limits.STREAM_MESSAGE_BYTES_MAX
                 if message.type == stream.ACK:
                     stream.parse_ack(message.payload)
+                elif message.type == stream.ASK:
+                    asked = questions.parse_question(message.payload)
+                    assert asked.answer_bytes <= limits.QUESTION_READ_BYTES_MAX
+                elif message.type == stream.ANSWER:
+                    questions.parse_answer(message.payload)
     except ProtocolError:
         pass
 
