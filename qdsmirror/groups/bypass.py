@@ -196,6 +196,13 @@ class Bypass:
             raise UsageError(f"bypass cannot be {to}", hint="qdsbypass on, or qdsbypass off")
         return self._group.coherence.leave_bypass()
 
+    def _refuse_half_way(self) -> None:
+        if self.phase in (ENTERING, LEAVING):
+            name, number = self._group.name, self._group.number
+            raise DegradedError(
+                f"{name}: it is {self.phase} bypass", hint=f"watch it with qdsinfo -g {number}"
+            )
+
     @inlineCallbacks
     def enter(self, reason: str) -> Any:
         """Enter bypass; fires with its status when writes go past the writelog.
@@ -204,14 +211,8 @@ class Bypass:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
-        if self.phase != OFF:
-            said = {ENTERING: "entering bypass already", ON: "in bypass already"}
-            raise DegradedError(
-                f"{group.name} is {said.get(self.phase, 'leaving bypass')}",
-                hint=f"qdsbypass off -g {group.number} leaves it with a refresh"
-                if self.phase == ON
-                else f"watch it with qdsinfo -g {group.number}",
-            )
+        self._refuse_half_way()
+        group.modes.refuse(Event.BYPASS_BEGUN)
         self._check_logs()
         yield self._enter(reason)
         return self.status()
@@ -346,13 +347,8 @@ class Bypass:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
-        if self.phase != ON:
-            raise DegradedError(
-                f"{group.name} is {'not in' if self.phase == OFF else self.phase} bypass",
-                hint=f"make the mirror anew with qdsrefresh -g {group.number}"
-                if self.phase == OFF
-                else f"watch it with qdsinfo -g {group.number}",
-            )
+        self._refuse_half_way()
+        group.modes.refuse(Event.BYPASS_ENDED)
         self._check_logs()
         group.failures.check_data("way out of bypass")
         first = group.units[0]

@@ -8,7 +8,7 @@ from twisted.internet.defer import inlineCallbacks
 from twisted.logger import Logger
 
 from qdsmirror.core.generations import Settled
-from qdsmirror.core.states import Event
+from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.groups.bypass import OFF
 from qdsmirror.groups.refresh import DIRTY, FULL, Refresh
@@ -59,13 +59,14 @@ class Coherence:
         chosen = self._choose(kind)
         group.failures.check_logs("refresh")
         group.failures.check_data("refresh")
-        if self.job is not None:
-            raise DegradedError(
-                f"{group.name}: a refresh is running already",
-                hint=f"watch it with qdsinfo -g {group.number}, or end it with killrefresh",
-            )
+        group.modes.refuse(Event.REFRESH_BEGUN, *self._coming)
         status: dict[str, Any] = yield self._begin(chosen, "asked for by the operator")
         return status
+
+    @property
+    def _coming(self) -> tuple[Mode, ...]:
+        """Refresh, also while it is only on its way to be durable."""
+        return (Mode.REFRESH,) if self.job is not None else ()
 
     def _choose(self, kind: str) -> str:
         """Give the kind of refresh that will do."""
@@ -94,13 +95,13 @@ class Coherence:
         }
 
     @inlineCallbacks
-    def _begin(self, kind: str, reason: str) -> Any:
+    def _begin(self, kind: str, reason: str, event: Event = Event.REFRESH_BEGUN) -> Any:
         """Mark the mirror incoherent durably, then begin (invariant COHERENT)."""
         group = self._group
         job = self.job = Refresh(group, kind)
         yield group.checkpoints.record_everywhere(**self._marks(job))
         if self.job is job:
-            group.modes.happen(Event.REFRESH_BEGUN, group.runtime.wall(), reason)
+            group.modes.happen(event, group.runtime.wall(), reason)
             job.begin()
         return (yield self._begun(job))
 
@@ -159,7 +160,8 @@ class Coherence:
         )
         job.stop()
         try:
-            yield self._begin(FULL, "the secondary lost part of the one before")
+            why = "the secondary lost part of the one before"
+            yield self._begin(FULL, why, Event.REFRESH_RESTARTED)
         except QdsError as error:
             group.note_error(f"the refresh could not begin anew: {error.message}")
 
@@ -171,8 +173,8 @@ class Coherence:
         """
         job = self.job
         group = self._group
-        if job is None:
-            raise DegradedError(f"{group.name}: no refresh is running")
+        group.modes.refuse(Event.REFRESH_KILLED, *self._coming)
+        assert job is not None
         self.reason = "the last refresh was ended before it was complete"
         self._end_early(job, self.reason)
         yield group.checkpoints.record_everywhere(refresh=None, reason=self.reason)

@@ -70,7 +70,7 @@ class DriverGroup:
         self.runtime = runtime or Runtime.real(reactor)
         self.units: list[DriverUnit] = []
         self.always_durable = config.durability == "always"
-        self.modes = GroupModes(self.runtime.wall())
+        self.modes = GroupModes(self.name, self.number, self.runtime.wall())
         self.lag = LagClock()
         self.generation = b""
         self.coherence = Coherence(self)
@@ -110,11 +110,12 @@ class DriverGroup:
             self.extensions.close()
             raise
         self._serving = True
-        self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall())
+        self.modes.happen(Event.DRIVER_STARTED, self.runtime.wall(), "no pmd is attached")
         if self.bypass.phase == ON:
             self.modes.happen(Event.BYPASS_BEGUN, self.bypass.since, self.bypass.reason)
         elif self.refresh_job is not None:
-            self.modes.happen(Event.REFRESH_BEGUN, self.runtime.wall(), "resumed at start")
+            started = self.refresh_job.started
+            self.modes.happen(Event.REFRESH_BEGUN, started, "resumed when the driver started")
             self.refresh_job.poke()
         self._tick()
 

@@ -31,6 +31,10 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "operation": config.operation,
         "state": group.state.value,
         "modes": [mode.value for mode in group.modes.shown],
+        "mode_details": [
+            {"mode": mode.value, "since": held.since, "reason": held.reason}
+            for mode, held in group.modes.details
+        ],
         "since": group.failures.since if failed else group.modes.since,
         "reason": group.reason,
         "coherent": group.coherent,

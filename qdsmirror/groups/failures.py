@@ -300,7 +300,7 @@ class Failures:
             if unit.unlogged:
                 unit.syncing.answer_late()
         group.bypass.begin(state)
-        group.modes.happen(Event.BYPASS_BEGUN, group.runtime.wall(), state["reason"])
+        group.modes.happen(Event.WRITELOG_FAILED, group.runtime.wall(), state["reason"])
         group.pmd.tell_refresh(None)
         for unit in group.units:
             unit.full_since = None

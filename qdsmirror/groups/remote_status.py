@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qdsmirror.core.states import Event, Mode
+
 if TYPE_CHECKING:
     from qdsmirror.groups.committing import Committing
     from qdsmirror.groups.remote import RemoteGroup
@@ -18,20 +20,17 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
     superblock = mirror.journal.superblock if mirror is not None else None
     connected = group.link_state["state"] == "connected"
     coherent = superblock is not None and superblock.coherent
-    modes = ["connected" if connected else "accumulating"] if mirror is not None else ["setup"]
     bypass = superblock.bypass if superblock is not None else None
-    if superblock is not None and superblock.refresh is not None:
-        modes.insert(0, "refresh")
-    elif bypass is not None:
-        modes.insert(0, "bypass")
+    modes = _modes(group)
     reason = group.failed or ("" if connected else str(group.link_state["reason"]))
     return {
         "group": group.number,
         "name": group.name,
         "role": "secondary",
         "operation": group.config.operation,
-        "state": modes[0],
-        "modes": modes,
+        "state": modes[0]["mode"],
+        "modes": [one["mode"] for one in modes],
+        "mode_details": modes,
         "since": group.since,
         "reason": reason or (superblock.reason if superblock else "") or _break_text(bypass),
         "coherent": coherent,
@@ -72,6 +71,23 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         "journal": _journal_status(committing),
         "errors": list(group.notes),
     }
+
+
+def _modes(group: RemoteGroup) -> list[dict[str, Any]]:
+    """Give the modes that hold: those of the primary as the journal has them, and the link's."""
+    if group.mirror is None:
+        reason = group.failed or "the rmd does not serve the group"
+        return [{"mode": Mode.SETUP.value, "since": group.since, "reason": reason}]
+    link, superblock = group.link_state, group.mirror.journal.superblock
+    told: list[tuple[Mode, float | None, str]] = []
+    if superblock.refresh is not None:
+        told.append((Mode.REFRESH, None, superblock.reason or Event.REFRESH_BEGUN.value))
+    elif superblock.bypass is not None:
+        told.append((Mode.BYPASS, superblock.bypass["since"], superblock.bypass["reason"]))
+    up = link["state"] == "connected"
+    mode, event = (Mode.CONNECTED, Event.LINK_UP) if up else (Mode.ACCUMULATING, Event.LINK_DOWN)
+    told.append((mode, group.since, str(link["reason"]) or event.value))
+    return [{"mode": one.value, "since": since, "reason": why} for one, since, why in told]
 
 
 def _break_text(bypass: Mapping[str, Any] | None) -> str:

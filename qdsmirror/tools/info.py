@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qdsmirror.config import load_host
+from qdsmirror.core.states import Mode
 from qdsmirror.errors import (
     EXIT_DEGRADED,
     ConfigError,
@@ -21,7 +22,7 @@ from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: What ``--is`` and ``--wait`` take: the states, and two predicates.
-STATES = ("accumulating", "bypass", "connected", "refresh", "setup")
+STATES = tuple(sorted(Mode))
 PREDICATES = (*STATES, "coherent", "drained")
 
 POLL_SECONDS = 0.1

@@ -17,7 +17,7 @@ HEADINGS = ("GROUP", "ROLE", "STATE", "SINCE", "COHERENT", "GSN", "COMMITTED", "
 UNIT_HEADINGS = ("GROUP", "LDSU", "SIZE", "LOG USED", "ENTRIES", "DEVICE")
 _UNKNOWN = "-"
 _COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow",
-            "bypass": "red", "setup": "red"}  # fmt: skip
+            "backfresh": "cyan", "bypass": "red", "setup": "red"}  # fmt: skip
 
 
 def is_terminal() -> bool:

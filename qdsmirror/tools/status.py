@@ -146,6 +146,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "operation": config.operation,
         "state": "setup",
         "modes": ["setup"],
+        "mode_details": [{"mode": "setup", "since": None, "reason": ""}],
         "since": None,
         "reason": "",
         "coherent": None,
@@ -194,7 +195,7 @@ def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
             group = _overlay(group, {"pmd": pmd.get("pmd"), "gsn": pmd.get("gsn")}, ldsus)
         group["ldsus"] = ldsus
         trouble = daemons.trouble(config, "driver")
-        group["reason"] = trouble["reason"]
+        _be_set_up(group, trouble["reason"])
         if trouble["state"] == "failed":
             group["driver"] |= {"state": "failed", "code": trouble["code"]}
             group["driver"]["reason"] = trouble["reason"]
@@ -202,6 +203,11 @@ def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
         group = _overlay(group, driver, ldsus)
     _link(group, config, pmd, daemons)
     return group
+
+
+def _be_set_up(group: Group, reason: str) -> None:
+    """Say why the group's daemon does not answer, which leaves it in setup."""
+    group["reason"] = group["mode_details"][0]["reason"] = reason
 
 
 def _link(group: Group, config: GroupConfig, pmd: dict[str, Any] | None, daemons: _Daemons) -> None:
@@ -269,6 +275,6 @@ def _secondary(config: GroupConfig, daemons: _Daemons) -> Group:
         return _overlay(group, rmd, ldsus)
     group["ldsus"] = ldsus
     trouble = daemons.trouble(config, "rmd")
-    group["reason"] = trouble["reason"]
+    _be_set_up(group, trouble["reason"])
     group["rmd"] = {"pid": None, **trouble}
     return group

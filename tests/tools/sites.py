@@ -113,6 +113,7 @@ def driver_status(number: int = 0, **changes: Any) -> dict[str, Any]:
         "operation": "async",
         "state": "connected",
         "modes": ["connected"],
+        "mode_details": [{"mode": "connected", "since": 1790000000.0, "reason": "linked"}],
         "since": 1790000000.0,
         "reason": "",
         "coherent": True,

@@ -41,6 +41,7 @@ RMD = {
     "role": "secondary",
     "state": "connected",
     "modes": ["connected"],
+    "mode_details": [{"mode": "connected", "since": 1790000000.0, "reason": "linked"}],
     "since": 1790000000.0,
     "reason": "",
     "coherent": True,
