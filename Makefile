@@ -3,6 +3,7 @@
 # make lint          ruff and mypy
 # make fuzz          the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
 # make sim           the simulation: seeds, crash states, broken builds (SIM='7' runs seed 7 again)
+# make man           draw qdsmirror-modes(7) anew from the state machine's tables
 # make soak          the simulation with fresh seeds, until it is stopped
 # make bench         qdsmirror beside its peers (see bench/README.md)
 # make clean         remove what the others made
@@ -25,7 +26,7 @@ DEBIAN := make python3 python3-venv git \
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
 
-.PHONY: demo test lint fuzz sim soak bench clean install-deps venv
+.PHONY: demo test lint fuzz sim soak man bench clean install-deps venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m qdsmirror.tools.demo
@@ -47,6 +48,9 @@ sim: $(VENV)/installed-dev
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.sim --soak
+
+man: $(VENV)/installed
+	$(BIN)/python man/modes.py
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/peers.py $(BENCH)

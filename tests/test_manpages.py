@@ -7,6 +7,7 @@ import configparser
 import importlib
 import inspect
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +32,7 @@ OTHERS = (
     ("qdswritelog", 5),
     ("qdsmirror", 7),
     ("qdsmirror-architecture", 7),
+    ("qdsmirror-modes", 7),
     ("qdsmirror-protocol", 7),
     ("qdsmirror-security", 7),
     ("qdsmirror-takeover", 7),
@@ -249,6 +251,44 @@ class FormTests(TestCase):
         """Pages are ASCII: every roff renders them alike."""
         for path in pages():
             self.assertTrue(path.read_text().isascii(), path.name)
+
+
+class ModesPageTests(TestCase):
+    """The page that is made from the tables of the state machine."""
+
+    def test_is_up_to_date(self) -> None:
+        made = runpy.run_path(str(MAN / "modes.py"))
+        self.assertEqual(made["PAGE"], page_path("qdsmirror-modes", 7))
+        text = page_path("qdsmirror-modes", 7).read_text()
+        self.assertEqual(text, made["render"](), "make man")
+
+    def test_pictures_fit(self) -> None:
+        """A terminal of 80 columns shows them without breaking lines."""
+        made = runpy.run_path(str(MAN / "modes.py"))
+        for name in ("lower_picture", "upper_picture"):
+            self.assertLessEqual(max(len(line) for line in made[name]()), 73, name)
+
+    def test_a_picture(self) -> None:
+        draw = runpy.run_path(str(MAN / "modes.py"))["picture"]
+        lines = draw(["a", "bb\ncc"], 8, [(0, 1, ["go"]), (1, 0, ["come", "back"]), (1, 1, ["x"])])
+        self.assertEqual(
+            lines,
+            [
+                "         bb",
+                "  a      cc",
+                "  |       |",
+                "  | go    |",
+                "  +------>|",
+                "  |       |",
+                "  | come  |",
+                "  | back  |",
+                "  |<------+",
+                "  |       |",
+                "  |       +--. x",
+                "  |       |<-'",
+                "  |       |",
+            ],
+        )
 
 
 class CheckerTests(TestCase):

@@ -89,6 +89,11 @@ class OverflowTests(Case):
         status = world.group.status()
         self.assertEqual((status["state"], status["modes"]), ("bypass", ["bypass", "accumulating"]))
         self.assertEqual(status["reason"], "the writelog of qds0 is full")
+        told = {one["mode"]: one for one in status["mode_details"]}
+        self.assertEqual(list(told), status["modes"])
+        self.assertEqual(told["bypass"]["reason"], "the writelog of qds0 is full")
+        self.assertEqual(told["bypass"]["since"], status["bypass"]["since"])
+        self.assertEqual(told["accumulating"]["reason"], "no pmd is attached")
         self.assertEqual(kinds(world)[-1], BREAK)
         expected = b"".join(unique(n) for n in range(100))
         self.assertEqual(world.data().content()[: 100 * BLOCK], expected)

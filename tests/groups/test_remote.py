@@ -329,7 +329,10 @@ class RebaseTests(SynchronousTestCase):
         ]
         group.supersede()
         self.successResultOf(group.rebase(points))
-        self.assertEqual(group.status()["modes"], ["refresh", "connected"])
+        status = group.status()
+        self.assertEqual(status["modes"], ["refresh", "connected"])
+        self.assertEqual([one["mode"] for one in status["mode_details"]], status["modes"])
+        self.assertTrue(all(one["reason"] for one in status["mode_details"]))
         size = world.superblock.slot_bytes
         for slot in range(2):
             device = MemoryDevice(MIB, content=world.journal.durable())
