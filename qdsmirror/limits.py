@@ -65,6 +65,15 @@ REFRESH_TURN = 8
 REFRESH_RETRY_SECONDS_MIN = 1.0
 REFRESH_RETRY_SECONDS_MAX = 60.0
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
+#: A comparison with the mirror goes by chunks, and by spans of so many bytes ...
+COMPARE_CHUNK_BYTES = 64 * KIB
+COMPARE_SPAN_BYTES = 4 * MIB
+#: ... so many of them in flight, of which so many are being hashed here: application reads have the
+#: other read threads.
+COMPARE_SPANS_MAX = 6
+COMPARE_HASHES_MAX = 2
+#: Ranges found to differ that wait to be sent.
+COMPARE_RANGES_MAX = 4096
 #: The dirty bitmap: a bit stands for so much at least; so many bits, and part of the log, at most.
 BITMAP_CHUNK_BYTES_MIN = 64 * KIB
 BITMAP_BITS_MAX = 1 << 20

@@ -134,11 +134,12 @@ class Attachment:
         if link.get("refresh_lost"):
             group.coherence.restart(link["refresh_lost"])
         if link.get("diverged"):
-            group.coherence.lose(link["reason"])
+            group.coherence.diverged(link["reason"])
         event = Event.LINK_UP if up else Event.LINK_DOWN
         group.modes.happen(event, group.runtime.wall(), link["reason"])
         if up and link["state"] != was:
             group.bypass.link_up()
+            group.coherence.link_up()
         if link["state"] != was:
             self.log.info(
                 "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",

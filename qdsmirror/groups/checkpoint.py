@@ -110,10 +110,21 @@ class Checkpoints:
                 unit.writelog.superblock.tail.position != _tail_end(unit)
                 or unit.writelog.superblock.applied.position != unit.applied_end
                 or unit.writelog.superblock.head.position != unit.durable_end
+                or self._has_progress(unit)
             )
         ]
         self._changes = self._changes or bool(changed)
         _each(changed, self._write_unit, self._taken)
+
+    def _has_progress(self, unit: DriverUnit) -> bool:
+        """Whether a refresh has come further: one that finds all equal frames nothing."""
+        job, known = self._group.refresh_job, unit.writelog.superblock.refresh
+        return (
+            job is not None
+            and known is not None
+            and known["id"] == job.id.hex()
+            and bool(known["done"] != job.state(unit)["done"])
+        )
 
     def cursors(self, unit: DriverUnit) -> dict[str, Any]:
         """Give what a superblock says of an LDSU's log and of its part of a refresh."""

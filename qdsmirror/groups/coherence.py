@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 
 from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.groups.bypass import OFF
-from qdsmirror.groups.refresh import DIRTY, FULL, Refresh
+from qdsmirror.groups.coverage import DIRTY, KINDS, SMART
+from qdsmirror.groups.refresh import Refresh
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
@@ -49,7 +50,7 @@ class Coherence:
 
         In bypass, this leaves it.
 
-        :param kind: ``full``, ``dirty``, or ``auto`` for what will do.
+        :param kind: one of KINDS, or ``auto`` for the one that sends least.
         :raises DegradedError: one is running already, or a dirty one would not do.
         """
         group = self._group
@@ -73,12 +74,12 @@ class Coherence:
         name = self._group.name
         lacks_nothing = self.coherent and self._group.bypass.phase == OFF
         if kind == "auto":
-            return DIRTY if self.tracked and not lacks_nothing else FULL
-        if kind not in (FULL, DIRTY):
-            raise UsageError(f"there is no {kind} refresh", hint="use --full or --dirty")
+            return DIRTY if self.tracked and not lacks_nothing else SMART
+        if kind not in KINDS:
+            raise UsageError(f"there is no {kind} refresh", hint="use --full, --smart or --dirty")
         if kind == DIRTY and (lacks_nothing or not self.tracked):
             why = "lacks nothing" if lacks_nothing else "lacks more than the dirty bitmaps have"
-            raise DegradedError(f"{name}: its mirror {why}", hint="use qdsrefresh --full")
+            raise DegradedError(f"{name}: its mirror {why}", hint="use qdsrefresh --smart")
         return kind
 
     def _marks(self, job: Refresh) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Coherence:
         job.stop()
         try:
             why = "the secondary lost part of the one before"
-            yield self._begin(FULL, why, Event.REFRESH_RESTARTED)
+            yield self._begin(job.kind, why, Event.REFRESH_RESTARTED)
         except QdsError as error:
             group.note_error(f"the refresh could not begin anew: {error.message}")
 
@@ -202,6 +203,22 @@ class Coherence:
         group.modes.happen(Event.REFRESH_ENDED, group.runtime.wall())
         self.log.info("{group}: refresh complete, the mirror is coherent", group=group.name)
         group.pmd.tell_refresh(None)
+
+    def link_up(self) -> None:
+        """Learn that the secondary is connected."""
+        if self.job is not None:
+            self.job.link_up()
+
+    def diverged(self, reason: str) -> Deferred[None]:
+        """Learn that the secondary holds another history.
+
+        A refresh that counts what the one before it held begins anew.
+        """
+        if self.job is not None and self.job.compared:
+            restarted: Deferred[None] = self.restart(self.job.id.hex())
+            return restarted
+        lost: Deferred[None] = self.lose(reason)
+        return lost
 
     @inlineCallbacks
     def lose(self, reason: str) -> Any:

@@ -11,6 +11,7 @@ from qdsmirror.core.extents import allocation
 from qdsmirror.core.frames import Entry
 from qdsmirror.core.pending import PendingIndex, overlay
 from qdsmirror.interfaces import IBlockDevice, IWorker
+from qdsmirror.storage.hashing import chunk_digests
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
@@ -105,6 +106,20 @@ class Reading:
             done(hole or 0)
 
         self._worker.run(partial(self._device.hole, offset, length), found)
+
+    def digests(
+        self,
+        offset: int,
+        length: int,
+        chunk: int,
+        done: Callable[[bytes | None, BaseException | None], None],
+    ) -> None:
+        """Hash what applications see of a range, chunk by chunk; see :func:`chunk_digests`.
+
+        Without a lock on the range: of each byte, what it was at some instant until ``done``.
+        """
+        pending = self._pending.overlapping(offset, length)
+        self._worker.run(partial(chunk_digests, self._device, offset, length, chunk, pending), done)
 
     def read_chunk(
         self, offset: int, length: int, done: Callable[[bytes | None, BaseException | None], None]

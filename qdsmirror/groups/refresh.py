@@ -1,8 +1,8 @@
 """A refresh: blocks of every LDSU through the writelog, between the writes that go on.
 
-A full one sends every block; a dirty one what the dirty bitmaps have, which no bypass changes
-meanwhile (rules.md 12): bits are cleared only when the next bypass is entered with a coherent
-mirror.
+A full one sends every block; a smart one what differs from the mirror's by hash; a dirty one what
+the dirty bitmaps have, which no bypass changes meanwhile (rules.md 12): bits are cleared only when
+the next bypass is entered with a coherent mirror.
 
 It keeps COHERENT (the mirror is durably marked incoherent before its first chunk is framed, and
 coherent only once the end mark is committed) and rules.md 14 (space first, then the range's lock,
@@ -23,13 +23,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from qdsmirror.core import frames
 from qdsmirror.core.records import Point
 from qdsmirror.core.ring import align_up
-from qdsmirror.errors import DegradedError
+from qdsmirror.errors import DegradedError, QdsError
+from qdsmirror.groups.coverage import DIRTY, SMART, coverage_of
 from qdsmirror.limits import (
     RECORD_ALIGN_BYTES,
     REFRESH_READ_BYTES,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 _NOTHING = bytes(REFRESH_READ_BYTES)
 
-FULL, DIRTY = "full", "dirty"
 MARK, BEGIN, CHUNKS, END, COMMIT, DONE = "mark", "begin", "chunks", "end", "commit", "done"
 
 
@@ -55,8 +55,9 @@ class Refresh:
     """A refresh in progress.
 
     :ivar id: 16 random bytes: the same after a restart.
-    :ivar kind: FULL or DIRTY.
+    :ivar kind: one of :data:`~qdsmirror.groups.coverage.KINDS`.
     :ivar cut: where a secondary may start that has no part of the history (see `state`).
+    :ivar compared: whether something may count that only one secondary holds (see `_settle`).
     :ivar begun: fires when the begin mark is durable.
     """
 
@@ -70,13 +71,17 @@ class Refresh:
             self.id = os.urandom(16)
             self.started = group.runtime.wall()
             self.cut: dict[str, Any] | None = None
+            self.compared = False
         else:
             self.id = bytes.fromhex(state["id"])
             self.started = state["started"]
             self.cut = state["cut"]
+            self.compared = state.get("compared", False)
         # Known to be durable: only then may a secondary be told to begin there.
         self._cut_durable = self.cut is not None
         self._done = [0] * len(group.units)
+        self._coverage = coverage_of(kind, group, self.poke)
+        self._settled = kind != SMART
         self._phase = MARK
         self._mark: UnitFrame | None = None
         self._unit = 0
@@ -123,16 +128,17 @@ class Refresh:
             "kind": self.kind,
             "started": self.started,
             "cut": self.cut if self._cut_durable else None,
+            "compared": self.compared,
             "done": self._done[unit.index],
         }
 
     def announcement(self) -> dict[str, Any] | None:
         """Give what the pmd must know: the id, and the cut at which a history may begin anew.
 
-        ``None`` while a crash could still take away what lies before the cut, and of a dirty
-        refresh, which needs the history before it.
+        ``None`` while a crash could still take away what lies before the cut; of a dirty refresh,
+        which needs the history before it; and of a smart one that counts what a secondary holds.
         """
-        if self.kind == DIRTY or not self._cut_durable:
+        if self.kind == DIRTY or self.compared or not self._cut_durable:
             return None
         return {"id": self.id.hex(), "cut": self.cut}
 
@@ -164,9 +170,39 @@ class Refresh:
         if self._phase == BEGIN:
             self._control(frames.REFRESH_BEGIN, CHUNKS)
         elif self._phase == CHUNKS and self.begun.called:
-            self._next_chunk()
+            if self._settled:
+                self._next_chunk()
+            elif self.group.pmd.is_connected:
+                self._settle()
         elif self._phase == END and self._are_chunks_durable():
             self._control(frames.REFRESH_END, COMMIT)
+
+    @inlineCallbacks
+    def _settle(self) -> Any:
+        """Begin to compare, with the secondary that is connected and no other.
+
+        Another one, whose history would begin anew at the cut, lacks what is found equal here:
+        none may, durably, from before the first verdict on.  Where one comes all the same it is
+        refused, and the refresh begins anew (:meth:`Coherence.diverged`).
+        """
+        self._working = self.compared = True
+        try:
+            yield self.group.checkpoints.record_everywhere(refresh=self.state)
+        except QdsError as error:
+            self.group.note_error(f"the refresh cannot begin to compare: {error.message}")
+            self._pause_for(REFRESH_RETRY_SECONDS_MAX)
+        else:
+            if self._phase == CHUNKS:
+                self.group.pmd.tell_refresh(None)
+                self._settled = True
+                self._coverage.begin(self._done)
+                self._poke_again = True
+        self._ended_work()
+
+    def link_up(self) -> None:
+        """Learn that the secondary can be asked."""
+        self._coverage.go_on()
+        self.poke()
 
     def _are_chunks_durable(self) -> bool:
         return self._last_gsn <= self.group.durable_gsn
@@ -218,26 +254,33 @@ class Refresh:
     def _skip_done(self) -> None:
         units = self.group.units
         while self._unit < len(units):
+            unit = units[self._unit]
             offset = max(self._offset, self._done[self._unit])
-            if (found := self._next(units[self._unit], offset)) is not None:
-                self._offset, self._end = found
+            found = self._coverage.next(unit, offset)
+            first, end = found or (max(offset, self._coverage.known(unit)),) * 2
+            if first > offset:
+                self._leave_out(unit, first)
+            if found is not None or end < unit.size:
+                self._offset, self._end = first, end
                 return
             self._unit += 1
             self._offset = 0
 
-    def _next(self, unit: DriverUnit, offset: int) -> tuple[int, int] | None:
-        """Give the first and the end byte of what is to be sent next, from a byte on."""
-        if self.kind == DIRTY:
-            return unit.dirty.next_dirty(offset)
-        return (offset, unit.size) if offset < unit.size else None
+    def _leave_out(self, unit: DriverUnit, offset: int) -> None:
+        """Count as done what need not be sent, once what is before it, and the verdict, counts."""
+        self._last_gsn = max(self._last_gsn, self._coverage.proven_gsn)
+        before = self._in_flight[-1][:2] if self._in_flight else None
+        if before == (self._last_gsn, unit.index):
+            self._in_flight.pop()
+        self._in_flight.append((self._last_gsn, unit.index, offset))
+        self._count(self.group.committed_gsn)
 
     def _bytes(self, offsets: Sequence[int] | None = None) -> int:
         """Give how many bytes are to be sent, of each LDSU from an offset on."""
         units = self.group.units
         first = offsets or [0] * len(units)
-        if self.kind == DIRTY:
-            return sum(unit.dirty.dirty_bytes(at) for unit, at in zip(units, first, strict=True))
-        return sum(unit.size - at for unit, at in zip(units, first, strict=True))
+        each = self._coverage.bytes_from
+        return sum(each(unit, at) for unit, at in zip(units, first, strict=True))
 
     def _next_chunk(self) -> None:
         if self._unit >= len(self.group.units):
@@ -246,6 +289,11 @@ class Refresh:
             self._claim(None)
             return
         unit = self.group.units[self._unit]
+        if self._offset >= self._end:
+            self._skip_done()
+            unknown = self._unit < len(self.group.units) and self._offset >= self._end
+            self._poke_again = self._poke_again or not unknown
+            return
         # A failed LDSU waits for the next start; an earlier refresh that still reads, for its end.
         if unit.errors or unit.waiting.is_locked:
             return
@@ -310,6 +358,7 @@ class Refresh:
                 self._in_flight.append((frame.gsn_last, unit.index, self._offset))
                 self._tail = unit.writelog.durable_tail
                 self._skip_done()
+                self._coverage.go_on()
                 # Through the reactor: the application's requests come between two chunks.
                 self._pause_for(0)
         self._release(unit)
@@ -336,17 +385,21 @@ class Refresh:
 
     def was_committed(self, gsn: int) -> bool:
         """Learn the committed GSN; tell whether the refresh has come to its end."""
-        while self._in_flight and self._in_flight[0][0] <= gsn:
-            _, unit, offset = self._in_flight.popleft()
-            self._done[unit] = offset
+        self._count(gsn)
         if self._phase == COMMIT and self._mark is not None and self._mark.gsn_last <= gsn:
             self._phase = DONE
             return True
         return False
 
+    def _count(self, committed: int) -> None:
+        while self._in_flight and self._in_flight[0][0] <= committed:
+            _, unit, offset = self._in_flight.popleft()
+            self._done[unit] = offset
+
     def stop(self) -> None:
         """Give up (killed, or the driver stops)."""
         self._phase = DONE
+        self._coverage.stop()
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None

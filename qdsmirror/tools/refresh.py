@@ -58,6 +58,7 @@ def _refresh_parser(prog: str, description: str) -> argparse.ArgumentParser:
     kinds = made.add_mutually_exclusive_group()
     for kind, text in (
         ("full", "send every block"),
+        ("smart", "send what differs by hash; the default where a dirty one would not do"),
         ("dirty", "send what was written in bypass; the default where that will do"),
     ):
         kinds.add_argument(

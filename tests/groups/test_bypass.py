@@ -54,6 +54,11 @@ class Case(SynchronousTestCase):
         done: dict[str, Any] = self.successResultOf(asked)
         return done
 
+    def leave_by_a_full_refresh(self) -> None:
+        asked = self.world.group.refresh("full")
+        self.world.settle()
+        self.successResultOf(asked)
+
     def refuse(self, to: str, error: type[Exception], text: str) -> Any:
         asked = self.world.group.switch_bypass(to)
         failure = self.failureResultOf(asked, error)
@@ -204,7 +209,7 @@ class OverflowTests(Case):
         world.start()
         self.fill()
         world.settle()
-        self.switch("off")
+        self.leave_by_a_full_refresh()
         more = self.fill(30)
         world.reactor.advance(limits.OVERFLOW_AGAIN_SECONDS * 0.5)
         self.assertEqual(world.group.state, "refresh")
@@ -429,7 +434,7 @@ class SwitchTests(Case):
             world.settle()
             self.assertEqual(world.group.bypass.phase, "on")
             for turn in range(20):
-                asked = world.group.switch_bypass("off")
+                asked = world.group.refresh("full")
                 world.settle()
                 refused: list[Any] = []
                 asked.addErrback(refused.append)
@@ -446,5 +451,5 @@ class SwitchTests(Case):
             world.attach()
             world.commit(ends=[Committed(0, unit.durable_end, *unit.durable_point)])
             world.settle()
-            self.switch("off")
+            self.leave_by_a_full_refresh()
             self.mirror_all()

@@ -51,7 +51,7 @@ class DirtyRefreshTests(Case):
     def refuse_refresh(self, kind: str, text: str) -> None:
         failure = self.failureResultOf(self.world.group.refresh(kind), DegradedError)
         self.assertIn(text, failure.getErrorMessage())
-        self.assertIn("qdsrefresh --full", failure.value.hint)
+        self.assertIn("qdsrefresh --smart", failure.value.hint)
 
     def tracked(self) -> list[bool]:
         logs = [self.world.log(index).durable() for index in range(2)]
@@ -136,11 +136,11 @@ class DirtyRefreshTests(Case):
         self.switch("on")
         self.write(0, 0, 1)
         self.refuse_refresh("dirty", "lacks more")
-        self.assertEqual(self.switch("off")["kind"], "full")
+        self.assertEqual(self.switch("off")["kind"], "smart")
 
     def test_a_coherent_mirror_lacks_nothing(self) -> None:
         self.refuse_refresh("dirty", "lacks nothing")
-        self.assertEqual(self.begin("auto")["kind"], "full")
+        self.assertEqual(self.begin("auto")["kind"], "smart")
 
     def test_no_secondary_may_begin_anew_with_it(self) -> None:
         self.switch("on")
@@ -160,7 +160,7 @@ class DirtyRefreshTests(Case):
         self.assertEqual((status["refresh"], status["coherent"]), (None, False))
         self.assertEqual(self.tracked(), [False, False])
         self.refuse_refresh("dirty", "lacks more")
-        self.assertEqual(self.begin("auto")["kind"], "full")
+        self.assertEqual(self.begin("auto")["kind"], "smart")
 
     def test_the_secondary_loses_the_mirror_while_bypass_is_left(self) -> None:
         world = self.world = DriverWorld(self, ldsus=2, size=16 * CHUNK, stepped=True)
@@ -178,7 +178,7 @@ class DirtyRefreshTests(Case):
         self.assertEqual(self.tracked(), [False, False])
         status = world.group.status()
         self.assertEqual((status["bypass"], status["refresh"]), (None, None))
-        self.assertEqual(self.begin("auto")["kind"], "full")
+        self.assertEqual(self.begin("auto")["kind"], "smart")
 
     def test_one_that_is_ended_while_it_is_marked_does_not_begin(self) -> None:
         world = self.world = DriverWorld(self, stepped=True)
@@ -198,7 +198,7 @@ class DirtyRefreshTests(Case):
         self.diverge()
         self.world.kill()
         self.world.start()
-        self.assertEqual(self.switch("off")["kind"], "full")
+        self.assertEqual(self.switch("off")["kind"], "smart")
 
     def test_what_others_have_written_is_not_in_the_bitmap(self) -> None:
         self.switch("on")
@@ -209,7 +209,7 @@ class DirtyRefreshTests(Case):
         self.world.data().corrupt(CHUNK, b"?" * 512)
         self.world.start()
         self.assertFalse(self.world.group.coherent)
-        self.assertEqual(self.switch("off")["kind"], "full")
+        self.assertEqual(self.switch("off")["kind"], "smart")
 
 
 class HealTests(Case):

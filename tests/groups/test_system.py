@@ -219,7 +219,7 @@ class RefreshTests(TestCase):
         self.assertEqual(begun["kind"], "full")
         self.assertEqual(driver.status()["state"], "refresh")
         yield self.assertFailure(driver.refresh("full"), DegradedError)
-        yield self.assertFailure(driver.refresh("smart"), UsageError)
+        yield self.assertFailure(driver.refresh("sly"), UsageError)
         number, done = 0, [0]
         while driver.refresh_job is not None:
             number += 1

@@ -22,6 +22,7 @@ from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
+from qdsmirror.groups.compare import Comparison
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.syncing import Syncing
@@ -265,6 +266,11 @@ def _dirty_bits_not_synced(patch: Patch) -> None:
 @mutation("DURABLE", seeds=200, first=45)
 def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "_is_all_applied", lambda _self: True)
+
+
+@mutation("COHERENT")
+def _blocks_count_as_equal_without_a_look(patch: Patch) -> None:
+    patch(Comparison, "_differs", lambda *_: None)
 
 
 @mutation("NO-HIDDEN", seeds=200, sequence=("bypass on", "write", "refresh"))

@@ -47,7 +47,7 @@ class SeedTests(SynchronousTestCase):
         for what in (
             "power cut alpha", "power cut beta", "kill driver", "kill pmd", "kill rmd", "cut link",
             "error", "recoveries", "mirrors checked", "reads", "refused requests", "auto refresh",
-            "dirty refresh", "full refresh", "bypass on", "bypass off", "direct writes", "extend",
-            "free", "corruption", "refused over corruption",
+            "dirty refresh", "smart refresh", "full refresh", "bypass on", "bypass off",
+            "direct writes", "extend", "free", "corruption", "refused over corruption",
         ):  # fmt: skip
             self.assertGreater(counts[what], 0, what)

@@ -15,6 +15,7 @@ from qdsmirror.core import bitmap as bitmap_module
 from qdsmirror.core import stream
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
 from qdsmirror.groups import committing as committing_module
+from qdsmirror.groups import compare as compare_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
@@ -50,6 +51,8 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(committing_module, "RECEIVED_BYTES_MAX", profile.limit)
         patch(committing_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
         patch(bitmap_module, "BITMAP_CHUNK_BYTES_MIN", 4 * KIB)
+        patch(compare_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
+        patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
         patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:

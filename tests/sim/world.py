@@ -78,7 +78,7 @@ class World(Clients):
         elif what == "fuse":
             self._light_fuse()
         elif what == "refresh":
-            self._refresh(self.random.choice(("auto", "dirty", "full")))
+            self._refresh(self.random.choice(("auto", "dirty", "smart", "full")))
         elif what == "bypass":
             self.switch_bypass()
         elif what in ("extend", "free"):
@@ -344,7 +344,7 @@ class World(Clients):
         self._until(self._refused, "a refusal", alone=True)
         if before != [bytes(disk.seen) for disk in self.model.mirrors]:
             raise Violation("GENERATION: the mirror takes up another history")
-        self._refresh("full")
+        self._refresh(self.random.choice(("smart", "full")))
         self._until(self._at_rest, "the refresh")
         self._check_equal()
 
