@@ -88,17 +88,26 @@ class LabFixture:
         found = {k: v for k, v in os.environ.items() if k != "QDS_ROOT"}
         return {**found, "PYTHONPATH": str(REPOSITORY)}
 
-    def start_program(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
-        """Start a program that is killed when the test ends."""
+    def start_program(
+        self, arguments: Sequence[str], output: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a program that is killed when the test ends.
+
+        :param output: a file for all that it says: of one that nobody reads while it runs a pipe
+            would fill.
+        """
+        said = output.open("w") if output is not None else subprocess.PIPE
         program = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
             text=True,
             env=self.environment(),
             cwd=self._base,
         )
+        if output is not None:
+            said.close()  # type: ignore[union-attr]
         self._programs.append(program)
         return program
 
