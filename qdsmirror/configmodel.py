@@ -15,6 +15,7 @@ from qdsmirror.limits import (
     METADATA_SECONDS_DEFAULT,
     RECONNECT_SECONDS_MAX,
     SEND_WINDOW_BYTES,
+    VERIFY_RATE_BYTES,
 )
 
 Role = Literal["primary", "secondary"]
@@ -51,6 +52,8 @@ class Tunables:
     :ivar metadata_seconds: and at least this often while there is something to record.
     :ivar send_window: bytes sent and not yet acknowledged.
     :ivar reconnect_max: longest pause between two attempts to connect, seconds.
+    :ivar verify_every: seconds from the end of a verify to the next; 0: none begins by itself.
+    :ivar verify_rate: bytes that a verify reads in a second at most.
     :ivar auto_refresh: whether a group leaves the bypass of an overflow by itself.
     """
 
@@ -59,6 +62,8 @@ class Tunables:
     send_window: int = SEND_WINDOW_BYTES
     reconnect_max: float = RECONNECT_SECONDS_MAX
     auto_refresh: bool = False
+    verify_every: float = 0.0
+    verify_rate: int = VERIFY_RATE_BYTES
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _SIZE = re.compile(r"([0-9]{1,15}) ?([KMGT]?)", re.ASCII)
 _SECONDS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|s|min|h|)", re.ASCII)
+_DAYS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(d|w)", re.ASCII)
+_DAYS_UNITS = {"d": 86400.0, "w": 7 * 86400.0}
 _SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 _SECONDS_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -94,6 +96,22 @@ def _seconds(value: str, low: str, high: str) -> float:
     return seconds
 
 
+def _interval(value: str, low: str, high: str) -> float:
+    """Read a time, which may be in days or weeks, or ``never``: 0."""
+    if value.strip().lower() == "never":
+        return 0.0
+    match = _DAYS.fullmatch(value.strip())
+    try:
+        seconds = float(match[1]) * _DAYS_UNITS[match[2]] if match else parse_seconds(value)
+    except ValueError:
+        raise ValidateError(
+            f"{shown(value)} is not never, or a time such as 12 h, 7 d or 2 w"
+        ) from None
+    if not float(low) <= seconds <= float(high):
+        raise ValidateError(f"{value} is not from {low} s to {int(high) // 86400} d")
+    return seconds
+
+
 def _byte_size(value: str, low: str, high: str) -> int:
     try:
         size = parse_size(value)
@@ -154,6 +172,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "yes_no": _yes_no,
     "whole_number": _whole_number,
     "seconds": _seconds,
+    "interval": _interval,
     "byte_size": _byte_size,
     "absolute_path": _or_default(_absolute_path),
     "path_list": _or_default(_path_list),

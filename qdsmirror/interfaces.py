@@ -75,8 +75,11 @@ class IBlockDevice(Interface):
     def fdatasync() -> None:
         """Make every completed write durable."""
 
-    def drop_cache() -> None:
-        """Forget cached pages, so that the next reads come from the disk (rules.md 3)."""
+    def drop_cache(offset: int = 0, length: int = 0) -> None:
+        """Forget cached pages, so that the next reads come from the disk (rules.md 3).
+
+        Those of a range, or, where its length is 0, of the whole device.
+        """
 
     def extents(offset: int, length: int) -> list[tuple[int, bool]]:
         """Give (length, allocated) pairs that cover the range."""

@@ -74,6 +74,29 @@ COMPARE_SPANS_MAX = 6
 COMPARE_HASHES_MAX = 2
 #: Ranges found to differ that wait to be sent.
 COMPARE_RANGES_MAX = 4096
+#: A verify compares hashes of so much each, and of so many in one frame ...
+VERIFY_CHUNK_BYTES = 64 * KIB
+VERIFY_ROWS_MAX = 16
+#: ... so that it reads, and holds writes back from, so much at a time.
+VERIFY_READ_BYTES = VERIFY_ROWS_MAX * VERIFY_CHUNK_BYTES
+#: A hole is compared by this much, without a hash; for the pace it counts as one chunk.
+VERIFY_ZERO_BYTES_MAX = 8 * MIB
+#: Frames of a verify that the secondary has not reported on.
+VERIFY_FRAMES_MAX = 16
+#: Beside an application that is at work, or a log that is half full, a verify takes a turn this
+#: late at most.
+VERIFY_TURN_SECONDS = 0.25
+#: What the secondary has passed without a report, for so long, is sent again.
+VERIFY_REPORT_SECONDS = 1.0
+#: Of the ranges that differ, so many are kept of each LDSU; their bytes are counted on.
+VERIFY_RANGES_MAX = 8
+#: A scheduled run that was ended before its end is tried again this late at most.
+VERIFY_RETRY_SECONDS_MAX = 3600.0
+VERIFY_RATE_BYTES_MIN = 64 * KIB
+VERIFY_RATE_BYTES_MAX = 16 * GIB
+VERIFY_RATE_BYTES = 32 * MIB
+VERIFY_EVERY_SECONDS_MIN = 1.0
+VERIFY_EVERY_SECONDS_MAX = 366 * 86400.0
 #: The dirty bitmap: a bit stands for so much at least; so many bits, and part of the log, at most.
 BITMAP_CHUNK_BYTES_MIN = 64 * KIB
 BITMAP_BITS_MAX = 1 << 20
@@ -87,6 +110,8 @@ METADATA_SECONDS_DEFAULT = 1.0
 #: Buffers of one pwritev: the kernel's UIO_MAXIOV.
 DEVICE_IOV_MAX = 1024
 DEVICE_ZERO_WRITE_BYTES = MIB
+#: What the page cache keeps or forgets as one, at most: a huge page's.
+DEVICE_FOLIO_BYTES_MAX = 2 * MIB
 #: Longer reads are left to the read workers even when they are cached.
 DEVICE_NOWAIT_BYTES_MAX = MIB
 #: Extents told of one range; the rest counts as allocated.

@@ -219,7 +219,7 @@ class MemoryDevice:
         self.unsynced.clear()
         self.syncs += 1
 
-    def drop_cache(self) -> None:
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         self._enter("drop_cache")
         self._seen[:] = self._disk
         for write in self.unsynced:

@@ -256,6 +256,8 @@ class GroupTests(RootedTestCase):
             "tunables.send_window": ["1023K", "65M", "-1M", "1.5M", "16 X", "1P", ""],
             "tunables.reconnect_max": ["0.05", "301 s", "1 h", "s"],
             "tunables.auto_refresh": ["maybe", "1", ""],
+            "tunables.verify_every": ["0", "0.5 s", "367 d", "53 w", "often", "1 y", "7 d 1 h", ""],
+            "tunables.verify_rate": ["63K", "17G", "0", "fast", ""],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -282,6 +284,15 @@ class GroupTests(RootedTestCase):
             ("reconnect_max", 300.0, "5min"),
             ("auto_refresh", True, "Yes"),
             ("auto_refresh", False, "no"),
+            ("verify_every", 0.0, "never"),
+            ("verify_every", 0.0, "Never"),
+            ("verify_every", 1.0, "1"),
+            ("verify_every", 12 * 3600.0, "12h"),
+            ("verify_every", 7 * 86400.0, "7d"),
+            ("verify_every", 14 * 86400.0, "2 w"),
+            ("verify_every", 366 * 86400.0, "366 d"),
+            ("verify_rate", 64 * limits.KIB, "64K"),
+            ("verify_rate", 16 * limits.GIB, "16G"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)
@@ -818,6 +829,20 @@ class SpecTests(TestCase):
                     limits.RECONNECT_MAX_SECONDS_MIN,
                     limits.RECONNECT_MAX_SECONDS_MAX,
                     limits.RECONNECT_SECONDS_MAX,
+                ),
+            ),
+            (
+                "verify_every",
+                lambda text: 0.0 if text == "never" else float(text),
+                (limits.VERIFY_EVERY_SECONDS_MIN, limits.VERIFY_EVERY_SECONDS_MAX, 0.0),
+            ),
+            (
+                "verify_rate",
+                parse_size,
+                (
+                    limits.VERIFY_RATE_BYTES_MIN,
+                    limits.VERIFY_RATE_BYTES_MAX,
+                    limits.VERIFY_RATE_BYTES,
                 ),
             ),
         ):

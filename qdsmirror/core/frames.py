@@ -8,7 +8,7 @@ chain and the header's bytes before the chain, which hold the body's CRC.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from qdsmirror.errors import CorruptError, LimitError
 from qdsmirror.limits import (
     FRAME_ENTRIES_MAX,
     FRAME_PAYLOAD_BYTES_MAX,
+    VERIFY_ROWS_MAX,
     ZERO_ENTRY_BYTES_MAX,
 )
 
@@ -43,10 +44,22 @@ REFRESH_END = 4
 BREAK = 5
 #: The first frame of a generation: it names the one before (rules.md 7).
 SWITCH = 6
-_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH))
+#: What parts of an LDSU hold at this place of the order, as hashes (:mod:`qdsmirror.core.verify`).
+VERIFY = 7
+_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH, VERIFY))
 
-#: Payload bytes that a control frame has: an id of a refresh, bypass or generation, or nothing.
-_CONTROL_PAYLOAD_BYTES = {VOID: 0, REFRESH_BEGIN: 16, REFRESH_END: 16, BREAK: 16, SWITCH: 16}
+#: A part's offset, length and hash.
+VERIFY_ROW = Struct(">QI32s")
+#: Payload bytes that a control frame may have: an id of a refresh, bypass or generation, nothing,
+#: or hashes.
+_CONTROL_PAYLOAD_BYTES: dict[int, Container[int]] = {
+    VOID: (0,),
+    REFRESH_BEGIN: (16,),
+    REFRESH_END: (16,),
+    BREAK: (16,),
+    SWITCH: (16,),
+    VERIFY: range(VERIFY_ROW.size, VERIFY_ROWS_MAX * VERIFY_ROW.size + 1, VERIFY_ROW.size),
+}
 
 # Entry kinds.
 WRITE = 1
@@ -206,7 +219,7 @@ def parse_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
     if header.kind == ENTRIES:
         if header.gsn_count != header.entry_count:
             raise CorruptError("frame header: entries and sequence numbers differ in count")
-    elif header.entry_count or header.payload_bytes != _CONTROL_PAYLOAD_BYTES[header.kind]:
+    elif header.entry_count or header.payload_bytes not in _CONTROL_PAYLOAD_BYTES[header.kind]:
         raise CorruptError(f"frame header: a frame of kind {header.kind} has no such body")
     return header
 
@@ -258,5 +271,5 @@ def entries(header: FrameHeader, frame: Buffer) -> list[Entry]:
 
 
 def control_payload(header: FrameHeader, frame: Buffer) -> bytes:
-    """Give the payload of a control frame: the id that it names, or nothing."""
+    """Give the payload of a control frame: the id that it names, hashes, or nothing."""
     return bytes(memoryview(frame)[HEADER_BYTES + header.entry_count * ENTRY_BYTES :])

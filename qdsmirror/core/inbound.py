@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from qdsmirror.core.frames import (
     ENTRIES,
     SWITCH,
+    VERIFY,
     Buffer,
     Entry,
     FrameHeader,
@@ -18,6 +19,7 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.generations import covering
 from qdsmirror.core.records import Cursor, Generation, Point
+from qdsmirror.core.verify import Row, parse_rows
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
 
 
@@ -59,6 +61,7 @@ class Intake:
             header = parse_header(frame)
             check_body(header, frame)
             found = entries(header, frame) if header.kind == ENTRIES else ()
+            rows = parse_rows(control_payload(header, frame)) if header.kind == VERIFY else ()
         except CorruptError as error:
             raise ProtocolError(f"damaged frame: {error.message}") from error
         if header.ldsu >= len(self._sizes):
@@ -71,18 +74,24 @@ class Intake:
             raise DivergedError(
                 f"frame {header.sequence} of LDSU {header.ldsu} does not continue its history"
             )
-        size = self._sizes[header.ldsu]
-        for entry in found:
-            if entry[0] + entry[1] > size:
-                raise ProtocolError(
-                    f"entry of {entry[1]} bytes at {entry[0]} is beyond LDSU {header.ldsu}"
-                )
+        self._check_ranges(header.ldsu, found, rows)
         if brings:
             added = Generation(header.generation, header.gsn_first)
             self.generations = (*self.generations, added)
         self.gsn = header.gsn_first + header.gsn_count
         self._points[header.ldsu] = Point(header.sequence + 1, header.chain)
         return header, found
+
+    def _check_ranges(self, ldsu: int, found: Sequence[Entry], rows: Sequence[Row]) -> None:
+        """Check that what a frame writes or compares is on its device.
+
+        :raises ProtocolError: it is not.
+        """
+        size = self._sizes[ldsu]
+        ranges = [(entry[0], entry[1]) for entry in found]
+        for offset, length in ranges + [(row.offset, row.length) for row in rows]:
+            if offset + length > size:
+                raise ProtocolError(f"entry of {length} bytes at {offset} is beyond LDSU {ldsu}")
 
     def _check_generation(self, header: FrameHeader, frame: Buffer) -> bool:
         """Check a frame's generation; tell whether it is one that the list lacks (rules.md 7).

@@ -206,6 +206,8 @@ class Superblock:
     :ivar refresh: the refresh in progress, as the driver or the rmd describes it, or ``None``.
     :ivar bypass: the bypass that the group is in, by id, since and reason, or ``None``; in a
         journal the one at whose break the mirror stands.
+    :ivar verify: the newest verify of a writelog's LDSU, running or ended, as the driver describes
+        it, or ``None``.
     :ivar bitmap: where the dirty bitmap stands; ``None`` in a journal.
     :ivar fingerprints: by LDSU index what its device holds, from an orderly stop to the next start
         (rules.md 24); else ``None``.
@@ -232,6 +234,7 @@ class Superblock:
     reason: str = ""
     refresh: Mapping[str, Any] | None = None
     bypass: Mapping[str, Any] | None = None
+    verify: Mapping[str, Any] | None = None
     bitmap: BitmapArea | None = None
     fingerprints: Mapping[str, Any] | None = None
     failures: Mapping[str, Any] | None = None
@@ -267,6 +270,8 @@ class Superblock:
         }
         if self.tracked:
             body["tracked"] = True
+        if self.verify is not None:
+            body["verify"] = dict(self.verify)
         if self.fingerprints is not None:
             body["fingerprints"] = dict(self.fingerprints)
         if self.failures is not None:
@@ -298,6 +303,7 @@ class Superblock:
             bypass=body["bypass"],
             tracked=body.get("tracked", False) is True,
             bitmap=BitmapArea(*body["bitmap"]) if body["bitmap"] is not None else None,
+            verify=body.get("verify"),
             fingerprints=body.get("fingerprints"),
             failures=body.get("failures"),
             extensions=tuple(

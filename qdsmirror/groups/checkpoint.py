@@ -143,6 +143,8 @@ class Checkpoints:
         }
         if group.refresh_job is not None:
             changes["refresh"] = group.refresh_job.state(unit)
+        if group.verifying.run is not None:
+            changes["verify"] = group.verifying.run.state(unit)
         return changes
 
     def each_cursor(self) -> dict[str, Callable[[DriverUnit], Any]]:

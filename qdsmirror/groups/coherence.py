@@ -220,6 +220,15 @@ class Coherence:
         lost: Deferred[None] = self.lose(reason)
         return lost
 
+    def differs(self, reason: str) -> None:
+        """Learn that a verify has found a difference; whoever says so makes it durable.
+
+        What differs is in the dirty bitmaps by then: a dirty refresh mends it.
+        """
+        if self.coherent:
+            self.coherent = False
+            self.reason = reason
+
     @inlineCallbacks
     def lose(self, reason: str) -> Any:
         """Record that the secondary does not hold this group's mirror (any more).

@@ -18,6 +18,7 @@ from qdsmirror.core.frames import Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.records import Cursor, Generation, Point
+from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
@@ -53,6 +54,7 @@ class Committing:
     :param mirror: open and replayed; whoever opened it closes it.
     :param acknowledge: told the committed and the mirrored GSN when the primary is to know them.
     :param press: told, as it grows and shrinks, whether more is under way than there may be.
+    :param report: told, before the mirrored GSN is, what was found at a VERIFY frame.
     :param fail: told, with the error, why nothing is committed any more.
     :ivar failed: that reason; empty while all is well.
     :ivar durable: behind the last frame that is durable in the journal.
@@ -66,6 +68,7 @@ class Committing:
         runtime: Runtime,
         acknowledge: Callable[[int, int], None],
         press: Callable[[bool], None],
+        report: Callable[[Verdict], None],
         fail: Callable[[str, BaseException], None],
     ) -> None:
         self.mirror = mirror
@@ -76,6 +79,7 @@ class Committing:
         self._config = mirror.config
         self._tell_acknowledge = acknowledge
         self._tell_press = press
+        self._tell_report = report
         self._tell_failed = fail
         self._reactor = runtime.reactor
         self._journal_worker = runtime.quick_worker(f"{self._config.name} journal")
@@ -298,7 +302,9 @@ class Committing:
             partial(self.mirror.apply, changes), partial(self._applied, batches)
         )
 
-    def _applied(self, batches: list[_Batch], _result: None, error: BaseException | None) -> None:
+    def _applied(
+        self, batches: list[_Batch], found: list[Verdict] | None, error: BaseException | None
+    ) -> None:
         self._mirroring = False
         if error is not None:
             self._fail(f"a mirror device of {self._config.name} failed: {error}", error)
@@ -306,6 +312,8 @@ class Committing:
         self.mirror.applied = batches[-1].end
         self.unmirrored_bytes -= sum(batch.size for batch in batches)
         self._press()
+        for verdict in found or ():
+            self._tell_report(verdict)
         self._apply()
         if not self._mirroring:
             self.acknowledge()

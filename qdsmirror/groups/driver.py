@@ -33,6 +33,7 @@ from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.restart import open_devices, recover
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit
+from qdsmirror.groups.verifying import Verifying
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
@@ -77,6 +78,7 @@ class DriverGroup:
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
         self.pmd = Attachment(self)
+        self.verifying = Verifying(self)
         self.next_gsn = 1
         self.durable_gsn = self.committed_gsn = 0
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
@@ -128,6 +130,7 @@ class DriverGroup:
         gone = self._listener.disconnect_all()
         if self.refresh_job is not None:
             self.refresh_job.stop()
+        self.verifying.stop()
         yield self.bypass.stop()
         yield self.failures.stop()
         yield self.extensions.stop()
@@ -173,6 +176,7 @@ class DriverGroup:
             self.config.tunables.metadata_seconds, self._tick
         )
         self.checkpoints.take()
+        self.verifying.tick()
 
     @property
     def is_serving(self) -> bool:
@@ -291,6 +295,10 @@ class DriverGroup:
     def kill_refresh(self) -> Deferred[dict[str, Any]]:
         """See :meth:`Coherence.kill_refresh`."""
         return self.coherence.kill_refresh()
+
+    def verify(self, how: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Verifying.order`."""
+        return self.verifying.order(how)
 
     def switch_bypass(self, to: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Bypass.switch`."""

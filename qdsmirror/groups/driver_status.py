@@ -55,7 +55,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         },
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "bypass": group.bypass.status(),
-        "verify": None,
+        "verify": group.verifying.status(),
         "pool": group.extensions.status(),
         "driver": driver,
         "pmd": {"pid": link.get("pid"), **said},

@@ -24,6 +24,7 @@ from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.stream import Message
+from qdsmirror.core.verify import VERIFY, Verdict
 from qdsmirror.errors import (
     BrokenError,
     ConfigError,
@@ -121,7 +122,12 @@ class RemoteGroup:
                 "{group}: replayed {count} frames of the journal", group=self.name, count=replayed
             )
         self.committing = Committing(
-            mirror, self.runtime, self._acknowledge, self._press, self._committing_failed
+            mirror,
+            self.runtime,
+            self._acknowledge,
+            self._press,
+            self._verified,
+            self._committing_failed,
         )
         hasher = self.runtime.slow_worker(f"{self.name} questions")
         self._replies = Replies(mirror, hasher)
@@ -321,6 +327,14 @@ class RemoteGroup:
         """
         if self._link is not None:
             self._link.send(stream.pack_report(report))
+
+    def _verified(self, verdict: Verdict) -> None:
+        if verdict.differs:
+            self.log.error(
+                "{group}: a verify has found that the mirror differs: {ranges}",
+                group=self.name, ranges=verdict.differs,
+            )  # fmt: skip
+        self.report({"about": VERIFY, **verdict.to_json()})
 
     def _press(self, full: bool) -> None:
         """Pause or resume the peer (BOUND)."""

@@ -65,6 +65,7 @@ def recover(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch)
         _go_on_past(group, opened, plan, latch)
     else:
         _go_on(group, opened, plan, latch)
+    group.verifying.resume([one.writelog.superblock.verify for one in opened])
 
 
 def _append(unit: DriverUnit, kind: int, payload: bytes, gsns: tuple[int, int]) -> None:

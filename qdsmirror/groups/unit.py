@@ -364,6 +364,23 @@ class DriverUnit:
         self._append(frame, writes, ())
         return frame
 
+    def append_verify(self, payload: bytes) -> UnitFrame | None:
+        """Append the hashes of a locked range; nobody waits for them to be durable.
+
+        To be called when no append is under way (see :meth:`when_free`).
+
+        :returns: ``None`` while there is no room, or when a device has failed.
+        """
+        if self.dead or self.group.failures.stops_framing:
+            return None
+        placement = self.writelog.place(HEADER_BYTES + len(payload))
+        if placement is None:
+            return None
+        frame, writes = self.framing.make(frames.VERIFY, placement, (), [payload])
+        self.group.framed(frame)
+        self._append(frame, writes, ())
+        return frame
+
     # -- failures and the end -------------------------------------------------------------------
 
     def fail_log(self, error: BaseException) -> None:

@@ -90,6 +90,12 @@ class Refresh(_Command):
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"kind", amp.Unicode())]
 
 
+class Verify(_Command):
+    """Begin a verify (``compare``, ``repair``) or end it (``stop``); answered once durable."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"how", amp.Unicode())]
+
+
 class Bypass(_Command):
     """Enter (``on``) or leave (``off``) bypass; answered once that is durable."""
 
@@ -212,6 +218,10 @@ class _ControlProtocol(_BoundedAmp):
     def _refresh(self, kind: str) -> Deferred[dict[str, Any]]:
         return self._run("refresh", kind)
 
+    @Verify.responder
+    def _verify(self, how: str) -> Deferred[dict[str, Any]]:
+        return self._run("verify", how)
+
     @Bypass.responder
     def _bypass(self, to: str) -> Deferred[dict[str, Any]]:
         return self._run("switch_bypass", to)
@@ -260,7 +270,7 @@ class _ControlProtocol(_BoundedAmp):
 _ALLOWED = {
     command.commandName
     for command in (
-        *(Status, Bypass, Refresh, KillRefresh, Extend, Free),
+        *(Status, Bypass, Refresh, KillRefresh, Verify, Extend, Free),
         *(Apply, ForgetFailures, AttachPmd),
     )
 }

@@ -60,7 +60,7 @@ class AbsentDevice:
         """Raise EIO."""
         raise self._absent()
 
-    def drop_cache(self) -> None:
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         """Raise EIO."""
         raise self._absent()
 

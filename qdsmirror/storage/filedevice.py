@@ -13,6 +13,7 @@ from zope.interface import implementer
 
 from qdsmirror import limits
 from qdsmirror.core.recent import Recent
+from qdsmirror.core.ring import align_up
 from qdsmirror.errors import DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage import ioctl
@@ -199,14 +200,22 @@ class FileDevice:
         if not self.is_block:
             os.posix_fallocate(self._fd, 0, self.size)
 
-    def drop_cache(self) -> None:
-        """Forget cached pages; only those already durable can be, so fdatasync comes first."""
-        if self.is_block:
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
+        """Forget cached pages; only those already durable can be, so fdatasync comes first.
+
+        :param length: bytes from ``offset`` on; 0: of the whole device.
+        """
+        if length:
+            # A large folio that is not wholly in the range would stay.
+            end = align_up(offset + length, limits.DEVICE_FOLIO_BYTES_MAX)
+            offset -= offset % limits.DEVICE_FOLIO_BYTES_MAX
+            length = end - offset
+        if self.is_block and not length:
             try:
                 ioctl.flush_buffers(self._fd)
             except PermissionError:
                 pass  # posix_fadvise does the same but for pages in use
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """Give (length, allocated) pairs that cover the range, neighbours merged.

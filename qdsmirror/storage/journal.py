@@ -18,8 +18,10 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.core.frames import (
     BREAK,
     ENTRIES,
+    NUMBERS_END,
     REFRESH_BEGIN,
     REFRESH_END,
+    VERIFY,
     Buffer,
     Entry,
     FrameHeader,
@@ -27,11 +29,14 @@ from qdsmirror.core.frames import (
     entries,
 )
 from qdsmirror.core.records import Cursor, Generation
+from qdsmirror.core.verify import Verdict, parse_rows
 from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.binding import Bound, look_ahead, seal, take_over
+from qdsmirror.storage.fingerprint import ranges_text
 from qdsmirror.storage.recovery import check_binding, closing_on_error
+from qdsmirror.storage.verify import differing
 from qdsmirror.storage.writelog import Writelog
 
 _REMEDY = "the journal lost or changed data: make a new mirror with qdsrefresh --full"
@@ -40,7 +45,8 @@ _REMEDY = "the journal lost or changed data: make a new mirror with qdsrefresh -
 class Change(NamedTuple):
     """What a frame does to the mirror.
 
-    :ivar control: the id that a control frame names, of a refresh, bypass or generation; or empty.
+    :ivar control: a control frame's payload: the id that it names, of a refresh, bypass or
+        generation; hashes; or nothing.
     """
 
     header: FrameHeader
@@ -87,6 +93,8 @@ class Mirror:
         self.devices = list(devices)
         self.applied = journal.superblock.applied
         self.told: list[str] = []
+        #: Up to this GSN the devices may hold what a later frame wrote: nothing is compared.
+        self._unsure_gsn = NUMBERS_END
 
     @classmethod
     def open(cls, config: GroupConfig, open_device: Callable[..., IBlockDevice]) -> Mirror:
@@ -173,6 +181,7 @@ class Mirror:
             raise CorruptError(
                 f"{self.journal.device.path}: reads differently than a moment ago", _REMEDY
             )
+        self._unsure_gsn = scan.reached.gsn - 1
         self.journal.head = scan.reached.position
         self.applied = scan.reached
         self.checkpoint(scan.reached, scan.reached)
@@ -208,11 +217,14 @@ class Mirror:
         """
         seal(self._bound)
 
-    def apply(self, changes: Iterable[Change]) -> None:
+    def apply(self, changes: Iterable[Change]) -> list[Verdict]:
         """Apply frames, in order, to the mirror devices.
 
+        :returns: what was found at each VERIFY frame; nothing of one that a crash has left behind,
+            whose later frames the devices may hold already (rules.md 22).
         :raises OSError: a device or the journal refused.
         """
+        verdicts: list[Verdict] = []
         for header, found, control in changes:
             if self.journal.superblock.bypass is not None and header.kind == ENTRIES:
                 # The primary did not come to enter it.
@@ -225,6 +237,25 @@ class Mirror:
                 self._mark_coherent(control)
             elif header.kind == BREAK:
                 self._mark_break(control, header.time_ns / 1e9)
+            elif header.kind == VERIFY and header.gsn_first > self._unsure_gsn:
+                verdicts.append(self._compare(header, control))
+        return verdicts
+
+    def _compare(self, header: FrameHeader, control: bytes) -> Verdict:
+        """Compare what a mirror device holds here with what the LDSU held (LOUD)."""
+        superblock = self.journal.superblock
+        if superblock.refresh is not None:
+            return Verdict(header.gsn_first, skipped="the secondary's mirror lacks a refresh's end")
+        found = differing(self.devices[header.ldsu], parse_rows(control))
+        if found and superblock.coherent:
+            name = self.config.ldsus[header.ldsu].name
+            where = ranges_text([(offset, offset + length) for offset, length in found])
+            self.journal.update(
+                both=True,
+                coherent=False,
+                reason=f"a verify has found that the mirror of {name} differs ({where})",
+            )
+        return Verdict(header.gsn_first, found)
 
     def mark_incoherent(self, refresh_id: bytes, **changes: Any) -> None:
         """Record, in both slots, that a refresh has begun to change the mirror."""

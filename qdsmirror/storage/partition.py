@@ -68,9 +68,9 @@ class Partition:
         """See :class:`IBlockDevice`; it syncs the whole device."""
         self._device.fdatasync()
 
-    def drop_cache(self) -> None:
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         """See :class:`IBlockDevice`."""
-        self._device.drop_cache()
+        self._device.drop_cache(self._at(offset, length) if length else 0, length)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See :class:`IBlockDevice`."""

@@ -93,6 +93,8 @@ def remarks(group: Group) -> list[str]:
     progress = group["refresh"]
     if progress:
         lines.append(f"{group['name']}: {refresh_text(progress)}")
+    if group["verify"]:
+        lines.append(f"{group['name']}: {verify_text(group['verify'])}")
     bypass = group["bypass"]
     if bypass and group["role"] == "primary":
         dirty = size_text(bypass["dirty_bytes"])
@@ -167,6 +169,28 @@ def refresh_text(progress: dict[str, Any]) -> str:
     if progress.get("eta_seconds") is not None:
         text += f", {duration_text(progress['eta_seconds'])} to go"
     return text
+
+
+def verify_text(verify: dict[str, Any]) -> str:
+    """Give a verify's progress, or its result, in one line."""
+    differing = size_text(verify["differing_bytes"])
+    if verify["phase"] == "over":
+        then = time.strftime("%Y-%m-%d %H:%M", time.localtime(verify["finished"]))
+        if verify["result"] == "ended":
+            return f"verify ended at {then} before its end: {verify['reason']}"
+        text = f"verified at {then}: "
+        text += "equal" if verify["result"] == "equal" else f"{differing} DIFFER"
+        repaired = verify["repaired_bytes"]
+        return f"{text} ({size_text(repaired)} were repaired)" if repaired else text
+    done, remaining = verify["done_bytes"], verify["remaining_bytes"]
+    doing = {"compare": "verify", "mend": "repair of what differs", "again": "verify of the repair"}
+    text = doing[verify["phase"]]
+    if verify["phase"] != "mend":
+        share = 100 * done / (done + remaining) if done + remaining else 100.0
+        text += f" {share:.0f} %, {size_text(remaining)} remain"
+        if verify.get("eta_seconds") is not None:
+            text += f", {duration_text(verify['eta_seconds'])} to go"
+    return f"{text}, {differing} DIFFER" if verify["differing_bytes"] else text
 
 
 def plain(groups: Sequence[Group], now: float) -> str:

@@ -18,6 +18,8 @@ from qdsmirror.core.frames import (
     NUMBERS_END,
     REFRESH_BEGIN,
     REFRESH_END,
+    VERIFY,
+    VERIFY_ROW,
     VOID,
     WITH_PAYLOAD,
     Entry,
@@ -33,6 +35,7 @@ from qdsmirror.errors import CorruptError, LimitError
 from qdsmirror.limits import (
     FRAME_ENTRIES_MAX,
     FRAME_PAYLOAD_BYTES_MAX,
+    VERIFY_ROWS_MAX,
     ZERO_ENTRY_BYTES_MAX,
 )
 
@@ -107,13 +110,23 @@ class CodecTests(SynchronousTestCase):
         with self.assertRaisesRegex(CorruptError, "no such body"):
             parse_header(make(ONE, kind=VOID, gsn_count=1))
 
+    def test_a_verify_holds_whole_rows_and_no_more_than_there_may_be(self) -> None:
+        for count in (1, VERIFY_ROWS_MAX):
+            raw = make([], kind=VERIFY, gsn_count=1, body=[bytes(VERIFY_ROW.size * count)])
+            self.assertEqual(
+                control_payload(parse_header(raw), raw), bytes(VERIFY_ROW.size * count)
+            )
+        for length in (0, 1, VERIFY_ROW.size + 1, VERIFY_ROW.size * (VERIFY_ROWS_MAX + 1)):
+            with self.assertRaisesRegex(CorruptError, "no such body"):
+                parse_header(make([], kind=VERIFY, gsn_count=1, body=[bytes(length)]))
+
     @given(st.binary(max_size=3 * HEADER_BYTES))
     def test_arbitrary_bytes(self, raw: bytes) -> None:
         with self.assertRaises(CorruptError):
             parse_header(raw)
 
     @settings(max_examples=300)
-    @given(st.binary(min_size=HEADER_BYTES - 14, max_size=HEADER_BYTES - 14), st.integers(0, 6))
+    @given(st.binary(min_size=HEADER_BYTES - 14, max_size=HEADER_BYTES - 14), st.integers(0, 8))
     def test_arbitrary_bytes_with_a_right_checksum(self, raw: bytes, kind: int) -> None:
         head = frames.MAGIC + b"\0\1" + raw
         head = head[:10] + bytes([kind]) + head[11 : HEADER_BYTES - 4]

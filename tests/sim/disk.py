@@ -202,7 +202,7 @@ class SimDevice:
         if last:
             raise self._owner.gone()
 
-    def drop_cache(self) -> None:
+    def drop_cache(self, offset: int = 0, length: int = 0) -> None:
         self._enter("drop_cache")
         self.disk.drop_cache()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 from typing import Any
+from unittest import mock
 
+from blake3 import blake3
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import frames
@@ -13,11 +15,13 @@ from qdsmirror.core.frames import (
     REFRESH,
     REFRESH_BEGIN,
     REFRESH_END,
+    VERIFY,
     VOID,
     Entry,
     parse_header,
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Superblock
+from qdsmirror.core.verify import Row, Verdict, pack_rows
 from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
 from qdsmirror.storage.superblock import read_superblock
@@ -330,6 +334,44 @@ class ReplayTests(SynchronousTestCase):
                 append(site.journal, site.maker.make(0, kind=kind, control=refresh))
             site.open().replay()
             self.assertFalse(site.superblock.coherent, kinds)
+
+    def test_hashes_are_compared_in_their_place_but_not_in_a_replay(self) -> None:
+        """A replayed frame may come before what the devices hold already (rules.md 22)."""
+        site = Site()
+        before, after = b"a" * 512, b"b" * 512
+
+        def verify(content: bytes) -> bytes:
+            row = Row(512, 512, blake3(content).digest())
+            return site.maker.make(1, kind=VERIFY, control=pack_rows([row]))
+
+        append(site.journal, site.maker.make(1, [write(512, before)]))
+        append(site.journal, verify(before))
+        append(site.journal, site.maker.make(1, [write(512, after)]))
+        site.devices["/journal"].fdatasync()
+        # The crash came when all of that was applied, and nothing recorded.
+        site.devices["/mirror1"].pwritev([after], 512)
+        mirror = site.open()
+        found: list[Any] = []
+        with mock.patch.object(Mirror, "_compare", lambda *told: found.append(told)):
+            mirror.replay()
+        self.assertEqual(found, [])
+        mirror.journal.update(both=True, coherent=True, reason="")
+
+        def apply(*raws: bytes) -> Any:
+            return mirror.apply([change_of(parse_header(raw), raw) for raw in raws])
+
+        equal = [verify(after), site.maker.make(1, [write(512, before)]), verify(before)]
+        self.assertEqual([one.differs for one in apply(*equal)], [[], []])
+        self.assertTrue(mirror.journal.superblock.coherent)
+        site.devices["/mirror1"].pwritev([b"x"], 700)
+        gsn = site.maker.gsn
+        self.assertEqual(apply(verify(before)), [Verdict(gsn, [(512, 512)])])
+        self.assertFalse(site.superblock.coherent)
+        self.assertIn("mirror of qds1 differs (bytes 512 to 1023)", site.superblock.reason)
+        begin = site.maker.make(0, kind=REFRESH_BEGIN, control=ONE)
+        skipped = apply(begin, verify(before))
+        self.assertIn("lacks a refresh's end", skipped[0].skipped)
+        self.assertEqual(skipped[0].differs, ())
 
     def test_a_mirror_that_cannot_be_synced_is_not_called_coherent(self) -> None:
         site, _ = filled()

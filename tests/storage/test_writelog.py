@@ -200,9 +200,9 @@ class SuperblockTests(SynchronousTestCase):
                 calls.append("fdatasync")
                 super().fdatasync()
 
-            def drop_cache(self) -> None:
+            def drop_cache(self, offset: int = 0, length: int = 0) -> None:
                 calls.append("drop_cache")
-                super().drop_cache()
+                super().drop_cache(offset, length)
 
         Writelog.open(Told(SIZE, content=self.device.durable()))
         self.assertEqual(calls[:3], ["fdatasync", "drop_cache", "pread"])
