@@ -28,14 +28,13 @@ def initialise_bitmap(device: IBlockDevice, superblock: Superblock) -> None:
 
 
 def read_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitmap, str]:
-    """Read a writelog's bitmap; what of it is damaged is marked.
+    """Read a writelog's bitmap; what of it is damaged, or cannot be read, is marked.
 
     :returns: the bitmap; what an operator should know of it, or "".
-    :raises OSError: the device cannot be read.
     """
     area, unit = superblock.bitmap, superblock.units[0]
     assert area is not None, "a writelog has a dirty bitmap"
-    bitmap = DirtyBitmap(area, unit.size, superblock.log, device.pread(area.size, area.start))
+    bitmap = DirtyBitmap(area, unit.size, superblock.log, _read_area(device, area))
     if not bitmap.damaged:
         return bitmap, ""
     places = [area.start + sector * SECTOR_BYTES for sector in bitmap.damaged]
@@ -48,11 +47,27 @@ def read_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitm
     )
 
 
+def _read_area(device: IBlockDevice, area: BitmapArea) -> bytes:
+    """Read a bitmap's area; blocks that cannot be read are zeroes, which no sector of it ever is."""
+    try:
+        return device.pread(area.size, area.start)
+    except OSError:
+        starts = range(area.start, area.start + area.size, BITMAP_BLOCK_BYTES)
+        return b"".join(_read_block(device, start) for start in starts)
+
+
+def _read_block(device: IBlockDevice, offset: int) -> bytes:
+    try:
+        return device.pread(BITMAP_BLOCK_BYTES, offset)
+    except OSError:
+        return bytes(BITMAP_BLOCK_BYTES)
+
+
 def load_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitmap, str]:
     """Read a writelog's bitmap, and write anew what of it is damaged, all of it marked.
 
     :returns: as :func:`read_bitmap`.
-    :raises OSError: the device cannot be read, or refused a write.
+    :raises OSError: the device refused a write.
     """
     bitmap, damage = read_bitmap(device, superblock)
     if damage:

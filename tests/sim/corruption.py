@@ -1,7 +1,7 @@
 """Sectors that a disk changes while the power is off, or that were written to another place.
 
-Only where the format promises to notice: in a slot of the superblock, and from the tail up to where
-the superblock or any record says that the log is durable.  What was changed is put right again when
+Only where the format promises to notice: in a slot of the superblock, in the dirty bitmap, and from
+the tail up to where the superblock or any record says that the log is durable.  What was changed is put right again when
 it has been refused, or when the start has gone past it.
 """
 
@@ -82,6 +82,9 @@ class Corruption:
         random = self._random
         ring, tail = superblock.ring, superblock.tail.position
         head = self._durable_end(disk, superblock)
+        if superblock.bitmap is not None and random.random() < 0.2:
+            area = superblock.bitmap
+            return area.start + random.randrange(area.size // SECTOR) * SECTOR, SECTOR
         if random.random() < 0.3 or head == tail:
             slot = random.randrange(2) * superblock.slot_bytes
             return slot + random.randrange(4096 // SECTOR) * SECTOR, SECTOR

@@ -14,6 +14,7 @@ from unittest import mock
 
 from twisted.internet.defer import succeed
 
+from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import primary as primary_module
@@ -266,6 +267,11 @@ def _dirty_bits_not_synced(patch: Patch) -> None:
 @mutation("DURABLE", seeds=200, first=45)
 def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "_is_all_applied", lambda _self: True)
+
+
+@mutation("NO-HIDDEN", first=2)
+def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
+    patch(DirtyBitmap, "damaged_ranges", [])
 
 
 @mutation("COHERENT")

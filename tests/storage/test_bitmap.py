@@ -90,6 +90,17 @@ class BitmapTests(SynchronousTestCase):
         again, told = self.load(self.device.crash(nothing))
         self.assertEqual((told, again.dirty_bytes()), ("", bitmap.dirty_bytes()))
 
+    def test_what_cannot_be_read_counts_as_changed(self) -> None:
+        self.mark(0, 9 * SECTOR)
+        self.device.fail("pread")
+        self.device.fail("pread")
+        bitmap, told = self.load(self.device)
+        self.assertIn("is damaged", told)
+        # The whole of the first block could not be read, the second one could.
+        self.assertEqual(bitmap.dirty_bytes(), 8 * SECTOR + CHUNK)
+        again, told = self.load(self.device.crash(nothing))
+        self.assertEqual((told, again.dirty_bytes()), ("", bitmap.dirty_bytes()))
+
     def test_damage_where_nothing_stands(self) -> None:
         self.device.corrupt(self.area.start + self.area.size - 1, b"\0")
         bitmap, told = self.load(self.device)
