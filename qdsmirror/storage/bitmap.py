@@ -48,7 +48,7 @@ def read_bitmap(device: IBlockDevice, superblock: Superblock) -> tuple[DirtyBitm
 
 
 def _read_area(device: IBlockDevice, area: BitmapArea) -> bytes:
-    """Read a bitmap's area; blocks that cannot be read are zeroes, which no sector of it ever is."""
+    """Read a bitmap's area; zeroes, which no sector of it ever is, for what cannot be read."""
     try:
         return device.pread(area.size, area.start)
     except OSError:

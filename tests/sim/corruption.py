@@ -1,8 +1,8 @@
 """Sectors that a disk changes while the power is off, or that were written to another place.
 
 Only where the format promises to notice: in a slot of the superblock, in the dirty bitmap, and from
-the tail up to where the superblock or any record says that the log is durable.  What was changed is put right again when
-it has been refused, or when the start has gone past it.
+the tail up to where the superblock or any record says that the log is durable.  What was changed is
+put right again when it has been refused, or when the start has gone past it.
 """
 
 from __future__ import annotations
