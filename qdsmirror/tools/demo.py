@@ -23,7 +23,8 @@ from qdsmirror.config import load_group, parse_size
 from qdsmirror.errors import EXIT_BROKEN, EXIT_OK, UsageError
 from qdsmirror.limits import KIB, MIB
 from qdsmirror.tools import cli, info, info_view
-from qdsmirror.tools.lab_sites import Lab, Plan
+from qdsmirror.tools.lab_plan import Plan
+from qdsmirror.tools.lab_sites import Lab
 from qdsmirror.tools.nbdclient import NbdClient
 from qdsmirror.tools.status import Group, nbd_uri
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.is_state is None and arguments.wait is None:
         info_view.show(groups)
     code = cli.report_all(broken, arguments.json)
-    if not code and arguments.is_state is not None and not all_are(groups, arguments.is_state):
+    if not code and arguments.is_state is not None and others(groups, arguments.is_state):
         return EXIT_DEGRADED
     return code
 
@@ -120,9 +120,15 @@ def is_so(group: Group, predicate: str) -> bool:
     return predicate == group["state"] or predicate in group["modes"]
 
 
-def all_are(groups: Sequence[Group], predicate: str) -> bool:
-    """Tell whether every group satisfies the predicate."""
-    return all(is_so(group, predicate) for group in groups)
+def others(groups: Sequence[Group], predicate: str) -> list[Group]:
+    """Give the groups that do not satisfy the predicate.
+
+    On a host with both parts only the primary's groups can be drained: the others do not count.
+    """
+    if predicate == "drained":
+        here = [group for group in groups if group["role"] == "primary"]
+        groups = here or groups
+    return [group for group in groups if not is_so(group, predicate)]
 
 
 def wait(
@@ -145,7 +151,7 @@ def wait(
         except UnreachableError as error:
             lacking = error.message
         else:
-            open_ones = [group for group in groups if not is_so(group, predicate)]
+            open_ones = others(groups, predicate)
             if not open_ones:
                 return host, groups
             for group in open_ones:

@@ -1,4 +1,4 @@
-"""``qdslab``: two sites on one machine, to try, test and learn."""
+"""``qdslab``: two or more sites on one machine, to try, test and learn."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from collections.abc import Sequence
 from qdsmirror.config import parse_size
 from qdsmirror.errors import EXIT_OK, UsageError
 from qdsmirror.tools import cli, info_view
-from qdsmirror.tools.lab_sites import SITES, Lab, Plan
+from qdsmirror.tools.lab_plan import Layout, Plan
+from qdsmirror.tools.lab_sites import Lab
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the command's parser."""
-    made = cli.parser("qdslab", "Make, run and remove two sites on one machine.")
+    made = cli.parser("qdslab", "Make, run and remove two or more sites on one machine.")
     commands = cli.subcommands(made)
     default = Plan()
-    create = cli.subcommand(commands, "create", "make a primary and a secondary below DIR")
+    create = cli.subcommand(commands, "create", "make a primary and secondaries below DIR")
     create.add_argument("dir", metavar="DIR", help="the lab's directory")
+    create.add_argument(
+        "--groups", metavar="N", type=int, help="logical groups (default: one for each secondary)"
+    )
     for name, text in (
-        ("groups", "logical groups"),
         ("ldsus", "LDSUs in each group"),
         ("pool", "devices in each group's extension pool"),
+        ("secondaries", "secondary sites, over which the groups are spread"),
     ):
         count = getattr(default, name)
         create.add_argument(
@@ -49,18 +53,28 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"what happens when a writelog is full (default: {default.overflow})",
     )
     create.add_argument(
-        "--port", type=int, help="TCP port of the secondary (default: a free one is chosen)"
+        "--crossed",
+        action="store_true",
+        help="every second group goes from secondary to primary: each site plays both parts",
+    )
+    create.add_argument(
+        "--port",
+        type=int,
+        help="TCP port of the secondary, further ones' follow (default: free ones are chosen)",
     )
     start = cli.subcommand(
-        commands, "start", "start sites; with both, wait until every group has its mirror"
+        commands, "start", "start sites; wait until groups whose sites both run have their mirrors"
     )
     stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
     for one in (start, stop):
         one.add_argument("dir", metavar="DIR", help="the lab's directory")
         one.add_argument(
-            "sites", metavar="SITE", nargs="*", help="primary or secondary (default: both)"
+            "sites",
+            metavar="SITE",
+            nargs="*",
+            help="primary, secondary, secondary2 ... (default: all)",
         )
-    show = cli.subcommand(commands, "status", "show daemons and groups of both sites")
+    show = cli.subcommand(commands, "status", "show daemons and groups of every site")
     show.add_argument("dir", metavar="DIR", help="the lab's directory")
     destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
     destroy.add_argument("dir", metavar="DIR", help="the lab's directory")
@@ -87,32 +101,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         lab.destroy()
         return _tell(arguments, f"{lab.directory}: removed")
-    sites = arguments.sites or SITES
+    sites = arguments.sites or lab.sites
     for site in sites:
-        if site not in SITES:
-            raise UsageError(f"{site!r} is no site of a lab", hint="sites: " + ", ".join(SITES))
+        if site not in lab.sites:
+            raise UsageError(f"{site!r} is no site of a lab", hint=f"sites: {', '.join(lab.sites)}")
     if arguments.command == "stop":
         lab.stop(sites)
-        return _tell(arguments, f"{lab.directory}: {' and '.join(sites)} stopped")
+        return _tell(arguments, f"{lab.directory}: {_listed(sites)} stopped")
     lab.start(sites, lambda text: print(text, file=sys.stderr, flush=True))
-    return _tell(arguments, f"{lab.directory}: {' and '.join(sites)} started")
+    return _tell(arguments, f"{lab.directory}: {_listed(sites)} started")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _create(lab: Lab, arguments: argparse.Namespace) -> int:
-    port = lab.create(
+    least = Layout(1, arguments.secondaries, arguments.crossed).groups_min
+    lab.create(
         Plan(
-            arguments.groups,
-            arguments.ldsus,
-            arguments.size,
-            arguments.writelog,
-            arguments.journal,
-            arguments.port,
-            arguments.overflow,
-            arguments.pool,
-            arguments.pool_size,
+            groups=least if arguments.groups is None else arguments.groups,
+            ldsus=arguments.ldsus,
+            size=arguments.size,
+            writelog=arguments.writelog,
+            journal=arguments.journal,
+            port=arguments.port,
+            overflow=arguments.overflow,
+            pool=arguments.pool,
+            pool_size=arguments.pool_size,
+            secondaries=arguments.secondaries,
+            crossed=arguments.crossed,
         )
     )
-    return _tell(arguments, f"{lab.directory}: created, port {port}")
+    ports = [str(port) for port in lab.ports.values()]
+    return _tell(
+        arguments, f"{lab.directory}: created, port{'s' * (len(ports) > 1)} {_listed(ports)}"
+    )
 
 
 def _status(lab: Lab, as_json: bool) -> int:

@@ -1,7 +1,8 @@
-"""A lab: a primary and a secondary on one machine, made and run by the product's own commands.
+"""A lab: sites on one machine, made and run by the product's own commands.
 
-``DIR/primary`` and ``DIR/secondary`` are QDS_ROOTs with keys, certificates, configuration and
-file-backed devices.  ``qdslab`` is the command around this module, ``make demo`` another user.
+``DIR/primary``, ``DIR/secondary`` (and ``DIR/secondary2`` ...) are QDS_ROOTs with keys,
+certificates, configuration and file-backed devices.  ``qdslab`` is the command around this module,
+``make demo`` another user.
 """
 
 from __future__ import annotations
@@ -14,34 +15,29 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from qdsmirror import pki
-from qdsmirror.config import GroupConfig, load_groups, load_host
+from qdsmirror.config import load_group, load_groups, load_host
 from qdsmirror.core import ampbox
 from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableError, UsageError
-from qdsmirror.limits import (
-    EXTENSIONS_PER_GROUP_MAX,
-    GROUPS_MAX,
-    KIB,
-    LDSUS_PER_GROUP_MAX,
-    MIB,
-    WRITELOG_BYTES_MIN,
-)
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
 from qdsmirror.tools import launch, refresh, status, wlinit
+from qdsmirror.tools.lab_plan import PRIMARY, Layout, Plan
 from qdsmirror.tools.orders import order
 
-SITES = ("primary", "secondary")
-DAEMONS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
+#: The sites of a lab with one secondary.
+SITES = Layout().sites
+#: In the order in which daemons are started: those that are connected to come first.
 _LAUNCHERS = {
-    "primary": (launch.launchdriver, launch.launchpmds),
-    "secondary": (launch.launchrmds,),
+    "qdsrmd": launch.launchrmds,
+    "qdsdriver": launch.launchdriver,
+    "qdspmd": launch.launchpmds,
 }
+_KILLERS = {"qdspmd": launch.killpmds, "qdsdriver": launch.killdriver, "qdsrmd": launch.killrmds}
 #: Ports are chosen below the range from which the kernel takes those of outgoing connections.
 _PORTS = range(10240, 32768)
 _PORT_TRIES = 100
@@ -49,71 +45,52 @@ _POLL_SECONDS = 0.1
 #: A start gives up when nothing has moved for so long.
 STUCK_SECONDS = 60.0
 _MARK = "lab.json"
-_SIZE_BYTES_MIN = 4 * KIB
-_POOL_BYTES_MIN = 128 * KIB
 
 Main = Callable[[Sequence[str] | None], int]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a lab is to have.
-
-    :ivar groups: number of logical groups; ``ldsus`` of LDSUs in each.
-    :ivar size: bytes of each LDSU; likewise ``writelog`` and ``journal``.
-    :ivar port: of the rmd; ``None`` chooses a free one.
-    :ivar overflow: ``on_overflow`` of every group.
-    :ivar pool: number of devices in each group's extension pool, of ``pool_size`` bytes each.
-    """
-
-    groups: int = 1
-    ldsus: int = 1
-    size: int = 256 * MIB
-    writelog: int = 64 * MIB
-    journal: int = 128 * MIB
-    port: int | None = None
-    overflow: str = "block"
-    pool: int = 0
-    pool_size: int = 64 * MIB
-
-    def check(self) -> None:
-        """Look whether such a lab can be.
-
-        :raises UsageError: a number is out of its range.
-        """
-        for name, value, low, high in (
-            ("groups", self.groups, 1, GROUPS_MAX),
-            ("ldsus", self.ldsus, 1, LDSUS_PER_GROUP_MAX),
-            ("size", self.size, _SIZE_BYTES_MIN, 1 << 62),
-            ("writelog", self.writelog, WRITELOG_BYTES_MIN, 1 << 62),
-            ("journal", self.journal, WRITELOG_BYTES_MIN, 1 << 62),
-            ("pool", self.pool, 0, EXTENSIONS_PER_GROUP_MAX),
-            ("pool_size", self.pool_size, _POOL_BYTES_MIN, 1 << 62),
-            ("port", self.port or 1, 1, 65535),
-        ):
-            if not low <= value <= high:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {value} is not within {low} to {high}")
 
 
 class Lab:
     """The lab in a directory.
 
     :param directory: DIR; it need not exist yet.
+    :ivar layout: which sites it has.
+    :ivar paths: the sites' places, by name.
+    :ivar ports: the rmds' TCP ports, by site.
     :raises UsageError: the path is too long for the sockets below it.
+    :raises ConfigError: the lab is not one that this version made.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory).absolute()
-        self.paths = {site: Paths.of(self.directory / site) for site in SITES}
+        self.ports: dict[str, int] = {}
+        self._lay_out(Layout())
+        if self._is():
+            try:
+                words = json.loads((self.directory / _MARK).read_text(encoding="utf-8"))
+                self.ports = dict(words["ports"])
+                self._lay_out(Layout.from_json(words))
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"{self.directory / _MARK} is not this version's",
+                    hint=f"end its daemons, remove {self.directory}, and create it again",
+                ) from None
+
+    def _lay_out(self, layout: Layout) -> None:
+        self.layout = layout
+        self.paths = {site: Paths.of(self.directory / site) for site in layout.sites}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites."""
+        return self.layout.sites
 
     # -- create and destroy ------------------------------------------------------------------------
 
     def create(self, plan: Plan) -> int:
-        """Make both sites, with initialised writelogs and journals.
+        """Make all sites, with initialised writelogs and journals.
 
-        :returns: the rmd's port.
+        :returns: the first rmd's port.
         :raises QdsError: the directory is not empty, or something cannot be made; then nothing
             is left.
         """
@@ -122,15 +99,19 @@ class Lab:
             raise UsageError(
                 f"{self.directory} is not empty", hint=f"qdslab destroy {self.directory} --yes"
             )
-        port = plan.port or _free_port()
+        self._lay_out(Layout.of(plan))
+        listening = [site for site in self.sites if "qdsrmd" in self.layout.daemons(site)]
+        # The secondary's is the first.
+        listening.sort(key=lambda site: site == PRIMARY)
+        self.ports = dict(zip(listening, _ports(plan.port, len(listening)), strict=True))
         existed = self.directory.exists()
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            self._make(plan, port)
+            self._make(plan)
         except BaseException:
             self._remove(keep_directory=existed)
             raise
-        return port
+        return self.ports[listening[0]]
 
     def destroy(self) -> None:
         """Stop what runs, and remove the whole lab.
@@ -138,18 +119,23 @@ class Lab:
         :raises QdsError: an LDSU is still attached, or the directory holds no lab.
         """
         self._must_be()
-        attached = sorted((self.paths["primary"].run / "attach").glob("*.json"))
-        if attached:
-            names = " ".join(path.stem for path in attached)
-            root = self.paths["primary"].root
-            raise QdsError(f"{names}: still attached", hint=f"qdsdetach --root {root} {names}")
-        self.stop(SITES)
+        for paths in self.paths.values():
+            attached = sorted((paths.run / "attach").glob("*.json"))
+            if attached:
+                names = " ".join(path.stem for path in attached)
+                hint = f"qdsdetach --root {paths.root} {names}"
+                raise QdsError(f"{names}: still attached", hint=hint)
+        self.stop(self.sites)
         self._remove(keep_directory=False)
 
-    def _make(self, plan: Plan, port: int) -> None:
-        _write(self.directory / _MARK, json.dumps({"schema": 1, "port": port}) + "\n")
+    def _make(self, plan: Plan) -> None:
+        words = {"schema": 1, "ports": self.ports, **self.layout.to_json()}
+        _write(self.directory / _MARK, json.dumps(words) + "\n")
         authority = self.directory / "pki"
-        pki.make_hosts(authority, SITES, range(plan.groups))
+        pki.make_hosts(authority, self.sites, [])
+        for number in range(plan.groups):
+            # Each host has the secrets of its own groups only.
+            pki.make_hosts(authority, self.layout.ends(number), [number])
         for site, paths in self.paths.items():
             for directory in (paths.etc, paths.var, paths.run, paths.dev, self.devices(site)):
                 directory.mkdir(mode=0o700, parents=True)
@@ -159,9 +145,9 @@ class Lab:
         for number in range(plan.groups):
             names = [f"qds{number * plan.ldsus + index}" for index in range(plan.ldsus)]
             self._make_devices(plan, number, names)
-            text = self._group_file(number, names, port, plan)
-            for paths in self.paths.values():
-                _write(paths.group_config(number), text)
+            text = self._group_file(number, names, plan)
+            for site in self.layout.ends(number):
+                _write(self.paths[site].group_config(number), text)
         for paths in self.paths.values():
             _command(wlinit.main, paths)
 
@@ -170,7 +156,7 @@ class Lab:
         return self.directory / site / "devices"
 
     def _make_devices(self, plan: Plan, number: int, names: Sequence[str]) -> None:
-        near, far = self.devices("primary"), self.devices("secondary")
+        near, far = map(self.devices, self.layout.ends(number))
         _sparse(far / f"{group_name(number)}.journal", plan.journal)
         for spare in self._pool(number, plan):
             _sparse(spare, plan.pool_size)
@@ -180,14 +166,15 @@ class Lab:
             _sparse(far / f"{name}.mirror", plan.size)
 
     def _pool(self, number: int, plan: Plan) -> list[Path]:
-        near = self.devices("primary")
+        near = self.devices(self.layout.ends(number)[0])
         return [near / f"{group_name(number)}.pool{index}" for index in range(plan.pool)]
 
-    def _group_file(self, number: int, names: Sequence[str], port: int, plan: Plan) -> str:
-        near, far = self.devices("primary"), self.devices("secondary")
+    def _group_file(self, number: int, names: Sequence[str], plan: Plan) -> str:
+        primary, secondary = self.layout.ends(number)
+        near, far, port = self.devices(primary), self.devices(secondary), self.ports[secondary]
         lines = ["operation = async", f"on_overflow = {plan.overflow}"]
-        lines += ["[primary]", "host = primary", "address = 127.0.0.1"]
-        lines += ["[secondary]", "host = secondary", "address = 127.0.0.1", f"port = {port}"]
+        lines += ["[primary]", f"host = {primary}", "address = 127.0.0.1"]
+        lines += ["[secondary]", f"host = {secondary}", "address = 127.0.0.1", f"port = {port}"]
         lines += [f"journal_device = {_quoted(far / (group_name(number) + '.journal'))}"]
         if plan.pool:
             spares = ", ".join(map(str, self._pool(number, plan)))
@@ -203,15 +190,18 @@ class Lab:
         return "\n".join(lines) + "\n"
 
     def _remove(self, keep_directory: bool) -> None:
-        for name in (*SITES, "pki"):
+        for name in (*self.sites, "pki"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         (self.directory / _MARK).unlink(missing_ok=True)
         if not keep_directory:
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
 
+    def _is(self) -> bool:
+        return (self.directory / _MARK).is_file()
+
     def _must_be(self) -> None:
-        if not (self.directory / _MARK).is_file():
+        if not self._is():
             raise ConfigError(
                 f"{self.directory} holds no lab", hint=f"qdslab create {self.directory}"
             )
@@ -219,7 +209,7 @@ class Lab:
     # -- start and stop ----------------------------------------------------------------------------
 
     def start(self, sites: Sequence[str], tell: Tell = lambda text: None) -> None:
-        """Start the daemons of sites; with both running then, wait for coherent mirrors.
+        """Start the daemons of sites; wait for coherent mirrors of groups with both sites running.
 
         What runs already is left alone; what a kill -9 left behind is cleared.  A group that
         never had a mirror gets its first full refresh.
@@ -228,25 +218,25 @@ class Lab:
         :raises QdsError: a daemon does not start, or a group does not become coherent.
         """
         self._must_be()
-        for site in ("secondary", "primary"):
-            if site in sites:
-                self._launch(site)
-        if set(sites) == set(SITES) or all(self._runs(site) for site in SITES):
-            self.wait_coherent(tell)
+        self._launch(sites)
+        # One that was killed a moment ago may have looked alive.
+        self.wait_coherent([one for one in self.sites if one in sites or self._runs(one)], tell)
 
     def stop(self, sites: Sequence[str]) -> None:
         """End the daemons of sites in order; what does not run is no error."""
         self._must_be()
-        if "primary" in sites:
-            _command(launch.killpmds, self.paths["primary"])
-            _command(launch.killdriver, self.paths["primary"])
-        if "secondary" in sites:
-            _command(launch.killrmds, self.paths["secondary"])
+        for name, killer in _KILLERS.items():
+            for site in sites:
+                if name in self.layout.daemons(site):
+                    _command(killer, self.paths[site])
 
-    def _launch(self, site: str) -> None:
-        self._clear(site)
-        for main in _LAUNCHERS[site]:
-            _command(main, self.paths[site])
+    def _launch(self, sites: Sequence[str]) -> None:
+        for site in sites:
+            self._clear(site)
+        for name, launcher in _LAUNCHERS.items():
+            for site in sites:
+                if name in self.layout.daemons(site):
+                    _command(launcher, self.paths[site])
 
     def _runs(self, site: str) -> bool:
         return all(self.pids(site).values())
@@ -261,52 +251,68 @@ class Lab:
         for place in [*run.glob("*.ctl"), *run.glob("*.nbd")]:
             place.unlink(missing_ok=True)
 
-    def wait_coherent(self, tell: Tell = lambda text: None) -> None:
-        """Wait until every group is connected and coherent; begin its first refresh if needed.
+    def wait_coherent(self, sites: Sequence[str], tell: Tell = lambda text: None) -> None:
+        """Wait until every group of these sites alone is connected and coherent.
 
-        :raises QdsError: the link is refused, or nothing has moved for STUCK_SECONDS.
+        A group that never had a mirror gets its first full refresh, a master that is gone is
+        started again.
+
+        :raises QdsError: a link is refused, or nothing has moved for STUCK_SECONDS.
         """
-        configs = load_groups(self.paths["primary"])
+        numbers = {
+            number
+            for number in range(self.layout.groups)
+            if set(self.layout.ends(number)) <= set(sites)
+        }
         show = refresh.lines(write=tell)
         moved, before = time.monotonic(), ""
-        while True:
-            groups = self.groups("primary")
-            for group in groups:
+        while numbers:
+            groups = self._mirrored(sites, numbers)
+            for _, group in groups:
                 show(group)
-            if all(_is_ready(group) for group in groups):
+            waiting = [(site, group) for site, group in groups if not _is_ready(group)]
+            if not waiting:
                 return
-            for group in groups:
-                self._help(group, configs)
-            for site in SITES:
-                # One that was killed a moment ago may have looked alive when it was started.
-                if not self._runs(site):
-                    self._launch(site)
-            now = json.dumps([[one["gsn"], one["refresh"], one["modes"]] for one in groups])
+            for site, group in groups:
+                self._help(site, group)
+            self._launch([site for site in sites if not self._runs(site)])
+            now = json.dumps([[one["gsn"], one["refresh"], one["modes"]] for _, one in groups])
             if now != before:
                 moved, before = time.monotonic(), now
             elif time.monotonic() - moved > STUCK_SECONDS:
-                name = next(one["name"] for one in groups if not _is_ready(one))
+                site, group = waiting[0]
                 raise DegradedError(
-                    f"{name} has not become connected and coherent",
-                    hint=f"qdsinfo --root {self.paths['primary'].root}",
+                    f"{group['name']} has not become connected and coherent",
+                    hint=f"qdsinfo --root {self.paths[site].root}",
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _help(self, group: status.Group, configs: Sequence[GroupConfig]) -> None:
+    def _mirrored(
+        self, sites: Sequence[str], numbers: Container[int]
+    ) -> list[tuple[str, status.Group]]:
+        """Give groups with their primary's site, as that sees them."""
+        return [
+            (site, group)
+            for site in sites
+            for group in self.groups(site)
+            if group["role"] == PRIMARY and group["group"] in numbers
+        ]
+
+    def _help(self, site: str, group: status.Group) -> None:
         """Do what a group needs that is not ready: its first refresh.  Raise if it is refused."""
         status.raise_failure(group)
         linked = "connected" in group["modes"]
         if linked and group["coherent"] is False and group["refresh"] is None:
-            config = next(one for one in configs if one.number == group["group"])
+            paths = self.paths[site]
             with contextlib.suppress(DegradedError, UnreachableError):
-                order(self.paths["primary"], config, "Refresh", kind="full")
+                order(paths, load_group(paths, group["group"]), "Refresh", kind="full")
 
     # -- looking -----------------------------------------------------------------------------------
 
     def pids(self, site: str) -> dict[str, int | None]:
         """Give the pids of a site's masters by name, ``None`` for one that does not run."""
         run = self.paths[site]
-        return {name: running_pid(run.pid_file(name)) for name in DAEMONS[site]}
+        return {name: running_pid(run.pid_file(name)) for name in self.layout.daemons(site)}
 
     def groups(self, site: str) -> list[status.Group]:
         """Give a site's group objects, as ``qdsinfo --json`` shows them."""
@@ -325,7 +331,7 @@ class Lab:
                     "daemons": self.pids(site),
                     "groups": self.groups(site),
                 }
-                for site in SITES
+                for site in self.sites
             ],
         }
 
@@ -350,15 +356,23 @@ def _command(main: Main, paths: Paths) -> None:
         raise ampbox.decode_error(ampbox.dump_json(told))
 
 
-def _free_port() -> int:
-    """Choose a TCP port that nobody listens on.
+def _ports(first: int | None, count: int) -> list[int]:
+    """Choose TCP ports: from the first on, or such that nobody listens on.
 
+    :raises UsageError: there are not so many from the first on.
     :raises QdsError: none was found.
     """
-    for _ in range(_PORT_TRIES):
+    if first is not None:
+        if first + count > 1 << 16:
+            raise UsageError(f"--port {first} leaves no room for {count} ports")
+        return list(range(first, first + count))
+    chosen: list[int] = []
+    for _ in range(_PORT_TRIES + count):
         port = random.choice(_PORTS)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
-            return port
+            chosen += [port] if port not in chosen else []
+        if len(chosen) == count:
+            return chosen
     raise QdsError(f"no free TCP port found in {_PORT_TRIES} tries", hint="give one: --port PORT")
 
 

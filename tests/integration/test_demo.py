@@ -14,7 +14,8 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.limits import MIB
 from qdsmirror.tools import demo
-from qdsmirror.tools.lab_sites import Lab, Plan
+from qdsmirror.tools.lab_plan import Plan
+from qdsmirror.tools.lab_sites import Lab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

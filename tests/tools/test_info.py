@@ -208,7 +208,8 @@ class PredicateTests(TestCase):
         self.assertFalse(info.is_so(group_of(gsn=nothing), "drained"))
 
     def test_all_groups(self) -> None:
-        self.assertFalse(info.all_are([group_of(), group_of(coherent=False)], "coherent"))
+        apart = group_of(coherent=False)
+        self.assertEqual(info.others([group_of(), apart], "coherent"), [apart])
 
 
 class WaitTests(TestCase):
@@ -258,6 +259,14 @@ class WaitTests(TestCase):
     def test_what_is_so_counts_before_a_refusal(self) -> None:
         link = {"pid": 1, "state": "refused", "reason": "because", "code": EXIT_CONFIG}
         self.wait("accumulating", [group_of(modes=["accumulating"], pmd=link)])
+
+    def test_drained_on_a_host_with_both_parts(self) -> None:
+        """Groups of which it is secondary are not waited for; only what is known counts."""
+        away = group_of(role="secondary", gsn=dict.fromkeys(group_of()["gsn"]))
+        self.assertEqual(info.others([group_of(), away], "drained"), [])
+        self.assertEqual(info.others([away], "drained"), [away])
+        behind = group_of(gsn={**group_of()["gsn"], "mirrored": 5})
+        self.assertEqual(info.others([behind, away], "drained"), [behind])
 
     def test_drained_at_the_secondary(self) -> None:
         gsn = dict.fromkeys(driver_status()["gsn"])

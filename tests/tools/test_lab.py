@@ -8,15 +8,17 @@ import shutil
 import signal
 import stat
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.config import load_group, load_groups, load_host, load_secret
-from qdsmirror.errors import QdsError, UsageError
+from qdsmirror.errors import ConfigError, QdsError, UsageError
 from qdsmirror.limits import MIB
 from qdsmirror.tools import info, lab, lab_sites
-from qdsmirror.tools.lab_sites import SITES, Lab, Plan
+from qdsmirror.tools.lab_plan import Plan
+from qdsmirror.tools.lab_sites import SITES, Lab
 from qdsmirror.tools.nbdclient import NbdClient
 from qdsmirror.tools.status import nbd_uri
 from tests.tools.sites import captured
@@ -67,6 +69,63 @@ class CreateTests(TestCase):
             for site in SITES:
                 group = load_group(Lab(place).paths[site], 0)
                 self.assertEqual(group.on_overflow, policy)
+
+    def test_several_secondaries(self) -> None:
+        """Groups are spread over them in turn; each host has its own groups' files only."""
+        made = Lab(directory(self) / "lab")
+        made.create(replace(SMALL, groups=3, secondaries=2, port=20000))
+        self.assertEqual(made.sites, ("primary", "secondary", "secondary2"))
+        self.assertEqual(made.ports, {"secondary": 20000, "secondary2": 20001})
+        again = Lab(made.directory)
+        self.assertEqual((again.sites, again.ports), (made.sites, made.ports))
+        for site, numbers in (("primary", [0, 1, 2]), ("secondary", [0, 2]), ("secondary2", [1])):
+            paths = made.paths[site]
+            groups = load_groups(paths)
+            self.assertEqual([group.number for group in groups], numbers)
+            secrets = sorted(path.name for path in paths.etc.glob("*.secret"))
+            self.assertEqual(secrets, [f"dsgrp00{number}.secret" for number in numbers])
+        self.assertEqual([group.port for group in load_groups(made.paths["primary"])],
+                         [20000, 20001, 20000])  # fmt: skip
+        names = sorted(path.name for path in made.devices("secondary2").iterdir())
+        self.assertEqual(names, ["dsgrp001.journal", "qds1.mirror"])
+        made.destroy()
+        self.assertFalse(made.directory.exists())
+
+    def test_crossed(self) -> None:
+        """Every second group goes the other way."""
+        made = Lab(directory(self) / "lab")
+        made.create(replace(SMALL, groups=4, secondaries=2, crossed=True))
+        ends = [("primary", "secondary"), ("secondary", "primary"),
+                ("primary", "secondary2"), ("secondary2", "primary")]  # fmt: skip
+        self.assertEqual([made.layout.ends(number) for number in range(4)], ends)
+        for number, pair in enumerate(ends):
+            for site, role in zip(pair, ("primary", "secondary"), strict=True):
+                group = load_group(made.paths[site], number)
+                self.assertEqual(group.role_of(site), role)
+        ports = [load_group(made.paths["primary"], number).port for number in range(4)]
+        listening = [made.ports[site] for site in ("secondary", "primary", "secondary2", "primary")]
+        self.assertEqual(ports, listening)
+        self.assertEqual(list(made.ports), ["secondary", "secondary2", "primary"])
+        self.assertEqual(set(made.pids("secondary2")), {"qdsdriver", "qdspmd", "qdsrmd"})
+
+    def test_a_site_without_a_part(self) -> None:
+        made = Lab(directory(self) / "lab")
+        for plan in (
+            replace(SMALL, secondaries=2),
+            replace(SMALL, groups=3, secondaries=2, crossed=True),
+        ):
+            error = self.assertRaises(UsageError, made.create, plan)
+            self.assertEqual(error.hint, f"--groups {4 if plan.crossed else 2}")
+        self.assertRaises(
+            UsageError, made.create, replace(SMALL, groups=2, secondaries=2, port=65535)
+        )
+        self.assertFalse(made.directory.exists())
+
+    def test_another_version(self) -> None:
+        place = directory(self)
+        (place / "lab.json").write_text('{"schema": 1, "port": 1575}')
+        error = self.assertRaises(ConfigError, Lab, place)
+        self.assertIn("create it again", error.hint)
 
     def test_not_empty(self) -> None:
         place = directory(self)
@@ -119,6 +178,22 @@ class CommandTests(TestCase):
         self.assertEqual(self.lab("destroy", place, "--yes")[0], 0)
         self.assertFalse(os.path.exists(place))
 
+    def test_as_many_groups_as_needed(self) -> None:
+        place = str(directory(self) / "lab")
+        small = ("--size", "4M", "--writelog", "2M", "--journal", "3M")
+        options = ("--secondaries", "2", "--crossed", "--port", "20000")
+        code, output, errors = self.lab("create", place, *small, *options)
+        self.assertEqual((code, errors), (0, ""))
+        self.assertIn("created, ports 20000, 20001 and 20002", output)
+        _, output, _ = self.lab("status", "--json", place)
+        sites = json.loads(output)["sites"]
+        self.assertEqual([len(site["groups"]) for site in sites], [4, 2, 2])
+        code, output, _ = self.lab("stop", place, "secondary2")
+        self.assertEqual((code, output), (0, f"{place}: secondary2 stopped\n"))
+        code, _, errors = self.lab("stop", place, "secondary3")
+        self.assertEqual(code, 2)
+        self.assertIn("sites: primary, secondary, secondary2", errors)
+
     def test_no_lab(self) -> None:
         place = directory(self)
         (place / "precious").touch()
@@ -141,11 +216,12 @@ class CommandTests(TestCase):
         self.assertTrue((made.devices("primary") / "qds0.data").exists())
 
     def test_usage(self) -> None:
+        place = str(directory(self) / "lab")
         for argv in (
-            ["create", "/tmp/x", "--size", "many"],
-            ["start", "/tmp/x", "tertiary"],
-            ["create", "/tmp/x", "--mode", "async"],
-            ["--root", "/tmp/y", "status", "/tmp/x"],
+            ["create", place, "--size", "many"],
+            ["start", place, "tertiary"],
+            ["create", place, "--mode", "async"],
+            ["--root", "/tmp/y", "status", place],
             [],
         ):
             self.assertEqual(self.lab(*argv)[0], 2, argv)

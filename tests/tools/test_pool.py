@@ -16,7 +16,8 @@ from qdsmirror.limits import KIB, MIB
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.extension import PoolDevice, read_extension
 from qdsmirror.tools import lab, launch, wlinit, wlscan
-from qdsmirror.tools.lab_sites import Lab, Plan
+from qdsmirror.tools.lab_plan import Plan
+from qdsmirror.tools.lab_sites import Lab
 from tests.tools.offline import Site
 from tests.tools.sites import captured
 
