@@ -237,14 +237,39 @@ def _judge(group: GroupConfig, source: Source) -> None:
                 f"an LDSU's name has at most {LDSU_NAME_CHARS_MAX} letters, digits, -_. "
                 "and begins with a letter or digit",
             )
+    _judge_memory(group, source)
     seen: dict[tuple[str, str], tuple[str, ...]] = {}
     for key, host, path in group.devices():
         other = seen.get((host, path))
         # Writelogs may share a device: each has a part of it.
-        if other is None or other[-1] == key[-1] == "writelog_device":
+        if other is None or other[-1] == key[-1] in ("writelog_device", "bitmap_device"):
             seen.setdefault((host, path), key)
         else:
             source.complain(key, f"{path} is {'.'.join(other)} of the same host already")
+
+
+def _judge_memory(group: GroupConfig, source: Source) -> None:
+    """Complain about writelogs in memory that lack what they need."""
+    for ldsu in group.ldsus:
+        place = ("ldsus", ldsu.name)
+        if ldsu.memory_bytes and not ldsu.bitmap_device:
+            source.complain(
+                (*place, "writelog_device"),
+                f"{ldsu.writelog_device} needs a bitmap_device: a small device or file that says "
+                "after a crash what must be sent again",
+            )
+        elif ldsu.bitmap_device and not ldsu.memory_bytes:
+            source.complain(
+                (*place, "bitmap_device"),
+                "only a writelog in memory has one (writelog_device = memory:SIZE); that of a "
+                "device stands on it",
+            )
+        elif group.in_memory and not ldsu.memory_bytes:
+            source.complain(
+                (*place, "writelog_device"),
+                "other LDSUs of this group have their writelogs in memory; have all of a group's "
+                "there, or none",
+            )
 
 
 def _clashes(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from blake3 import blake3
 
+from qdsmirror.configvalues import memory_bytes
 from qdsmirror.limits import (
     CHILDREN_DEFAULT,
     METADATA_ENTRIES_DEFAULT,
@@ -72,7 +73,9 @@ class LdsuConfig:
 
     :ivar index: its position in the file, from 0; the two sides' positions agree.
     :ivar name: unique on the host; the name of its NBD export.
-    :ivar data_device: absolute path at the primary; so is ``writelog_device``.
+    :ivar data_device: absolute path at the primary.
+    :ivar writelog_device: likewise, or ``memory:SIZE``.
+    :ivar bitmap_device: absolute path at the primary, for a writelog in memory; else empty.
     :ivar mirror_device: absolute path at the secondary.
     """
 
@@ -81,6 +84,17 @@ class LdsuConfig:
     data_device: str
     writelog_device: str
     mirror_device: str
+    bitmap_device: str = ""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the writelog takes of the memory; 0 where it is a device."""
+        return memory_bytes(self.writelog_device)
+
+    @property
+    def log_device(self) -> str:
+        """The device on which the writelog, or what of it is not in memory, is kept."""
+        return self.bitmap_device or self.writelog_device
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,11 @@ class GroupConfig:
     tunables: Tunables
     ldsus: tuple[LdsuConfig, ...]
     pool: tuple[str, ...] = ()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its writelogs are in memory: all of them are, or none."""
+        return any(ldsu.memory_bytes for ldsu in self.ldsus)
 
     def role_of(self, host: str) -> Role | None:
         """Tell which part a host plays in this group, by its configured name."""
@@ -142,8 +161,12 @@ class GroupConfig:
         for ldsu in self.ldsus:
             for key, host in (
                 ("data_device", self.primary_host),
-                ("writelog_device", self.primary_host),
+                ("bitmap_device" if ldsu.memory_bytes else "writelog_device", self.primary_host),
                 ("mirror_device", self.secondary_host),
             ):
                 found.append((("ldsus", ldsu.name, key), host, getattr(ldsu, key)))
-        return [(key, host, os.path.normpath("/" + path.lstrip("/"))) for key, host, path in found]
+        return [
+            (key, host, os.path.normpath("/" + path.lstrip("/")))
+            for key, host, path in found
+            if path
+        ]

@@ -10,7 +10,17 @@ from typing import Any
 
 from configobj.validate import ValidateError
 
-from qdsmirror.limits import DEVICE_PATH_BYTES_MAX, GIB, HOST_NAME_CHARS_MAX, KIB, MIB
+from qdsmirror.limits import (
+    DEVICE_PATH_BYTES_MAX,
+    GIB,
+    HOST_NAME_CHARS_MAX,
+    KIB,
+    MIB,
+    RECORD_ALIGN_BYTES,
+)
+
+#: What a writelog's place begins with that stands in memory; its size follows.
+MEMORY_PREFIX = "memory:"
 
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
@@ -132,6 +142,24 @@ def _absolute_path(value: str) -> str:
     return value
 
 
+def _writelog(value: str, low: str, high: str) -> str:
+    """Check a writelog's place: a path, or memory and its size."""
+    if not value.startswith(MEMORY_PREFIX):
+        if value.split(":")[0].strip().lower() == "memory":
+            raise ValidateError(f"{shown(value)} is not memory:SIZE, such as memory:128M")
+        return _absolute_path(value)
+    _byte_size(value.removeprefix(MEMORY_PREFIX), low, high)
+    return value
+
+
+def memory_bytes(writelog: str) -> int:
+    """Give how much memory a writelog takes, by its configured place; 0 where it is a device."""
+    if not writelog.startswith(MEMORY_PREFIX):
+        return 0
+    size = parse_size(writelog.removeprefix(MEMORY_PREFIX))
+    return size // RECORD_ALIGN_BYTES * RECORD_ALIGN_BYTES
+
+
 def _path_list(value: str, high: str) -> tuple[str, ...]:
     paths = tuple(part.strip() for part in value.split(","))
     if not all(paths):
@@ -175,6 +203,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "interval": _interval,
     "byte_size": _byte_size,
     "absolute_path": _or_default(_absolute_path),
+    "writelog": _writelog,
     "path_list": _or_default(_path_list),
     "host_name": _host_name,
     "address": _or_default(_address),

@@ -44,6 +44,16 @@ FRAME_BYTES_MAX = FRAME_PAYLOAD_BYTES_MAX + 16 * FRAME_ENTRIES_MAX + 4 * KIB
 ZERO_ENTRY_BYTES_MAX = 64 * MIB
 WRITELOG_BYTES_MIN = 150 * KIB
 WRITELOG_BYTES_WARN = 2 * MIB
+#: What a memory writelog may take of the memory; the least holds a ring of WRITELOG_BYTES_MIN.
+MEMORY_LOG_BYTES_MIN = 192 * KIB
+MEMORY_LOG_BYTES_MAX = 1024 * GIB
+#: The first page of a memory writelog's memory says whose it is.
+MEMORY_HEADER_BYTES = 4 * KIB
+#: A chunk that a memory writelog has not written for so long, and whose writes the secondary has,
+#: counts as clean; up to twice as late.
+MEMORY_SETTLE_SECONDS = 5.0
+#: At an orderly stop a secondary that is connected gets so long to commit what stands in memory.
+MEMORY_DRAIN_SECONDS = 5.0
 GENERATIONS_MAX = 16
 #: Devices of a group's extension pool; of these, chained to one writelog (both the patent's).
 EXTENSIONS_PER_GROUP_MAX = 128
@@ -247,6 +257,8 @@ assert RECONNECT_SECONDS_MIN <= RECONNECT_MAX_SECONDS_MIN <= RECONNECT_SECONDS_M
 assert CHILDREN_DEFAULT <= GROUPS_MAX
 assert CHILD_RESTART_SECONDS_MAX < CHILD_HEALTHY_SECONDS
 #: JSON writes a character as up to 12 bytes.
+assert MEMORY_LOG_BYTES_MIN >= WRITELOG_BYTES_MIN + MEMORY_HEADER_BYTES
+assert MEMORY_DRAIN_SECONDS < STOP_SECONDS_MAX
 assert 12 * (REASON_CHARACTERS_MAX + DEVICE_PATH_BYTES_MAX) < CHANNEL_MESSAGE_BYTES_MAX
 assert PING_SECONDS * 2 < SILENT_PEER_SECONDS
 assert NBD_PAYLOAD_BYTES_MAX <= REQUEST_BUDGET_BYTES

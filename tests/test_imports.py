@@ -51,7 +51,7 @@ RULES: dict[str, frozenset[str]] = {
     "pidfile": BASE | {"paths"},
     "interfaces": BASE | {"core"},
     "configvalues": BASE,
-    "configmodel": BASE,
+    "configmodel": BASE | {"configvalues"},
     "configsource": BASE | {"configvalues"},
     "config": BASE | {"paths", "configmodel", "configsource", "configvalues", "core"},
     "pki": PLAIN,

@@ -157,6 +157,22 @@ class DirtyBitmap:
                 first += 1
         return sorted(changed)
 
+    def keep(self, other: DirtyBitmap) -> list[int]:
+        """Clear the bits that are not set in another bitmap of the same LDSU and area.
+
+        :returns: the area's blocks that changed, by number, in order.
+        """
+        changed = []
+        for block in range(self.area.blocks):
+            at = block * _BLOCK_BITS_BYTES
+            end = at + _BLOCK_BITS_BYTES
+            ours = int.from_bytes(self._bits[at:end], "little")
+            kept = ours & int.from_bytes(other._bits[at:end], "little")
+            if kept != ours:
+                self._bits[at:end] = kept.to_bytes(_BLOCK_BITS_BYTES, "little")
+                changed.append(block)
+        return changed
+
     def clear(self) -> list[int]:
         """Clear every bit.
 

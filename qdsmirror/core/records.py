@@ -24,12 +24,14 @@ from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.core.slots import Form, seal, unseal
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
 from qdsmirror.limits import (
+    BITMAP_LOG_SHARE,
     EXTENSIONS_PER_LOG_MAX,
     EXTENTS_MAX,
     FRAME_BYTES_MAX,
     GENERATIONS_MAX,
     KIB,
     LDSUS_PER_GROUP_MAX,
+    MEMORY_HEADER_BYTES,
     MIB,
     RECORD_ALIGN_BYTES,
 )
@@ -191,6 +193,17 @@ class BoundUnit:
         return [*bound, self.identity] if self.identity else bound
 
 
+class RingMemory(NamedTuple):
+    """The memory that a log's ring stands in.
+
+    :ivar name: 16 bytes that the memory bears, in hexadecimal; empty before the log has had any.
+    :ivar first_gsn: it holds, or held, every frame of the log from this number on.
+    """
+
+    name: str = ""
+    first_gsn: int = 1
+
+
 @dataclass(frozen=True)
 class Superblock:
     """A log's metadata: an informed, normally out-of-date guess, and the group's durable states.
@@ -214,6 +227,7 @@ class Superblock:
     :ivar failures: the group's failed devices (:class:`~qdsmirror.core.failures.Failed`), or
         ``None``.
     :ivar extensions: the devices beside its own that the ring has extents on.
+    :ivar memory: the memory that the ring stands in; ``None`` where it stands on a device.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -239,6 +253,7 @@ class Superblock:
     fingerprints: Mapping[str, Any] | None = None
     failures: Mapping[str, Any] | None = None
     extensions: tuple[Extension, ...] = ()
+    memory: RingMemory | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -276,6 +291,8 @@ class Superblock:
             body["fingerprints"] = dict(self.fingerprints)
         if self.failures is not None:
             body["failures"] = dict(self.failures)
+        if self.memory is not None:
+            body["memory"] = list(self.memory)
         return body
 
     @classmethod
@@ -310,6 +327,7 @@ class Superblock:
                 Extension(n, bytes.fromhex(i), size, leaving)
                 for n, i, size, leaving in body["extensions"]
             ),
+            memory=RingMemory(*body["memory"]) if "memory" in body else None,
             counter=counter,
             slot_bytes=slot_bytes,
         )
@@ -325,6 +343,10 @@ class Superblock:
         numbers += [point.sequence for c in cursors for point in c.points.values()]
         numbers += [n for unit in self.units for n in (unit.index, unit.size)]
         numbers += self.bitmap or ()
+        if self.memory is not None:
+            numbers.append(self.memory.first_gsn)
+            if len(bytes.fromhex(self.memory.name)) not in (0, 16):
+                raise ValueError("the memory's name cannot be read")
         if not all(type(n) is int and 0 <= n < NUMBERS_END for n in numbers):
             raise ValueError("a number is out of range")
         if (
@@ -459,6 +481,64 @@ def layout(
             hint="give a larger device",
         )
     return slot_bytes, Ring(start, size, align), area
+
+
+def layout_with_memory(
+    device_bytes: int, memory_bytes: int, physical_block: int, covered_bytes: int
+) -> tuple[int, Ring, BitmapArea]:
+    """Divide the bitmap device of a log whose ring stands in memory.
+
+    Offsets go on from the device's end (rounded down) into the memory, whose first
+    ``MEMORY_HEADER_BYTES`` say whose it is.  The bitmap may have all that the slots leave.
+
+    :param covered_bytes: size of the LDSU that the bitmap is for.
+    :returns: as :func:`layout`.
+    :raises DeviceError: the device is too small.
+    """
+    align = max(RECORD_ALIGN_BYTES, physical_block)
+    whole = device_bytes // align * align
+    slot_bytes = slot_bytes_for(1, whole, physical_block)
+    start = align_up(2 * slot_bytes, align)
+    area = bitmap_area(start, covered_bytes, BITMAP_LOG_SHARE * max(0, whole - start), align)
+    if area.start + area.size > whole:
+        raise DeviceError(
+            f"a bitmap device with blocks of {align} bytes needs {area.start + area.size} bytes at "
+            f"least, not {device_bytes}",
+            hint="give a larger device",
+        )
+    ring_start = whole + MEMORY_HEADER_BYTES
+    size = (memory_bytes - MEMORY_HEADER_BYTES) // align * align
+    return slot_bytes, Ring(ring_start, size, align), area
+
+
+def after_loss(superblock: Superblock, gsn: int) -> Superblock:
+    """Give the superblock of a log whose memory was lost, with all that it held.
+
+    The log goes on empty, where nothing of it was before: at a position and with a local sequence
+    that it cannot have reached.  (Between two superblocks, which tell the durable tail, it takes
+    no more than its ring holds.)  The tail keeps its GSN: of what came later, everything is in the
+    dirty bitmap.  Extensions are given back.
+
+    :param gsn: the next one, above any that the group can have given.
+    """
+    ring = superblock.ring
+    position = superblock.tail.position + ring.size
+    points = {}
+    for unit in superblock.units:
+        sequence, chain = superblock.head.point(unit.index)
+        points[unit.index] = Point(sequence + ring.size // ring.align + 1, chain)
+    here = Cursor(position, gsn, points)
+    own = Ring(ring.start, ring.own_bytes, ring.align)
+    return replace(
+        superblock,
+        ring=own,
+        extensions=(),
+        tail=Cursor(position, superblock.tail.gsn, points),
+        applied=here,
+        head=here,
+        durable_gsn=gsn - 1,
+        refresh=None,
+    )
 
 
 def renewed(superblock: Superblock, **changes: Any) -> Superblock:

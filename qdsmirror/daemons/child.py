@@ -30,6 +30,7 @@ from qdsmirror.daemons.hosting import Factory, GroupParts, Hosting
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
+from qdsmirror.storage.memory import GroupMemory
 
 _log = Logger()
 
@@ -52,17 +53,25 @@ def _runtime(reactor: Any) -> Runtime:
 def _driver(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.driver import DriverGroup
 
-    config, host, paths, reactor, nbd, latch = parts
+    config, host, paths, reactor, nbd, latch, held = parts
     assert nbd is not None
-    runtime = _runtime(reactor)
-    group: IGroup = DriverGroup(config, host, paths, reactor, nbd, runtime=runtime, latch=latch)
+    group: IGroup = DriverGroup(
+        config,
+        host,
+        paths,
+        reactor,
+        nbd,
+        runtime=_runtime(reactor),
+        latch=latch,
+        open_memory=GroupMemory(config, held).open,
+    )
     return group
 
 
 def _primary(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.primary import PrimaryGroup
 
-    config, host, paths, reactor, _, _ = parts
+    config, host, paths, reactor, _, _, _ = parts
     group: IGroup = PrimaryGroup(config, host, paths, reactor, runtime=_runtime(reactor))
     return group
 
@@ -70,7 +79,7 @@ def _primary(parts: GroupParts) -> IGroup:
 def _remote(parts: GroupParts) -> IGroup:
     from qdsmirror.groups.remote import RemoteGroup
 
-    config, host, paths, reactor, _, latch = parts
+    config, host, paths, reactor, _, latch, _ = parts
     runtime = _runtime(reactor)
     group: IGroup = RemoteGroup(config, host, paths, reactor, runtime=runtime, latch=latch)
     return group
@@ -91,11 +100,13 @@ class _Child:
         factory: Factory,
         failures: int | None,
         protection: memory.Protection | None,
+        memories: dict[int, int],
     ) -> None:
         from twisted.internet import reactor
 
         self._reactor: Any = reactor
         self._groups = groups
+        self._memories = memories
         self._protection = protection
         self._hosting = Hosting(
             role,
@@ -124,7 +135,7 @@ class _Child:
         assert self._channel is not None
         if self._protection is not None:
             self._channel.send({"memory": self._protection.to_json()})
-        self._hosting.start(self._groups.items()).addCallback(lambda _: _freeze())
+        self._hosting.start(self._groups.items(), self._memories).addCallback(lambda _: _freeze())
 
     def _report(self, number: int, state: str, reason: str, code: int) -> None:
         assert self._channel is not None
@@ -192,7 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("role", choices=sorted(FACTORIES))
     parser.add_argument("--root")
     parser.add_argument("--groups", type=lambda text: [int(one) for one in text.split(",")])
-    parser.add_argument("--fds", type=_descriptors, help="channel=FD,NUMBER=FD,failures=FD")
+    given = "channel=FD,NUMBER=FD,memoryNUMBER=FD,failures=FD"
+    parser.add_argument("--fds", type=_descriptors, help=given)
     return parser
 
 
@@ -230,6 +242,7 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
         factories[arguments.role],
         arguments.fds.get("failures"),
         protection,
+        {n: arguments.fds[f"memory{n}"] for n in groups if f"memory{n}" in arguments.fds},
     )
     return child.run(socket.socket(fileno=arguments.fds["channel"]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class GroupParts(NamedTuple):
     """What a group is made of.
 
     :ivar nbd: the driver's listening NBD socket, else ``None``; it stays the child's.
+    :ivar memory: of the driver's writelogs in memory, else ``None``; it stays the child's.
     :ivar latch: knows the group's failed devices, and is to learn of more.
     """
 
@@ -39,6 +40,7 @@ class GroupParts(NamedTuple):
     reactor: Any
     nbd: int | None
     latch: FailureLatch
+    memory: int | None = None
 
 
 #: Makes a group, without starting it.
@@ -70,6 +72,7 @@ class HostedGroup:
         give_up: Callable[[int], bool],
         latch: FailureLatch,
         nbd: int | None = None,
+        memory: int | None = None,
     ) -> None:
         self.number = number
         self.group: IGroup | None = None
@@ -81,6 +84,7 @@ class HostedGroup:
         self._give_up = give_up
         self._latch = latch
         self._nbd = nbd
+        self._memory = memory
         self._lock = DeferredLock()
         self._pid_file = PidFile(paths.pid_file(self._name))
         self._control: ControlServer | None = None
@@ -99,12 +103,16 @@ class HostedGroup:
         self._cancel_retry()
         return self._lock.run(self._stop)
 
-    def restart(self) -> Deferred[None]:
-        """Stop the group and start it from its files as they are now."""
+    def restart(self, memory: int | None = None) -> Deferred[None]:
+        """Stop the group and start it from its files as they are now.
+
+        :param memory: what it is to work in from then on, a descriptor; belongs to it then.
+        """
         self._cancel_retry()
         self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
         self._wanted = True
         self._lock.run(self._stop)
+        self._lock.run(self._take_memory, memory)
         return self._lock.run(self._start)
 
     def hint(self) -> None:
@@ -126,10 +134,16 @@ class HostedGroup:
             adopt(descriptor, ended)
 
     def close(self) -> None:
-        """Close the listening socket after the group was removed."""
-        if self._nbd is not None:
-            os.close(self._nbd)
-            self._nbd = None
+        """Close the listening socket, and let the memory go, after the group was removed."""
+        for one in (self._nbd, self._memory):
+            if one is not None:
+                os.close(one)
+        self._nbd = self._memory = None
+
+    def _take_memory(self, memory: int | None) -> None:
+        before, self._memory = self._memory, memory
+        if before is not None:
+            os.close(before)
 
     @inlineCallbacks
     def _start(self) -> Any:
@@ -154,7 +168,9 @@ class HostedGroup:
         host = load_host(self._paths)
         config = load_group(self._paths, self.number)
         return self._factory(
-            GroupParts(config, host, self._paths, self._reactor, self._nbd, self._latch)
+            GroupParts(
+                config, host, self._paths, self._reactor, self._nbd, self._latch, self._memory
+            )
         )
 
     def _failed(self, error: Exception) -> None:
@@ -208,6 +224,17 @@ class HostedGroup:
             self._report(self.number, "stopped", "", 0)
 
 
+_NOTHING: Mapping[int, int] = {}
+
+
+def _taken(message: dict[str, Any], descriptors: list[int]) -> dict[str, int]:
+    """Take what came with an order, by name."""
+    names = message.get("passed", [])
+    found = dict(zip(names, descriptors, strict=False))
+    del descriptors[: len(found)]
+    return found
+
+
 class Hosting:
     """All groups of one child.
 
@@ -241,12 +268,17 @@ class Hosting:
         self._end = end
         self._groups: dict[int, HostedGroup] = {}
 
-    def start(self, groups: Iterable[tuple[int, int | None]]) -> Deferred[Any]:
-        """Start groups, each (number, listening NBD socket); done when each was tried once."""
-        added = [self._add(number, nbd) for number, nbd in groups]
+    def start(
+        self, groups: Iterable[tuple[int, int | None]], memories: Mapping[int, int] = _NOTHING
+    ) -> Deferred[Any]:
+        """Start groups, each (number, listening NBD socket); done when each was tried once.
+
+        :param memories: descriptors of the memory that groups work in, by their numbers.
+        """
+        added = [self._add(number, nbd, memories.get(number)) for number, nbd in groups]
         return gatherResults([one.start() for one in added])
 
-    def _add(self, number: int, nbd: int | None) -> HostedGroup:
+    def _add(self, number: int, nbd: int | None, memory: int | None) -> HostedGroup:
         self._groups[number] = HostedGroup(
             number,
             self._role,
@@ -261,6 +293,7 @@ class Hosting:
                 partial(self._failed, number),
             ),
             nbd,
+            memory,
         )
         return self._groups[number]
 
@@ -287,7 +320,8 @@ class Hosting:
         order, number = message.get("order"), message.get("group")
         group = self._groups.get(number) if isinstance(number, int) else None
         if order == "start" and isinstance(number, int) and group is None:
-            self._add(number, descriptors.pop() if descriptors else None).start()
+            passed = _taken(message, descriptors)
+            self._add(number, passed.get("listening"), passed.get("memory")).start()
         elif order == "adopt" and group is not None and descriptors:
             group.adopt(
                 descriptors.pop(), partial(self._handshake_over, int(message["connection"]))
@@ -297,7 +331,11 @@ class Hosting:
         elif order == "forget" and isinstance(number, int):
             self.memory.forget(number)
         elif order == "restart" and group is not None:
-            group.restart()
+            passed = _taken(message, descriptors)
+            if "listening" in passed:
+                # It is the one that we have.
+                descriptors.append(passed["listening"])
+            group.restart(passed.get("memory"))
         elif order == "hint" and group is not None:
             group.hint()
         elif order == "stop" and group is not None:

@@ -111,6 +111,10 @@ class Master(Service):
         """Give the listening descriptor that a group's child inherits."""
         return None
 
+    def memory(self, number: int) -> int | None:
+        """Give the descriptor of the memory that a group's child works in."""
+        return None
+
     def depends_on(self, host: HostConfig, number: int) -> list[Path]:
         """Name the files whose change means a restart of a group's process."""
         return []
@@ -184,7 +188,13 @@ class Master(Service):
             names=" ".join(map(group_name, sorted(self.groups))),
         )
         setting = Setting(
-            self.reactor, self.role, self.paths, self.listening, self._children_log, self._command
+            self.reactor,
+            self.role,
+            self.paths,
+            self.listening,
+            self._children_log,
+            self._command,
+            memory_of=self.memory,
         )
         self._supervisor = Supervisor(setting, self._host.children)
         # Not before the reactor reaps.

@@ -61,6 +61,7 @@ class Setting:
     :ivar listening: gives the listening descriptor that a group's child inherits, or ``None``.
     :ivar log: gives the descriptor that becomes a child's standard output and error.
     :ivar memory: devices whose sync has failed, kept for the master's life (rules.md 4).
+    :ivar memory_of: by group, the descriptor of the memory that it works in (rules.md 23).
     """
 
     reactor: Any
@@ -70,6 +71,7 @@ class Setting:
     log: Callable[[], int]
     command: Sequence[str] = CHILD_COMMAND
     memory: FailureMemory = field(default_factory=FailureMemory)
+    memory_of: Callable[[int], int | None] = lambda _number: None
 
 
 class Child(ProcessProtocol):
@@ -114,6 +116,9 @@ class Child(ProcessProtocol):
             descriptor = setting.listening(number)
             if descriptor is not None:
                 inherited[str(number)] = descriptor
+            memory = setting.memory_of(number)
+            if memory is not None:
+                inherited[f"memory{number}"] = memory
             self.groups[number] = GroupState()
         failures: int | None = None
         try:
@@ -180,9 +185,7 @@ class Child(ProcessProtocol):
             self.kick()
         else:
             self._remind(number)
-            descriptor = self._setting.listening(number)
-            passed = [] if descriptor is None else [descriptor]
-            self._order("start", number, passed)
+            self._order_with_descriptors("start", number)
 
     def _remind(self, number: int) -> None:
         """Tell the process what another one, or itself in earlier days, said of the group."""
@@ -205,7 +208,7 @@ class Child(ProcessProtocol):
         if self._process is None:
             self.kick()
         else:
-            self._order("restart", number)
+            self._order_with_descriptors("restart", number)
 
     def hint(self, number: int) -> None:
         """Tell a running group that something may have been mended."""
@@ -328,6 +331,17 @@ class Child(ProcessProtocol):
             one.state != "starting" for one in self.groups.values()
         ):
             self.state = "running"
+
+    def _order_with_descriptors(self, order: str, number: int) -> None:
+        """Give an order, and what the group needs of us: all of it, in case some has changed."""
+        found = {
+            "listening": self._setting.listening(number),
+            "memory": self._setting.memory_of(number),
+        }
+        passed = {name: one for name, one in found.items() if one is not None}
+        if self._channel is not None:
+            message = {"order": order, "group": number, "passed": list(passed)}
+            self._channel.send(message, list(passed.values()))
 
     def _order(self, order: str, number: int, descriptors: Sequence[int] = ()) -> None:
         if self._channel is not None:

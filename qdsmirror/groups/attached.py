@@ -26,6 +26,8 @@ class PmdEnd(Protocol):
     :ivar units: the writelogs; ``durable_gsn``: how far all of them are durable.
     :ivar generations: those that frames may be of, newest last.
     :ivar refresh: the refresh that may replace the secondary's history.
+    :ivar covered_gsn: up to this number dirty bits stand for all that the secondary may not have
+        committed, though the writelogs do not hold it; ``None`` where they hold it all.
     :ivar lost: whether the driver is gone.
     """
 
@@ -44,6 +46,7 @@ class PmdEnd(Protocol):
         self.units = [OutUnit.from_info(unit, self._valid, each) for unit in info["units"]]
         self.durable_gsn: int = info["durable_gsn"]
         self.refresh: dict[str, Any] | None = info["refresh"]
+        self.covered_gsn: int | None = info["covered_gsn"]
         self.lost = False
 
     def adopt(self, reactor: Any, end: int) -> None:

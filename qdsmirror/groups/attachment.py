@@ -85,6 +85,7 @@ class Attachment:
             "durable_gsn": group.durable_gsn,
             "committed_gsn": group.committed_gsn,
             "refresh": refresh.announcement() if refresh is not None else None,
+            "covered_gsn": group.memory.covered_gsn,
             "units": [
                 _unit_info(unit, self.end.layouts[unit.index][0], shared[unit.index])
                 for unit in group.units
@@ -96,6 +97,11 @@ class Attachment:
         """Cut the pmd off, if there is one."""
         if self.end is not None:
             self.end.close()
+
+    @property
+    def awaits_refresh(self) -> bool:
+        """Whether the secondary was reached, and has what came before a log that was lost."""
+        return bool(self.link.get("awaits_refresh"))
 
     # -- what it is told ------------------------------------------------------------------------
 
@@ -140,6 +146,9 @@ class Attachment:
         if up and link["state"] != was:
             group.bypass.link_up()
             group.coherence.link_up()
+        elif self.awaits_refresh:
+            group.bypass.link_up()
+        group.memory.look()
         if link["state"] != was:
             self.log.info(
                 "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",
@@ -170,6 +179,7 @@ class Attachment:
         self.link = {"state": "stopped", "code": 0, "reason": "no pmd is attached"}
         self.questions.fail_all(self.link["reason"])
         group.modes.happen(Event.LINK_DOWN, group.runtime.wall(), "the pmd is gone")
+        group.memory.look()
 
 
 def _layout(unit: DriverUnit) -> tuple[Ring, tuple[Extension, ...]]:

@@ -41,8 +41,8 @@ class Bypass:
     """A group's bypass.
 
     :ivar phase: OFF, ENTERING, ON or LEAVING; framing goes on only in OFF.
-    :ivar state: the bypass as the superblocks have it: id, since (seconds since 1970), reason, and
-        whether an overflow has begun it.
+    :ivar state: the bypass as the superblocks have it: id, since (seconds since 1970), reason,
+        whether an overflow has begun it, and whether writelogs in memory were lost.
     """
 
     log = Logger()
@@ -86,7 +86,7 @@ class Bypass:
             return None
         dirty = sum(unit.dirty_bytes for unit in self._group.units)
         told = {key: self.state[key] for key in ("id", "since", "reason")}
-        return {**told, "dirty_bytes": dirty}
+        return {**told, "dirty_bytes": dirty, "lost": bool(self.state.get("lost"))}
 
     # -- what the group tells -------------------------------------------------------------------
 
@@ -237,7 +237,8 @@ class Bypass:
             for unit in group.units:
                 unit.syncing.hasten()
             yield self.until(self._is_all_applied)
-            if group.coherent:
+            # Over what stands in memory only, the bits stay.
+            if group.coherent and not group.memory.used:
                 yield gatherResults([unit.direct.clear_dirty() for unit in group.units])
                 self._check_logs()
             yield group.checkpoints.record_everywhere(
@@ -310,7 +311,8 @@ class Bypass:
     def heal(self) -> None:
         """Leave an overflow's bypass where that is wanted: the secondary has all before the break.
 
-        What came before would fill the writelog again.
+        What came before would fill the writelog again; but of writelogs that were lost nothing
+        comes any more.
         """
         group = self._group
         if (
@@ -318,14 +320,17 @@ class Bypass:
             and not self._stopping
             and group.config.tunables.auto_refresh
             and self.state is not None
-            and self.state.get("overflow")
+            and (self.state.get("overflow") or self.state.get("lost"))
             and not self._tried
             and not group.failures.stops_framing
-            and group.pmd.is_connected
-            and group.committed_gsn == group.next_gsn - 1
+            and (self._is_mirror_up_to_date() or group.pmd.awaits_refresh)
         ):
             self._tried = True
             self._leave_by_itself()
+
+    def _is_mirror_up_to_date(self) -> bool:
+        group = self._group
+        return group.pmd.is_connected and group.committed_gsn == group.next_gsn - 1
 
     @inlineCallbacks
     def _leave_by_itself(self) -> Any:

@@ -172,6 +172,7 @@ class Checkpoints:
                 unit.pump()
             if self._group.refresh_job is not None:
                 self._group.refresh_job.poke()
+        self._group.memory.settle()
         changed = self._changes
         if self._again:
             self.take()

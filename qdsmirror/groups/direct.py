@@ -82,7 +82,7 @@ class Direct:
         changed = dirty.mark((entry.offset, entry.length) for entry in entries)
         # Of a failed writelog's LDSU everything counts as dirty.
         if changed and not unit.unlogged:
-            unit.run_on_log(
+            unit.run_on_bitmap(
                 partial(write_blocks, unit.writelog.device, dirty.area, dirty.blocks(changed)),
                 partial(self._marked, batch, entries),
             )
@@ -108,7 +108,9 @@ class Direct:
                 unit.fail_log(error)
             cleared.callback(None)
 
-        unit.run_on_log(partial(write_blocks, unit.writelog.device, unit.dirty.area, blocks), done)
+        unit.run_on_bitmap(
+            partial(write_blocks, unit.writelog.device, unit.dirty.area, blocks), done
+        )
         return cleared
 
     def _marked(

@@ -29,6 +29,7 @@ from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.framing import UnitFrame
+from qdsmirror.groups.memory import MemoryLogs
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.restart import open_devices, recover
 from qdsmirror.groups.runtime import Runtime
@@ -37,6 +38,7 @@ from qdsmirror.groups.verifying import Verifying
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.memory import OpenMemory
 from qdsmirror.storage.recovery import OpenUnit, close_units
 
 _ERRORS_KEPT = 8
@@ -48,6 +50,7 @@ class DriverGroup:
 
     :param nbd_listening_fd: the group's listening Unix socket, owned by the master.
     :param latch: knows the group's failed devices, and learns of more.
+    :param open_memory: gives the memory of writelogs that stand there.
     :ivar durable_gsn: every GSN up to this one is durable in its writelog.
     :ivar committed_gsn: what the secondary has acknowledged.
     """
@@ -63,6 +66,7 @@ class DriverGroup:
         nbd_listening_fd: int,
         runtime: Runtime | None = None,
         latch: FailureLatch | None = None,
+        open_memory: OpenMemory | None = None,
     ) -> None:
         self.config = config
         self.number = config.number
@@ -74,6 +78,7 @@ class DriverGroup:
         self.modes = GroupModes(self.name, self.number, self.runtime.wall())
         self.lag = LagClock()
         self.generation = b""
+        self.memory = MemoryLogs(self, open_memory)
         self.coherence = Coherence(self)
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
@@ -150,6 +155,7 @@ class DriverGroup:
             self._timer = None
         if self.bypass.phase == ON:
             yield self.bypass.sync()
+        yield self.memory.drain()
         yield self._final_checkpoint()
         while self.failures.busy:
             yield self.failures.stop()
@@ -343,6 +349,7 @@ class DriverGroup:
             self.units[row.ldsu].committed(gsn, row)
         self.coherence.committed(gsn)
         self.bypass.heal()
+        self.memory.look()
         if self.checkpoints.wanted:
             self.checkpoints.want_space()
 

@@ -17,7 +17,9 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
     """Describe a group as the driver sees it."""
     config = group.config
     written = group.next_gsn - 1
-    age = group.lag.age(group.committed_gsn, written, group.runtime.reactor.seconds())
+    # Numbers that were lost with a writelog in memory wait no more.
+    passed = max(group.committed_gsn, group.memory.lost_gsn)
+    age = group.lag.age(passed, written, group.runtime.reactor.seconds())
     link = group.pmd.link
     said = {key: link[key] for key in ("state", "reason", "code")}
     failed = next((reason for unit in group.units for reason in unit.errors), "")
@@ -49,7 +51,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
             "mirrored": group.pmd.mirrored_gsn,
         },
         "lag": {
-            "entries": written - group.committed_gsn,
+            "entries": written - passed,
             "bytes": sum(u.writelog.head - u.committed_end for u in group.units),
             "seconds": round(age, 3),
         },

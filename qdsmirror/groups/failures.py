@@ -70,7 +70,7 @@ class Failures:
         if unit.log_failed if what == WRITELOG else unit.dead:
             return
         group, config = self._group, unit.config
-        path = config.writelog_device if what == WRITELOG else config.data_device
+        path = config.log_device if what == WRITELOG else config.data_device
         reason = f"{what} {path} failed: {error}"
         self._since[what, unit.index] = group.runtime.wall()
         self.log.error("{group} {unit}: {reason}", group=group.name, unit=unit.name, reason=reason)
@@ -220,6 +220,7 @@ class Failures:
             for unit in group.units:
                 if unit.exempt and unit.index not in before:
                     unit.applying.be_exempt()
+                    unit.syncing.go_on()
                     group.checkpoints.take()
             return
         yield self._drain()

@@ -38,10 +38,12 @@ from qdsmirror.errors import (
 from qdsmirror.groups.attached import PmdEnd
 from qdsmirror.groups.outbound import Outbound
 from qdsmirror.groups.resume import (
+    AwaitsRefreshError,
     RefreshLostError,
     Resumption,
     agreed_gsn,
     at_cut,
+    is_covered,
     meeting_places,
 )
 from qdsmirror.groups.retry import Retry
@@ -158,8 +160,10 @@ class PrimaryGroup:
         try:
             ended = await self._connect(driver)
         except _REFUSALS as error:
-            diverged = isinstance(error, DivergedError)
-            self._say("refused", error.message, error.exit_code, error.hint, diverged=diverged)
+            awaits = isinstance(error, AwaitsRefreshError)
+            diverged = isinstance(error, DivergedError) and not awaits
+            said = {"diverged": diverged, "awaits_refresh": awaits}
+            self._say("refused", error.message, error.exit_code, error.hint, **said)
             await self._retry.pause(refused=True)
             return
         except QdsError as error:
@@ -303,7 +307,10 @@ class PrimaryGroup:
             cursors = await self._found(partial(meeting_places, driver.units, acks))
             self._resumption = Resumption(cursors, gsn)
         except DivergedError as error:
-            if driver.refresh is None:
+            covered = is_covered(acks, driver.units, driver.generations, driver.covered_gsn)
+            if driver.refresh is None and covered:
+                raise AwaitsRefreshError(self.number) from error
+            if driver.refresh is None or (driver.refresh.get("dirty") and not covered):
                 raise
             newest = driver.generations[-1]
             self._resumption = at_cut(driver.refresh, acks, driver.units, newest, error)

@@ -136,11 +136,14 @@ class Refresh:
         """Give what the pmd must know: the id, and the cut at which a history may begin anew.
 
         ``None`` while a crash could still take away what lies before the cut; of a dirty refresh,
-        which needs the history before it; and of a smart one that counts what a secondary holds.
+        which needs the history before it, unless dirty bits stand for all of that; and of a smart
+        one that counts what a secondary holds.
         """
-        if self.kind == DIRTY or self.compared or not self._cut_durable:
+        dirty = self.kind == DIRTY
+        needs_history = self.compared or (dirty and not self.group.memory.used)
+        if needs_history or not self._cut_durable:
             return None
-        return {"id": self.id.hex(), "cut": self.cut}
+        return {"id": self.id.hex(), "cut": self.cut, "dirty": dirty}
 
     # -- the work -----------------------------------------------------------------------------
 

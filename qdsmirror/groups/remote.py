@@ -244,7 +244,7 @@ class RemoteGroup:
         yield committing.quiet()
         first = positions[0]
         self.log.warn(
-            "{group}: a full refresh replaces the history of generation {old}",
+            "{group}: a refresh replaces the history of generation {old}",
             group=self.name, old=first.predecessor.hex() or "(none)",
         )  # fmt: skip
         cursor = Cursor(
@@ -253,7 +253,7 @@ class RemoteGroup:
             {p.index: Point(p.next_sequence, p.chain) for p in positions},
         )
         yield self._in_thread(
-            lambda: mirror.mark_incoherent(
+            lambda: mirror.begin_anew(
                 first.refresh_id,
                 generations=(Generation(first.generation, first.next_gsn),),
                 tail=cursor,

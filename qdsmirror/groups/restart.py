@@ -19,6 +19,7 @@ from qdsmirror.core.generations import awaits_switch, settle
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.errors import BrokenError, QdsError
 from qdsmirror.groups.devices import take_over_devices
+from qdsmirror.groups.memory_loss import bypass_after, lost_names, take_memory
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.limits import FAILURE_REASON_CHARS_MAX
 from qdsmirror.storage.bitmap import empty_bitmap, load_bitmap
@@ -47,7 +48,9 @@ def open_devices(group: DriverGroup, latch: FailureLatch) -> list[OpenUnit]:
     try:
         needed = any(not log.drained for log in known.untrusted.values())
         pool = group.extensions.open(failed=needed)
-        return open_units(group.config, group.runtime.open_device, known, pool)
+        return open_units(
+            group.config, group.runtime.open_device, known, pool, group.memory.open_memory
+        )
     except BaseException:
         group.extensions.close()
         raise
@@ -135,7 +138,7 @@ def _record_failures(group: DriverGroup, failed: Failed, latch: FailureLatch) ->
     except QdsError as error:
         for ldsu in group.config.ldsus:
             log, data = failed.untrusted.get(ldsu.index), failed.dead.get(ldsu.index)
-            path = ldsu.writelog_device if log is not None else ldsu.data_device
+            path = ldsu.log_device if log is not None else ldsu.data_device
             one = log or data
             if one is not None:
                 raise BrokenError(
@@ -150,6 +153,7 @@ def _go_on(
     group: DriverGroup, opened: Sequence[OpenUnit], plan: Recovery, latch: FailureLatch
 ) -> None:
     """Go on with the histories: record void ranges, and write every superblock."""
+    taken = take_memory(opened)
     for one in opened:
         one.writelog.clear_end(one.reached.position)
     superblocks = [one.writelog.superblock for one in opened]
@@ -166,6 +170,11 @@ def _go_on(
         )  # fmt: skip
         gsns = (void.range.first, void.range.length)
         _append(group.units[void.ldsu], VOID, b"", gsns)
+    lost = lost_names(opened)
+    if lost:
+        state = bypass_after(group, lost, settled)
+        settled = settled._replace(bypass=state, refreshes=[], uneven=True)
+        group.log.error("{group}: {why}", group=group.name, why=state["reason"])
     group.bypass.resume(settled)
     group.coherence.resume(settled)
     common: dict[str, Any] = {}
@@ -184,8 +193,9 @@ def _go_on(
         _record_failures(group, failed, latch)
         common["failures"] = failed.to_json()
     for unit in group.units:
-        unit.writelog.update(both=True, **common | group.checkpoints.cursors(unit))
-    if awaits_switch(settled.generations, group.next_gsn):
+        changes = common | taken.get(unit.index, {}) | group.checkpoints.cursors(unit)
+        unit.writelog.update(both=True, **changes)
+    if not lost and awaits_switch(settled.generations, group.next_gsn):
         _switch(group, settled.generations[-2].id)
     group.failures.resume(failed)
     group.lag.framed(group.committed_gsn + 1, group.runtime.reactor.seconds())

@@ -24,6 +24,39 @@ class RefreshLostError(ProtocolError):
         self.refresh = refresh
 
 
+class AwaitsRefreshError(DivergedError):
+    """The primary lost what was to be sent; dirty bits stand for it, and a refresh brings it."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__(
+            "what was to be sent was lost with the writelogs in memory: the mirror waits for a "
+            "refresh",
+            hint=f"qdsrefresh -g {group}",
+        )
+
+
+def is_covered(
+    acks: Sequence[UnitPosition],
+    units: Sequence[OutUnit],
+    generations: Sequence[bytes],
+    covered_gsn: int | None,
+) -> bool:
+    """Tell whether dirty bits stand for all that a secondary may lack that the writelogs do not.
+
+    So it is where writelogs in memory were lost, of a secondary that stands in what was lost, in a
+    history known here, and has not lost what it had committed: bits of that may be cleared
+    (rules.md 8, 23).
+
+    :param covered_gsn: the first number behind what was lost.
+    """
+    if covered_gsn is None:
+        return False
+    committed = max(unit.committed.gsn for unit in units)
+    return all(
+        ack.generation in generations and committed <= ack.next_gsn <= covered_gsn for ack in acks
+    )
+
+
 class Resumption(NamedTuple):
     """Where to go on.
 

@@ -27,6 +27,7 @@ from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.direct import Direct
 from qdsmirror.groups.failures import DATA_DEVICE, WRITELOG
 from qdsmirror.groups.framing import Framing, UnitFrame
+from qdsmirror.groups.memory import Cover, MemorySyncing
 from qdsmirror.groups.reading import Reading
 from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.waiting import WaitingRequests
@@ -97,7 +98,10 @@ class DriverUnit:
         self._leaving = False
         point = reached.point(self.index)
         self.framing = Framing(self, point)
-        self.syncing = Syncing(self, self._sync_worker)
+        #: Of a writelog in memory.
+        self.cover = Cover(self) if config.memory_bytes else None
+        syncing = Syncing if self.cover is None else MemorySyncing
+        self.syncing = syncing(self, self._sync_worker)
         self.applying = Applying(self, self._apply_worker, point.sequence - 1)
         self.durable_end = self.applied_end = writelog.head = reached.position
         self.durable_point = self.applied_point = point
@@ -198,8 +202,9 @@ class DriverUnit:
 
     def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
         self.appending = True
+        append = partial(self.writelog.write, writes)
         self._append_worker.run(
-            partial(self.writelog.write, writes),
+            append if self.cover is None else self.cover.around(frame.entries, append),
             partial(self._was_appended, frame, finished),
         )
 
@@ -310,6 +315,13 @@ class DriverUnit:
         """Run a job that writes and syncs the writelog's device."""
         self._sync_worker.run(job, done)
 
+    def run_on_bitmap(
+        self, job: Callable[[], None], done: Callable[[None, BaseException | None], None]
+    ) -> None:
+        """Run a job that writes the dirty bitmap: in turn with all others that do."""
+        worker = self._sync_worker if self.cover is None else self._append_worker
+        worker.run(job, done)
+
     def run_on_data(
         self, job: Callable[[], None], done: Callable[[None, BaseException | None], None]
     ) -> None:
@@ -360,6 +372,8 @@ class DriverUnit:
             frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
         )
         frame.entries = ()
+        if self.cover is not None:
+            self.cover.touch(offset, length)
         self.group.framed(frame)
         self._append(frame, writes, ())
         return frame

@@ -268,6 +268,15 @@ class Mirror:
             **changes,
         )
 
+    def begin_anew(self, refresh_id: bytes, **changes: Any) -> None:
+        """Record another history's beginning; what the journal held is applied, and not needed.
+
+        It is synced before: a dirty refresh does not bring it again.
+        """
+        for device in self.devices:
+            device.fdatasync()
+        self.mark_incoherent(refresh_id, **changes)
+
     def _mark_break(self, bypass_id: bytes, since: float) -> None:
         """Record that what the mirror holds is complete, and older than the primary's state."""
         self.journal.update(

@@ -127,11 +127,11 @@ class FailureLatch:
         failed = {**self._known(), **recorded}
         untrusted, dead = dict(group.untrusted), dict(group.dead)
         for ldsu in ldsus:
-            log, data = failed.get(ldsu.writelog_device), failed.get(ldsu.data_device)
+            log, data = failed.get(ldsu.log_device), failed.get(ldsu.data_device)
             # A crash came between the failure and its recording: then nothing has gone past the
             # log.
             if log is not None and ldsu.index not in untrusted:
-                reason = f"writelog {ldsu.writelog_device} failed: {log}"
+                reason = f"writelog {ldsu.log_device} failed: {log}"
                 untrusted[ldsu.index] = Untrusted(_shorten(reason), now, NUMBERS_END - 1, False, 0)
             if data is not None and ldsu.index not in dead:
                 reason = f"data device {ldsu.data_device} failed: {data}"

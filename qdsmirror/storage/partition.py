@@ -111,14 +111,29 @@ class _Whole:
                 f"{device.path} of {device.size} bytes is too small for {parts} writelogs",
                 hint="give a larger device",
             )
+        return self.at(number * size, size, role)
+
+    def at(self, offset: int, size: int, role: str) -> Partition:
+        """Give a part by its place."""
         self._open += 1
-        return Partition(self, number * size, size, role)
+        return Partition(self, offset, size, role)
 
     def leave(self) -> None:
         """Learn that a partition was closed."""
         self._open -= 1
         if not self._open:
             self.device.close()
+
+
+def part_of(device: IBlockDevice, offset: int, size: int, role: str) -> Partition:
+    """Give a part of an open device, which is closed with it.
+
+    :param offset: in bytes, and ``size`` in bytes.
+    :raises DeviceError: it reaches beyond the device.
+    """
+    if offset + size > device.size:
+        raise DeviceError(f"{role}: {device.path} has {device.size} bytes, not {offset + size}")
+    return _Whole(device).at(offset, size, role)
 
 
 def divide(device: IBlockDevice, roles: Sequence[str]) -> list[Partition]:
@@ -142,7 +157,7 @@ class LogDevices:
         self._open_device = open_device
         self._users: dict[str, list[int]] = {}
         for ldsu in ldsus:
-            self._users.setdefault(ldsu.writelog_device, []).append(ldsu.index)
+            self._users.setdefault(ldsu.log_device, []).append(ldsu.index)
         self._wholes: dict[str, _Whole] = {}
 
     def open(self, ldsu: LdsuConfig, role: str) -> IBlockDevice:
@@ -150,7 +165,7 @@ class LogDevices:
 
         :raises DeviceError: the device is missing, in use, or too small for so many.
         """
-        path = ldsu.writelog_device
+        path = ldsu.log_device
         users = self._users[path]
         whole = self._wholes.get(path)
         if whole is None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
 from qdsmirror.core.failures import Dead, Failed, Untrusted, worst
-from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, VOID, entries
+from qdsmirror.core.frames import ENTRIES, ENTRY_BYTES, REFRESH, REFRESH_ZEROES, VOID, entries
 from qdsmirror.core.generations import settle
-from qdsmirror.core.records import BoundUnit, Cursor, Superblock
+from qdsmirror.core.records import BoundUnit, Cursor, Superblock, after_loss
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, abandon, decide
 from qdsmirror.errors import (
     BrokenError,
@@ -28,6 +28,8 @@ from qdsmirror.storage.absent import AbsentDevice, absent_log
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.binding import look_ahead
 from qdsmirror.storage.extension import PoolDevice
+from qdsmirror.storage.memory import OpenMemory, open_memory_log
+from qdsmirror.storage.memorylog import Loss, loss_of, next_gsn_after
 from qdsmirror.storage.partition import LogDevices
 from qdsmirror.storage.writelog import Writelog
 
@@ -52,6 +54,7 @@ class OpenUnit:
     :ivar reached: behind the last intact frame of the writelog.
     :ivar untrusted: the writelog has failed; it is here only if something of it is still needed.
     :ivar dead: the data device has failed, and is not here.
+    :ivar loss: what has become of the memory that the writelog stood in.
     """
 
     config: LdsuConfig
@@ -61,6 +64,7 @@ class OpenUnit:
     durable_gsn: int
     untrusted: Untrusted | None = None
     dead: Dead | None = None
+    loss: Loss = Loss(True, False)
 
     @property
     def reached(self) -> Cursor:
@@ -99,6 +103,7 @@ def open_units(
     open_device: Callable[..., IBlockDevice],
     known: Failed | None = None,
     pool: Sequence[PoolDevice] = (),
+    open_memory: OpenMemory | None = None,
 ) -> list[OpenUnit]:
     """Open, lock, check and scan all devices of a group at the primary.
 
@@ -108,13 +113,15 @@ def open_units(
     :param known: what is known of failed devices beside what the superblocks say.
     :param pool: the extension devices of the group that could be opened; the caller closes those
         that no writelog has, on an error all.
+    :param open_memory: where writelogs stand in memory; without it, what was there counts as lost.
     :raises DeviceError: a device is missing or in use.
     :raises MismatchError: a log is another's, or a data device of another size than before.
     :raises CorruptError: a log is not usable.
     """
     units: list[OpenUnit] = []
     with closing_on_error() as opened:
-        logs, failed = _open_logs(config, open_device, known or Failed(), pool, opened)
+        logs, failed = _open_logs(config, open_device, known or Failed(), pool, opened, open_memory)
+        losses = _stand_behind_losses(logs)
         for ldsu in config.ldsus:
             writelog, dead = logs[ldsu.index], failed.dead.get(ldsu.index)
             if dead is None:
@@ -129,6 +136,7 @@ def open_units(
             scan = _unscanned if lost is not None and lost.drained else _scan
             unit = scan(ldsu, device, writelog)
             unit.untrusted, unit.dead = lost, dead
+            unit.loss = losses[ldsu.index]
             units.append(unit)
         superblocks = believed(units)
         try:
@@ -161,6 +169,7 @@ def _open_logs(
     known: Failed,
     pool: Sequence[PoolDevice],
     opened: ExitStack,
+    open_memory: OpenMemory | None,
 ) -> tuple[Mapping[int, Writelog], Failed]:
     """Open the writelogs that are needed, and put together what is known of failed devices."""
     devices = LogDevices(config.ldsus, open_device)
@@ -174,6 +183,9 @@ def _open_logs(
         try:
             device = devices.open(ldsu, role)
             opened.callback(device.close)
+            if ldsu.memory_bytes:
+                device = open_memory_log(device, ldsu, open_memory)
+                opened.callback(device.memory.close)
             logs[ldsu.index] = Writelog.open(device, pool, failed=log is not None)
         except (OSError, QdsError) as error:
             errors[ldsu.index] = error
@@ -184,11 +196,21 @@ def _open_logs(
             unit = BoundUnit(ldsu.index, ldsu.name, log.size, ldsu.data_device)
             role = f"writelog of {ldsu.name}"
             logs[ldsu.index] = absent_log(
-                ldsu.writelog_device, role, config.number, unit, bytes.fromhex(failed.generation)
+                ldsu.log_device, role, config.number, unit, bytes.fromhex(failed.generation)
             )
         elif ldsu.index in errors:
             raise errors[ldsu.index]
     return logs, failed
+
+
+def _stand_behind_losses(logs: Mapping[int, Writelog]) -> dict[int, Loss]:
+    """Find which logs have lost their memory; these go on empty (GENERATION)."""
+    losses = {index: loss_of(log.device, log.superblock) for index, log in logs.items()}
+    gsn = next_gsn_after([log.superblock for log in logs.values()], ENTRY_BYTES)
+    for index, log in logs.items():
+        if losses[index].lost:
+            log.stand_at(after_loss(log.superblock, gsn))
+    return losses
 
 
 def _absent_device(ldsu: LdsuConfig, size: int) -> AbsentDevice:
@@ -205,11 +227,11 @@ def close_units(units: Sequence[OpenUnit]) -> None:
 def _check_unit(
     superblock: Superblock, config: GroupConfig, ldsu: LdsuConfig, device: IBlockDevice
 ) -> None:
-    check_binding(superblock, config, "writelog", ldsu.writelog_device)
+    check_binding(superblock, config, "writelog", ldsu.log_device)
     bound = superblock.units[0]
     if (bound.index, bound.name) != (ldsu.index, ldsu.name):
         raise MismatchError(
-            f"{ldsu.writelog_device} is the writelog of {bound.name} (LDSU {bound.index} of its "
+            f"{ldsu.log_device} is the writelog of {bound.name} (LDSU {bound.index} of its "
             f"group), not of {ldsu.name}",
             hint=f"restore the LDSUs' names and order in {config.path}; or, if that is meant, run "
             f"qdswlinit -g {config.number} --yes, then qdsrefresh --full",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from qdsmirror.core.bitmap import BitmapArea
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer
 from qdsmirror.core.records import (
@@ -23,6 +24,7 @@ from qdsmirror.core.records import (
     Cursor,
     Generation,
     Record,
+    RingMemory,
     Superblock,
     layout,
     pack_record,
@@ -41,6 +43,7 @@ from qdsmirror.limits import (
 from qdsmirror.storage.bitmap import initialise_bitmap
 from qdsmirror.storage.extension import PoolDevice, find_chained
 from qdsmirror.storage.logreader import LogReader
+from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.partition import Partition
 from qdsmirror.storage.superblock import read_superblock
 
@@ -52,6 +55,19 @@ Writes = list[tuple[Place, list[Buffer]]]
 
 def _reserve(align: int) -> int:
     return max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * align)
+
+
+def layout_of(
+    device: IBlockDevice, role: str, units: Sequence[BoundUnit]
+) -> tuple[int, Ring, BitmapArea | None]:
+    """Divide a device for a new log: the slots' size, the ring, the dirty bitmap's area.
+
+    :raises DeviceError: it is too small.
+    """
+    if isinstance(device, MemoryLogDevice):
+        return device.layout(units[0].size)
+    covered = units[0].size if role == "writelog" else None
+    return layout(device.size, len(units), device.physical_block, covered)
 
 
 def ring_bytes_for(frame_bytes: int, align: int) -> int:
@@ -153,8 +169,7 @@ class Writelog:
                 f"{device.path} has {device.size} bytes; a log needs {WRITELOG_BYTES_MIN} at least",
                 hint="give a larger device",
             )
-        covered = units[0].size if role == "writelog" else None
-        slot_bytes, ring, bitmap = layout(device.size, len(units), device.physical_block, covered)
+        slot_bytes, ring, bitmap = layout_of(device, role, units)
         superblock = Superblock(
             role=role,
             log=os.urandom(16),
@@ -166,16 +181,28 @@ class Writelog:
             reason=reason,
             slot_bytes=slot_bytes,
             bitmap=bitmap,
+            memory=RingMemory() if isinstance(device, MemoryLogDevice) else None,
         )
+        end = device.start if isinstance(device, MemoryLogDevice) else device.size
         for place in {*SLOT_BYTES, *EXTENSION_SLOT_BYTES} - {slot_bytes}:
             # A forgotten second slot, of another size or an extension's, must not be found again.
-            if place + 4096 <= device.size:
+            if place + 4096 <= end:
                 device.pwritev([_ZEROES[:4096]], place)
         # Behind that: such a place may lie in the bitmap.
         initialise_bitmap(device, superblock)
         log = cls(device, superblock)
         log.write_superblock(renewed(superblock), both=True)
         return log
+
+    def stand_at(self, superblock: Superblock) -> None:
+        """Go by another superblock, which is not durable before the next :meth:`update`.
+
+        To be called before anything is placed: the memory with all that the log held was lost.
+        """
+        self.superblock = superblock
+        self.ring = superblock.ring
+        self.head = superblock.head.position
+        self.durable_tail = superblock.tail.position
 
     def write_superblock(self, superblock: Superblock, *, both: bool = False) -> None:
         """Write the next superblock and make it durable.
@@ -344,7 +371,9 @@ class Writelog:
 
     def open_shared(self) -> list[SharedDevice]:
         """Open its devices read-only once more, for the pmd (rules.md 10)."""
-        shift = self.device.offset if isinstance(self.device, Partition) else 0
+        device = self.device
+        shift = device.offset if isinstance(device, Partition) else 0
+        shift = device.shift if isinstance(device, MemoryLogDevice) else shift
         shared = [SharedDevice(0, shift, self.device.open_shared())]
         # A worker may take one away meanwhile; whoever reads is told to ask again then.
         for number, extension in list(self.extensions.items()):

@@ -58,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="every second group goes from secondary to primary: each site plays both parts",
     )
     create.add_argument(
+        "--memory",
+        action="store_true",
+        help="keep the writelogs in memory, and dirty bitmaps beside them on small files",
+    )
+    create.add_argument(
         "--port",
         type=int,
         help="TCP port of the secondary, further ones' follow (default: free ones are chosen)",
@@ -131,6 +136,7 @@ def _create(lab: Lab, arguments: argparse.Namespace) -> int:
             pool_size=arguments.pool_size,
             secondaries=arguments.secondaries,
             crossed=arguments.crossed,
+            memory=arguments.memory,
         )
     )
     ports = [str(port) for port in lab.ports.values()]

@@ -12,6 +12,8 @@ from qdsmirror.limits import (
     GROUPS_MAX,
     KIB,
     LDSUS_PER_GROUP_MAX,
+    MEMORY_LOG_BYTES_MAX,
+    MEMORY_LOG_BYTES_MIN,
     MIB,
     WRITELOG_BYTES_MIN,
 )
@@ -107,6 +109,7 @@ class Plan:
     :ivar size: bytes of each LDSU; likewise ``writelog`` and ``journal``.
     :ivar port: of the first rmd, the others' follow; ``None`` chooses free ones.
     :ivar overflow: ``on_overflow`` of every group.
+    :ivar memory: whether the writelogs are in memory.
     :ivar pool: number of devices in each group's extension pool, of ``pool_size`` bytes each.
     :ivar secondaries: number of secondary sites, over which the groups are spread.
     :ivar crossed: see :class:`Layout`.
@@ -123,17 +126,20 @@ class Plan:
     pool_size: int = 64 * MIB
     secondaries: int = 1
     crossed: bool = False
+    memory: bool = False
 
     def check(self) -> None:
         """Look whether such a lab can be.
 
         :raises UsageError: a number is out of its range.
         """
+        least = MEMORY_LOG_BYTES_MIN if self.memory else WRITELOG_BYTES_MIN
+        most = MEMORY_LOG_BYTES_MAX if self.memory else 1 << 62
         for name, value, low, high in (
             ("groups", self.groups, 1, GROUPS_MAX),
             ("ldsus", self.ldsus, 1, LDSUS_PER_GROUP_MAX),
             ("size", self.size, _SIZE_BYTES_MIN, 1 << 62),
-            ("writelog", self.writelog, WRITELOG_BYTES_MIN, 1 << 62),
+            ("writelog", self.writelog, least, most),
             ("journal", self.journal, WRITELOG_BYTES_MIN, 1 << 62),
             ("pool", self.pool, 0, EXTENSIONS_PER_GROUP_MAX),
             ("pool_size", self.pool_size, _POOL_BYTES_MIN, 1 << 62),

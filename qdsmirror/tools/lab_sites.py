@@ -23,6 +23,7 @@ from qdsmirror import pki
 from qdsmirror.config import load_group, load_groups, load_host
 from qdsmirror.core import ampbox
 from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableError, UsageError
+from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
 from qdsmirror.tools import launch, refresh, status, wlinit
@@ -37,7 +38,8 @@ _LAUNCHERS = {
     "qdsdriver": launch.launchdriver,
     "qdspmd": launch.launchpmds,
 }
-_KILLERS = {"qdspmd": launch.killpmds, "qdsdriver": launch.killdriver, "qdsrmd": launch.killrmds}
+#: The driver first: what is in memory only is still sent then.
+_KILLERS = {"qdsdriver": launch.killdriver, "qdspmd": launch.killpmds, "qdsrmd": launch.killrmds}
 #: Ports are chosen below the range from which the kernel takes those of outgoing connections.
 _PORTS = range(10240, 32768)
 _PORT_TRIES = 100
@@ -45,6 +47,8 @@ _POLL_SECONDS = 0.1
 #: A start gives up when nothing has moved for so long.
 STUCK_SECONDS = 60.0
 _MARK = "lab.json"
+#: Of the bitmap device of a writelog in memory.
+_BITMAP_BYTES = MIB
 
 Main = Callable[[Sequence[str] | None], int]
 Tell = Callable[[str], None]
@@ -162,7 +166,10 @@ class Lab:
             _sparse(spare, plan.pool_size)
         for name in names:
             _sparse(near / f"{name}.data", plan.size)
-            _sparse(near / f"{name}.writelog", plan.writelog)
+            if plan.memory:
+                _sparse(near / f"{name}.bitmap", _BITMAP_BYTES)
+            else:
+                _sparse(near / f"{name}.writelog", plan.writelog)
             _sparse(far / f"{name}.mirror", plan.size)
 
     def _pool(self, number: int, plan: Plan) -> list[Path]:
@@ -184,7 +191,7 @@ class Lab:
             lines += [
                 f"  [[{name}]]",
                 f"  data_device = {_quoted(near / (name + '.data'))}",
-                f"  writelog_device = {_quoted(near / (name + '.writelog'))}",
+                *_writelog(near, name, plan),
                 f"  mirror_device = {_quoted(far / (name + '.mirror'))}",
             ]
         return "\n".join(lines) + "\n"
@@ -299,7 +306,16 @@ class Lab:
         ]
 
     def _help(self, site: str, group: status.Group) -> None:
-        """Do what a group needs that is not ready: its first refresh.  Raise if it is refused."""
+        """Do what a group needs that is not ready, or raise if it is refused.
+
+        That is its first refresh, or one after its writelogs in memory were lost.
+        """
+        bypass = group.get("bypass")
+        if bypass is not None and bypass["lost"]:
+            paths = self.paths[site]
+            with contextlib.suppress(DegradedError, UnreachableError):
+                order(paths, load_group(paths, group["group"]), "Refresh", kind="auto")
+            return
         status.raise_failure(group)
         linked = "connected" in group["modes"]
         if linked and group["coherent"] is False and group["refresh"] is None:
@@ -334,6 +350,15 @@ class Lab:
                 for site in self.sites
             ],
         }
+
+
+def _writelog(near: Path, name: str, plan: Plan) -> list[str]:
+    if not plan.memory:
+        return [f"  writelog_device = {_quoted(near / (name + '.writelog'))}"]
+    return [
+        f"  writelog_device = memory:{plan.writelog}",
+        f"  bitmap_device = {_quoted(near / (name + '.bitmap'))}",
+    ]
 
 
 def _is_ready(group: status.Group) -> bool:

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.core.records import BoundUnit, Generation, layout
+from qdsmirror.config import GroupConfig, LdsuConfig, load_host
+from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.errors import ConfigError, CorruptError, DeviceError
 from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.paths import Paths
@@ -24,9 +24,11 @@ from qdsmirror.storage.extension import PoolDevice, check_extension, read_extens
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.memory import absent_memory
+from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.partition import Partition, divide
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
-from qdsmirror.storage.writelog import Writelog, ring_bytes_for
+from qdsmirror.storage.writelog import Writelog, layout_of, ring_bytes_for
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
 
@@ -41,8 +43,14 @@ class _Log:
     group: GroupConfig
     role: str
     whole: FileDevice
-    device: FileDevice | Partition
+    device: FileDevice | Partition | MemoryLogDevice
     units: list[BoundUnit] = field(default_factory=list)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What of it is in memory; 0 where all is on its device."""
+        device = self.device
+        return device.memory.size if isinstance(device, MemoryLogDevice) else 0
 
     def check_size(self) -> None:
         """Refuse a device that is too small for its superblocks and the least ring.
@@ -53,13 +61,12 @@ class _Log:
         """
         device = self.device
         try:
-            covered = self.units[0].size if self.role == "writelog" else None
-            _, ring, _ = layout(device.size, len(self.units), device.physical_block, covered)
+            _, ring, _ = layout_of(device, self.role, self.units)
         except DeviceError as error:
             raise DeviceError(
                 f"{device.role} {device.path}: {error.message}", hint=error.hint
             ) from error
-        if device.size < WRITELOG_BYTES_MIN:
+        if device.size < WRITELOG_BYTES_MIN and not isinstance(device, MemoryLogDevice):
             raise DeviceError(
                 f"{device.role} has {device.size} bytes of {device.path}; a log needs "
                 f"{WRITELOG_BYTES_MIN} at least",
@@ -167,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not made:
             print("nothing new in the extension pools")
         for one in made:
-            print(f"{one['group']}: {one['role']} {one['device']} initialised, {one['size']} bytes")
+            size = f"{one['size']} bytes"
+            if "memory_bytes" in one:
+                size = f"for a writelog of {one['memory_bytes']} bytes in memory"
+            print(f"{one['group']}: {one['role']} {one['device']} initialised, {size}")
     return 0
 
 
@@ -205,16 +215,21 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
                 "role": log.role,
                 "device": log.device.path,
                 "size": log.device.size,
+                **({"memory_bytes": log.memory_bytes} if log.memory_bytes else {}),
             }
         )
     return made
+
+
+def _role(ldsu: LdsuConfig) -> str:
+    return f"{'bitmap device' if ldsu.memory_bytes else 'writelog'} of {ldsu.name}"
 
 
 def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Log]:
     logs = []
     users: dict[str, list[str]] = {}
     for ldsu in group.ldsus:
-        users.setdefault(ldsu.writelog_device, []).append(f"writelog of {ldsu.name}")
+        users.setdefault(ldsu.log_device, []).append(_role(ldsu))
     parts: dict[str, Iterator[FileDevice | Partition]] = {}
     wholes: dict[str, FileDevice] = {}
     for ldsu in group.ldsus:
@@ -224,13 +239,16 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
                 f"data device {data.path} of {ldsu.name} holds a writelog or journal",
                 hint=f"name the right device in {group.path}",
             )
-        path = ldsu.writelog_device
+        path = ldsu.log_device
         if path not in parts:
-            whole = devices.open(path, f"writelog of {ldsu.name}", WRITELOG_BYTES_MIN)
-            _check_unused(whole, f"writelog of {ldsu.name}", consent)
+            least = 1 if ldsu.memory_bytes else WRITELOG_BYTES_MIN
+            whole = devices.open(path, _role(ldsu), least)
+            _check_unused(whole, _role(ldsu), consent)
             wholes[path] = whole
             parts[path] = iter(divide(whole, users[path]) if len(users[path]) > 1 else [whole])
-        log = next(parts[path])
+        log: FileDevice | Partition | MemoryLogDevice = next(parts[path])
+        if ldsu.memory_bytes:
+            log = MemoryLogDevice(log, absent_memory(ldsu))
         if log.size < WRITELOG_BYTES_WARN:
             print(
                 f"warning: writelog {log.path} has only {log.size} bytes; "

@@ -171,13 +171,25 @@ def _log(unit: OpenUnit) -> dict[str, Any]:
     superblock, read = unit.writelog.superblock, not unit.is_unread
     return {
         "name": unit.config.name,
-        "device": unit.config.writelog_device,
+        "device": unit.config.log_device,
         "tail": superblock.tail.position if read else None,
         "applied": superblock.applied.position if read else None,
         "head": unit.reached.position if read else None,
         "frames_to_replay": len(unit.finding.ranges),
         "entries_to_replay": sum(span.length for span in unit.finding.ranges),
         "stopped": unit.finding.stopped,
+        **_memory(unit),
+    }
+
+
+def _memory(unit: OpenUnit) -> dict[str, Any]:
+    """Say of a writelog in memory what its bitmap device tells; nothing of another one."""
+    if not unit.config.memory_bytes:
+        return {}
+    return {
+        "memory_bytes": unit.config.memory_bytes,
+        "lost": unit.loss.lost,
+        "dirty_bytes": _dirty_bytes(unit),
     }
 
 
@@ -204,7 +216,7 @@ def _failed_devices(group: GroupConfig, failed: Failed, now: float) -> list[dict
         }
         for ldsu in group.ldsus
         for use, device, one in (
-            ("writelog", ldsu.writelog_device, failed.untrusted.get(ldsu.index)),
+            ("writelog", ldsu.log_device, failed.untrusted.get(ldsu.index)),
             ("data device", ldsu.data_device, failed.dead.get(ldsu.index)),
         )
         if one is not None
@@ -267,6 +279,13 @@ def _print(found: dict[str, Any]) -> None:
                 "replay"
             )
         print(f"  {log['name']}: {log['device']}: {place}")
+        if "memory_bytes" in log:
+            lost = "in the memory of the driver's master, unless that has ended: then it is lost"
+            kept = lost if log["lost"] else "empty"
+            print(
+                f"    {size_text(log['memory_bytes'])} in memory, {kept}; "
+                f"{size_text(log['dirty_bytes'])} dirty"
+            )
     for one in found["failed"]:
         since = f"since {_time_text(one['since'])}: " if one["since"] is not None else ""
         print(f"  {one['ldsu']}: {since}{one['reason']}")

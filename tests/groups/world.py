@@ -27,6 +27,8 @@ from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.memory import absent_memory
+from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, ImmediateWorker, MemoryDevice, StepWorker
@@ -35,6 +37,7 @@ KIB = 1024
 MIB = 1024 * KIB
 BLOCK = 4096
 GENERATION = b"G" * 16
+BITMAP_DEVICE_BYTES = 64 * KIB
 
 
 class FakeReactor(Clock):
@@ -180,7 +183,9 @@ class WatchedDevice(MemoryDevice):
 
     def zero(self, offset: int, length: int, unmap: bool) -> None:
         durable = self.log().durable()
-        if durable_superblock(durable).bypass is not None and not marked(durable, offset, length):
+        superblock = durable_superblock(durable)
+        direct = superblock.bypass is not None or superblock.memory is not None
+        if direct and not marked(durable, offset, length):
             self.violations += 1
         super().zero(offset, length, unmap)
 
@@ -193,11 +198,13 @@ def durable_superblock(log: bytes) -> Superblock:
 def marked(log: bytes, offset: int, length: int) -> bool:
     """Tell whether a log's durable bytes say bypass, and that the whole of a range is dirty.
 
-    A full refresh that has yet to begin says no less: bypass was to be left, and was not.
+    A full refresh that has yet to begin says no less: bypass was to be left, and was not.  Of a
+    writelog in memory the bits alone count.
     """
     superblock = durable_superblock(log)
     area, refresh = superblock.bitmap, superblock.refresh
-    if area is None or (superblock.bypass is None and (refresh is None or refresh["done"])):
+    past = superblock.bypass is not None or (refresh is not None and not refresh["done"])
+    if area is None or not (past or superblock.memory is not None):
         return False
     stored = log[area.start : area.start + area.size]
     dirty = DirtyBitmap(area, superblock.units[0].size, superblock.log, stored)
@@ -206,8 +213,20 @@ def marked(log: bytes, offset: int, length: int) -> bool:
     )
 
 
-def group_config(ldsus: int, durability: str = "flush", **tunables: Any) -> GroupConfig:
-    """Make the configuration of group 0."""
+def group_config(
+    ldsus: int, durability: str = "flush", memory: int = 0, **tunables: Any
+) -> GroupConfig:
+    """Make the configuration of group 0.
+
+    :param memory: bytes of each writelog where they are in memory.
+    """
+
+    def ldsu(i: int) -> LdsuConfig:
+        log, mirror = f"/near/log{i}", f"/far/mirror{i}"
+        if not memory:
+            return LdsuConfig(i, f"qds{i}", f"/near/data{i}", log, mirror)
+        return LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"memory:{memory}", mirror, log)
+
     return GroupConfig(
         number=0,
         name="dsgrp000",
@@ -222,11 +241,12 @@ def group_config(ldsus: int, durability: str = "flush", **tunables: Any) -> Grou
         port=575,
         journal_device="/far/journal",
         tunables=Tunables(**tunables),
-        ldsus=tuple(
-            LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")
-            for i in range(ldsus)
-        ),
+        ldsus=tuple(map(ldsu, range(ldsus))),
     )
+
+
+def _memory(ldsu: LdsuConfig) -> str:
+    return f"/memory/{ldsu.index}"
 
 
 class DriverWorld:
@@ -248,20 +268,24 @@ class DriverWorld:
         durability: str = "flush",
         stepped: bool = False,
         block: int = 512,
+        memory: bool = False,
         **tunables: Any,
     ) -> None:
         self.test = test
         self.stepped = stepped
-        self.config = group_config(ldsus, durability, **tunables)
+        self.config = group_config(ldsus, durability, log if memory else 0, **tunables)
         self.devices: dict[str, MemoryDevice] = {}
         for ldsu in self.config.ldsus:
             data = WatchedDevice(size, path=ldsu.data_device, logical_block=block)
-            data.log = lambda path=ldsu.writelog_device: self.devices[path]
+            data.log = lambda path=ldsu.log_device: self.devices[path]
             self.devices[ldsu.data_device] = data
-            device = MemoryDevice(log, path=ldsu.writelog_device, role="writelog")
-            self.devices[ldsu.writelog_device] = device
+            on_device = BITMAP_DEVICE_BYTES if memory else log
+            device = MemoryDevice(on_device, path=ldsu.log_device, role="writelog")
+            self.devices[ldsu.log_device] = device
+            if memory:
+                self.devices[_memory(ldsu)] = MemoryDevice(log, path=_memory(ldsu))
             Writelog.initialise(
-                device,
+                MemoryLogDevice(device, absent_memory(ldsu)) if memory else device,
                 role="writelog",
                 group=0,
                 units=[BoundUnit(ldsu.index, ldsu.name, size, ldsu.data_device)],
@@ -299,7 +323,14 @@ class DriverWorld:
             listen=lambda *_: FakeListener(),
         )
         self.group = DriverGroup(
-            self.config, self.host, self.paths, self.reactor, -1, runtime, self.latch
+            self.config,
+            self.host,
+            self.paths,
+            self.reactor,
+            -1,
+            runtime,
+            self.latch,
+            lambda ldsu: self._open(_memory(ldsu)),
         )
         framed = self.group.framed
 
@@ -324,6 +355,18 @@ class DriverWorld:
         """Cut the primary's power."""
         self._forget()
         self.devices = {path: self._again(d, d.crash(choose)) for path, d in self.devices.items()}
+        self._lose_memory()
+
+    def kill_master(self) -> None:
+        """Kill the driver and its master with -9: the page cache stays, writelogs in memory go."""
+        self.kill()
+        self._lose_memory()
+
+    def _lose_memory(self) -> None:
+        for path in [path for path in self.devices if path.startswith("/memory/")]:
+            size = self.devices[path].size
+            self.devices.pop(path).discard()
+            self.devices[path] = MemoryDevice(size, path=path)
 
     def _again(self, old: MemoryDevice, new: MemoryDevice) -> MemoryDevice:
         if isinstance(old, WatchedDevice):
