@@ -56,6 +56,8 @@ class Tunables:
     :ivar verify_every: seconds from the end of a verify to the next; 0: none begins by itself.
     :ivar verify_rate: bytes that a verify reads in a second at most.
     :ivar auto_refresh: whether a group leaves the bypass of an overflow by itself.
+    :ivar checkpoint_hold: whether a checkpoint on the secondary is released before its journal is
+        full (``release``), or makes the primary wait (``strict``).
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
@@ -65,6 +67,7 @@ class Tunables:
     auto_refresh: bool = False
     verify_every: float = 0.0
     verify_rate: int = VERIFY_RATE_BYTES
+    checkpoint_hold: str = "release"
 
 
 @dataclass(frozen=True)

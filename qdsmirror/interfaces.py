@@ -101,6 +101,7 @@ class IExport(Interface):
     size: int = Attribute("bytes")
     minimum_block: int = Attribute("bytes: logical block of the data device")
     preferred_block: int = Attribute("bytes")
+    read_only: bool = Attribute("whether whatever would change it is refused")
 
     def attach(connection: INbdConnection) -> None:
         """A client has entered transmission on this export."""

@@ -225,6 +225,13 @@ RECEIVED_BYTES_MAX = 8 * MIB
 #: Frames durable in the journal and not yet applied; beyond it reading pauses.
 UNMIRRORED_BYTES_MAX = 32 * MIB
 
+# -- checkpoint on the secondary ----------------------------------------------------------------
+#: A checkpoint's name, and what a mark's frame has for it.
+CHECKPOINT_NAME_BYTES_MAX = 64
+#: A checkpoint that is not strict is released when so much of the journal is in use (rules.md 22):
+#: what is left takes what arrives until the journal is freed.
+CHECKPOINT_JOURNAL_SHARE = 0.75
+
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB
 #: How long qdsconfigtool waits for a daemon to take up changed files.

@@ -85,6 +85,10 @@ class Paths:
         """The Unix socket on which the LDSUs of one group are exported."""
         return self.run / f"{group_name(number)}.nbd"
 
+    def mirror_socket(self, number: int) -> Path:
+        """The Unix socket on which a checkpoint of the group's mirror devices is exported."""
+        return self.run / f"{group_name(number)}.mirror.nbd"
+
     def log_file(self, name: str) -> Path:
         """Where a daemon started in the background writes its log."""
         return self.var / f"{name}.log"

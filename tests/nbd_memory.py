@@ -37,6 +37,7 @@ class MemoryExport:
         self.size = size
         self.minimum_block = minimum_block
         self.preferred_block = 4096
+        self.read_only = False
         self.data = bytearray(size)
         self.written: set[int] = set()
         self.attached: list[INbdConnection] = []

@@ -258,6 +258,7 @@ class GroupTests(RootedTestCase):
             "tunables.auto_refresh": ["maybe", "1", ""],
             "tunables.verify_every": ["0", "0.5 s", "367 d", "53 w", "often", "1 y", "7 d 1 h", ""],
             "tunables.verify_rate": ["63K", "17G", "0", "fast", ""],
+            "tunables.checkpoint_hold": ["yes", "Release", ""],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -293,6 +294,7 @@ class GroupTests(RootedTestCase):
             ("verify_every", 366 * 86400.0, "366 d"),
             ("verify_rate", 64 * limits.KIB, "64K"),
             ("verify_rate", 16 * limits.GIB, "16G"),
+            ("checkpoint_hold", "strict", "strict"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)

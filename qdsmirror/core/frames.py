@@ -17,6 +17,7 @@ from crc32c import crc32c
 
 from qdsmirror.errors import CorruptError, LimitError
 from qdsmirror.limits import (
+    CHECKPOINT_NAME_BYTES_MAX,
     FRAME_ENTRIES_MAX,
     FRAME_PAYLOAD_BYTES_MAX,
     VERIFY_ROWS_MAX,
@@ -46,12 +47,14 @@ BREAK = 5
 SWITCH = 6
 #: What parts of an LDSU hold at this place of the order, as hashes (:mod:`qdsmirror.core.verify`).
 VERIFY = 7
-_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH, VERIFY))
+#: An application's marker: the secondary takes a checkpoint behind it.
+MARK = 8
+_KINDS = frozenset((ENTRIES, VOID, REFRESH_BEGIN, REFRESH_END, BREAK, SWITCH, VERIFY, MARK))
 
 #: A part's offset, length and hash.
 VERIFY_ROW = Struct(">QI32s")
 #: Payload bytes that a control frame may have: an id of a refresh, bypass or generation, nothing,
-#: or hashes.
+#: hashes, or a mark's name.
 _CONTROL_PAYLOAD_BYTES: dict[int, Container[int]] = {
     VOID: (0,),
     REFRESH_BEGIN: (16,),
@@ -59,6 +62,7 @@ _CONTROL_PAYLOAD_BYTES: dict[int, Container[int]] = {
     BREAK: (16,),
     SWITCH: (16,),
     VERIFY: range(VERIFY_ROW.size, VERIFY_ROWS_MAX * VERIFY_ROW.size + 1, VERIFY_ROW.size),
+    MARK: (CHECKPOINT_NAME_BYTES_MAX,),
 }
 
 # Entry kinds.
@@ -271,5 +275,5 @@ def entries(header: FrameHeader, frame: Buffer) -> list[Entry]:
 
 
 def control_payload(header: FrameHeader, frame: Buffer) -> bytes:
-    """Give the payload of a control frame: the id that it names, hashes, or nothing."""
+    """Give the payload of a control frame: the id or name that it has, hashes, or nothing."""
     return bytes(memoryview(frame)[HEADER_BYTES + header.entry_count * ENTRY_BYTES :])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qdsmirror.core.frames import (
     ENTRIES,
+    MARK,
     SWITCH,
     VERIFY,
     Buffer,
@@ -18,6 +19,7 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.generations import covering
+from qdsmirror.core.held import mark_name
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.verify import Row, parse_rows
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
@@ -62,6 +64,8 @@ class Intake:
             check_body(header, frame)
             found = entries(header, frame) if header.kind == ENTRIES else ()
             rows = parse_rows(control_payload(header, frame)) if header.kind == VERIFY else ()
+            if header.kind == MARK:
+                mark_name(control_payload(header, frame))
         except CorruptError as error:
             raise ProtocolError(f"damaged frame: {error.message}") from error
         if header.ldsu >= len(self._sizes):

@@ -64,6 +64,7 @@ class ExportInfo:
     :ivar minimum_block: bytes, a power of two: what offsets and lengths are multiples of.
     :ivar preferred_block: bytes, a power of two.
     :ivar multi_conn: whether a flush on one connection covers the writes of all.
+    :ivar read_only: whether whatever would change it is refused.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ExportInfo:
     minimum_block: int
     preferred_block: int
     multi_conn: bool = True
+    read_only: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.size < 1 << 63:
@@ -81,13 +83,11 @@ class ExportInfo:
 
     def transmission_flags(self, structured: bool) -> int:
         """Give the 16 bits that say which commands the export takes."""
-        flags = (
-            nbd.FLAG_HAS_FLAGS
-            | nbd.FLAG_SEND_FLUSH
-            | nbd.FLAG_SEND_FUA
-            | nbd.FLAG_SEND_TRIM
-            | nbd.FLAG_SEND_WRITE_ZEROES
-        )
+        flags = nbd.FLAG_HAS_FLAGS | nbd.FLAG_SEND_FLUSH
+        if self.read_only:
+            flags |= nbd.FLAG_READ_ONLY
+        else:
+            flags |= nbd.FLAG_SEND_FUA | nbd.FLAG_SEND_TRIM | nbd.FLAG_SEND_WRITE_ZEROES
         if structured:
             flags |= nbd.FLAG_SEND_DF
         if self.multi_conn:

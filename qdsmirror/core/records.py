@@ -20,6 +20,7 @@ from qdsmirror.core.bitmap import BitmapArea, bitmap_area
 from qdsmirror.core.extension import Extension
 from qdsmirror.core.failures import Failed
 from qdsmirror.core.frames import GENESIS, NUMBERS_END, Buffer, FrameHeader
+from qdsmirror.core.held import Held
 from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.core.slots import Form, seal, unseal
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
@@ -228,6 +229,8 @@ class Superblock:
         ``None``.
     :ivar extensions: the devices beside its own that the ring has extents on.
     :ivar memory: the memory that the ring stands in; ``None`` where it stands on a device.
+    :ivar checkpoint: of a journal: the checkpoint (:class:`~qdsmirror.core.held.Held`) at
+        ``applied``, beyond which nothing is applied, or ``None``.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -254,6 +257,7 @@ class Superblock:
     failures: Mapping[str, Any] | None = None
     extensions: tuple[Extension, ...] = ()
     memory: RingMemory | None = None
+    checkpoint: Mapping[str, Any] | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -293,6 +297,8 @@ class Superblock:
             body["failures"] = dict(self.failures)
         if self.memory is not None:
             body["memory"] = list(self.memory)
+        if self.checkpoint is not None:
+            body["checkpoint"] = dict(self.checkpoint)
         return body
 
     @classmethod
@@ -323,6 +329,7 @@ class Superblock:
             verify=body.get("verify"),
             fingerprints=body.get("fingerprints"),
             failures=body.get("failures"),
+            checkpoint=body.get("checkpoint"),
             extensions=tuple(
                 Extension(n, bytes.fromhex(i), size, leaving)
                 for n, i, size, leaving in body["extensions"]
@@ -359,6 +366,7 @@ class Superblock:
         if self.fingerprints is not None and not isinstance(self.fingerprints, dict):
             raise ValueError("the fingerprints cannot be read")
         Failed.from_json(self.failures)
+        Held.from_json(self.checkpoint)
         area = self.bitmap
         if area is not None and not (
             2 * self.slot_bytes <= area.start

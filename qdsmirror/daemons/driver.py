@@ -16,11 +16,10 @@ from twisted.logger import Logger
 from qdsmirror.config import GroupConfig
 from qdsmirror.daemons.master import Master, Options, make_service
 from qdsmirror.errors import QdsError
-from qdsmirror.limits import NBD_CONNECTIONS_MAX
+from qdsmirror.net.nbd_socket import bind_nbd
 from qdsmirror.storage.memory import make_memory
 
 _log = Logger()
-_SOCKET_MODE = 0o660
 
 
 class DriverMaster(Master):
@@ -45,20 +44,10 @@ class DriverMaster(Master):
         if group.number in self._sockets:
             return
         path = self.paths.nbd_socket(group.number)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o777 & ~_SOCKET_MODE)
         try:
-            path.unlink(missing_ok=True)
-            listening.bind(os.fspath(path))
-            # Not every kernel minds the umask here; nobody can connect before we listen.
-            path.chmod(_SOCKET_MODE)
-            listening.listen(NBD_CONNECTIONS_MAX)
-            listening.setblocking(False)
+            listening = bind_nbd(path)
         except OSError as error:
-            listening.close()
             raise QdsError(f"{path}: {error.strerror}", hint="free the path") from None
-        finally:
-            os.umask(mask)
         self._sockets[group.number] = listening
 
     def _hold_memory(self, group: GroupConfig) -> None:

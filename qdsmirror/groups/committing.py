@@ -10,20 +10,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
-from qdsmirror.core.frames import Buffer, control_payload
+from qdsmirror.core.frames import MARK, Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
+from qdsmirror.groups.mirroring import Batch, Mirroring
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
 from qdsmirror.storage.journal import Change, Mirror
 from qdsmirror.storage.writelog import Writes
+
+if TYPE_CHECKING:
+    from qdsmirror.groups.holding import Holding
 
 
 class _Received(NamedTuple):
@@ -37,17 +41,6 @@ class _Received(NamedTuple):
     brings: Generation | None
 
 
-class _Batch(NamedTuple):
-    """Frames that become durable in the journal together.
-
-    :ivar size: their bytes; ``end``: the place behind the last of them.
-    """
-
-    changes: list[Change]
-    size: int
-    end: Cursor
-
-
 class Committing:
     """Takes a group's frames, in order, into the journal and from there to the mirror devices.
 
@@ -56,10 +49,10 @@ class Committing:
     :param press: told, as it grows and shrinks, whether more is under way than there may be.
     :param report: told, before the mirrored GSN is, what was found at a VERIFY frame.
     :param fail: told, with the error, why nothing is committed any more.
+    :param holding: keeps the group's checkpoint.
     :ivar failed: that reason; empty while all is well.
-    :ivar durable: behind the last frame that is durable in the journal.
     :ivar received_bytes: taken, and not yet durable in the journal.
-    :ivar unmirrored_bytes: durable in the journal, and not yet on the mirror devices.
+    :ivar mirroring: brings what is durable to the mirror devices.
     """
 
     def __init__(
@@ -70,31 +63,39 @@ class Committing:
         press: Callable[[bool], None],
         report: Callable[[Verdict], None],
         fail: Callable[[str, BaseException], None],
+        holding: Holding,
     ) -> None:
         self.mirror = mirror
         self.failed = ""
-        self.durable = mirror.applied
+        self.holding = holding
         self.received_bytes = 0
-        self.unmirrored_bytes = 0
         self._config = mirror.config
         self._tell_acknowledge = acknowledge
         self._tell_press = press
-        self._tell_report = report
+        self.report = report
         self._tell_failed = fail
         self._reactor = runtime.reactor
         self._journal_worker = runtime.quick_worker(f"{self._config.name} journal")
         self._mirror_worker = runtime.quick_worker(f"{self._config.name} mirror")
+        self.mirroring = Mirroring(self, self._mirror_worker)
         self._intake = self._intake_from_durable()
         self._received: deque[_Received] = deque()
-        self._to_mirror: list[_Batch] = []
         self._ack_wanted = False
         self._journaling = False
         self._journal_full = False
-        self._mirroring = False
-        self._checkpointing = False
         self._idle: list[Deferred[None]] = []
         self._timer: Any = None
         self._tick()
+
+    @property
+    def durable(self) -> Cursor:
+        """The place behind the last frame that is durable in the journal."""
+        return self.mirroring.durable
+
+    @property
+    def unmirrored_bytes(self) -> int:
+        """Bytes durable in the journal, and kept for the mirror devices."""
+        return self.mirroring.unmirrored_bytes
 
     @property
     def committed_gsn(self) -> int:
@@ -114,10 +115,11 @@ class Committing:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.mirroring.stop()
         self.commit()
         yield self.quiet()
         if not self.failed:
-            self._checkpoint()
+            self.mirroring.checkpoint()
             yield self.quiet()
         yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
 
@@ -137,8 +139,7 @@ class Committing:
 
     def stand_at(self, cursor: Cursor) -> None:
         """Go on from another place, which the journal's superblock has already; only when quiet."""
-        self.mirror.applied = cursor
-        self.durable = cursor
+        self.mirroring.stand_at(cursor)
         self._intake = self._intake_from_durable()
 
     def _intake_from_durable(self) -> Intake:
@@ -163,14 +164,18 @@ class Committing:
     def _busy(self) -> bool:
         return (
             self._journaling
-            or self._mirroring
-            or self._checkpointing
-            or bool(not self.failed and (self._received or self._to_mirror))
+            or self.mirroring.busy
+            or bool(not self.failed and self._received and not self._stuck)
         )
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether what was taken finds no room for as long as nothing is applied."""
+        return self._journal_full and self.mirroring.is_paused
 
     def _tick(self) -> None:
         self._timer = self._reactor.callLater(self._config.tunables.metadata_seconds, self._tick)
-        self._checkpoint()
+        self.mirroring.checkpoint()
 
     # -- frames in, positions out -------------------------------------------------------------
 
@@ -228,7 +233,7 @@ class Committing:
         known = journal.superblock.generations
         batch, writes, generations = self._place(known)
         if not batch.changes:
-            self._checkpoint()
+            self.mirroring.checkpoint()
             return
         self._journaling = True
 
@@ -243,7 +248,7 @@ class Committing:
 
     def _place(
         self, generations: tuple[Generation, ...]
-    ) -> tuple[_Batch, Writes, tuple[Generation, ...]]:
+    ) -> tuple[Batch, Writes, tuple[Generation, ...]]:
         """Give what arrived its places in the journal, as far as there is room.
 
         :returns: with the generations that the journal must know then.
@@ -261,6 +266,7 @@ class Committing:
             placement = journal.place(len(frame)) if more is not None else None
             if more is None or placement is None:
                 self._journal_full = True
+                self.holding.look(full=True)
                 break
             generations = more
             self._received.popleft()
@@ -270,52 +276,37 @@ class Committing:
             header = change.header
             position, gsn = placement.end, header.gsn_last + 1
             points[header.ldsu] = Point(header.sequence + 1, header.chain)
-        return _Batch(changes, size, Cursor(position, gsn, points)), writes, generations
+            if header.kind == MARK:
+                # What comes behind it is not applied with it.
+                break
+        return Batch(changes, size, Cursor(position, gsn, points)), writes, generations
 
-    def _committed(self, batch: _Batch, _result: None, error: BaseException | None) -> None:
+    def _committed(self, batch: Batch, _result: None, error: BaseException | None) -> None:
         self._journaling = False
         if error is not None:
-            self._fail(f"journal {self._config.journal_device} failed: {error}", error)
+            self.fail(f"journal {self._config.journal_device} failed: {error}", error)
             return
-        self.durable = batch.end
         self.received_bytes -= batch.size
-        self.unmirrored_bytes += batch.size
-        self._to_mirror.append(batch)
+        self.mirroring.take(batch)
         if self._ack_wanted:
             # What came meanwhile and asked for one is in the next batch.
             self._ack_wanted = bool(self._received)
             self.acknowledge()
         self._press()
-        self._apply()
+        self.holding.look()
+        self.mirroring.go_on()
         self.commit()
         self._note_idle()
 
     # -- mirror devices -----------------------------------------------------------------------
 
-    def _apply(self) -> None:
-        if self._mirroring or not self._to_mirror or self.failed:
-            return
-        self._mirroring = True
-        batches, self._to_mirror = self._to_mirror, []
-        changes = [change for batch in batches for change in batch.changes]
-        self._mirror_worker.run(
-            partial(self.mirror.apply, changes), partial(self._applied, batches)
-        )
+    def mirrored(self, more: bool) -> None:
+        """Learn that frames are on the mirror devices.
 
-    def _applied(
-        self, batches: list[_Batch], found: list[Verdict] | None, error: BaseException | None
-    ) -> None:
-        self._mirroring = False
-        if error is not None:
-            self._fail(f"a mirror device of {self._config.name} failed: {error}", error)
-            return
-        self.mirror.applied = batches[-1].end
-        self.unmirrored_bytes -= sum(batch.size for batch in batches)
+        :param more: others are being applied that were kept for it: the primary is told then.
+        """
         self._press()
-        for verdict in found or ():
-            self._tell_report(verdict)
-        self._apply()
-        if not self._mirroring:
+        if not more:
             self.acknowledge()
         journal = self.mirror.journal
         entries = self.mirror.applied.gsn - journal.superblock.applied.gsn
@@ -324,33 +315,17 @@ class Committing:
             or entries > self._config.tunables.metadata_entries
             or journal.used_bytes > journal.ring.size // 2
         ):
-            self._checkpoint()
+            self.mirroring.checkpoint()
         self._note_idle()
 
-    def _checkpoint(self) -> None:
-        """Sync the mirror devices and free what the journal held for them."""
-        mirror = self.mirror
-        upto = mirror.applied
-        if (
-            self._checkpointing
-            or self.failed
-            or upto.position == mirror.journal.superblock.applied.position
-        ):
-            return
-        self._checkpointing = True
-        self._mirror_worker.run(partial(mirror.checkpoint, upto, self.durable), self._checkpointed)
-
-    def _checkpointed(self, _result: None, error: BaseException | None) -> None:
-        self._checkpointing = False
-        if error is not None:
-            name = self._config.name
-            self._fail(f"a mirror device or the journal of {name} failed: {error}", error)
-            return
+    def freed(self) -> None:
+        """Learn that the journal has room again."""
         self._journal_full = False
         self.commit()
         self._note_idle()
 
-    def _fail(self, reason: str, error: BaseException) -> None:
+    def fail(self, reason: str, error: BaseException) -> None:
+        """Commit nothing any more (LOUD)."""
         self.failed = self.failed or reason
         self._tell_failed(reason, error)
         self._note_idle()

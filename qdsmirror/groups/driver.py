@@ -29,6 +29,7 @@ from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.framing import UnitFrame
+from qdsmirror.groups.marks import Marks
 from qdsmirror.groups.memory import MemoryLogs
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.restart import open_devices, recover
@@ -84,6 +85,7 @@ class DriverGroup:
         self.bypass = Bypass(self)
         self.pmd = Attachment(self)
         self.verifying = Verifying(self)
+        self.marks = Marks(self)
         self.next_gsn = 1
         self.durable_gsn = self.committed_gsn = 0
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
@@ -309,6 +311,10 @@ class DriverGroup:
     def switch_bypass(self, to: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Bypass.switch`."""
         return self.bypass.switch(to)
+
+    def mark(self, name: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Marks.set`."""
+        return self.marks.set(name)
 
     def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Extensions.extend`."""

@@ -58,6 +58,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "bypass": group.bypass.status(),
         "verify": group.verifying.status(),
+        "checkpoint": group.marks.status(),
         "pool": group.extensions.status(),
         "driver": driver,
         "pmd": {"pid": link.get("pid"), **said},

@@ -35,6 +35,7 @@ from qdsmirror.errors import (
 )
 from qdsmirror.groups.authority import Authority
 from qdsmirror.groups.committing import Committing
+from qdsmirror.groups.holding import Holding
 from qdsmirror.groups.remote_status import remote_status
 from qdsmirror.groups.replies import Replies
 from qdsmirror.groups.runtime import Runtime
@@ -54,6 +55,7 @@ class RemoteGroup:
     """The remote mirror daemon of one group.
 
     :ivar committing: what is received, from the start to the end of :meth:`stop`.
+    :ivar holding: the group's checkpoint.
     :ivar since: when the link's state was entered, seconds since 1970.
     :ivar notes: the last errors, for ``qdsinfo``.
     :ivar epoch: counts what invalidates positions that a handshake was told.
@@ -80,6 +82,7 @@ class RemoteGroup:
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.secret = b""
         self.committing: Committing | None = None
+        self.holding = Holding(self)
         self.epoch = 0
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
         self.since = self.runtime.wall()
@@ -115,7 +118,7 @@ class RemoteGroup:
         except BaseException:
             mirror.close()
             raise
-        for text in mirror.told:
+        for text in mirror.take_told():
             self.log.error("{group}: {text}", group=self.name, text=text)
         if replayed:
             self.log.info(
@@ -128,9 +131,11 @@ class RemoteGroup:
             self._press,
             self._verified,
             self._committing_failed,
+            self.holding,
         )
         hasher = self.runtime.slow_worker(f"{self.name} questions")
         self._replies = Replies(mirror, hasher)
+        self.holding.begin()
         self._say("connecting", "waiting for the primary")
 
     @inlineCallbacks
@@ -140,6 +145,7 @@ class RemoteGroup:
         if committing is None:
             return
         self._drop_link("the remote mirror daemon was stopped")
+        yield self.holding.stop()
         yield committing.stop()
         if self._replies is not None:
             yield self._replies.stop()
@@ -241,6 +247,7 @@ class RemoteGroup:
         committing = self.committing
         assert committing is not None
         mirror = committing.mirror
+        self.holding.check_rebase()
         yield committing.quiet()
         first = positions[0]
         self.log.warn(
@@ -284,6 +291,7 @@ class RemoteGroup:
         self._say("connected", "")
         self.log.info("{group}: connected", group=self.name)
         self.committing.acknowledge()
+        self.holding.report()
 
     def link_message(self, link: Link, message: Message) -> None:
         """See :class:`ILinkOwner`."""
@@ -356,6 +364,10 @@ class RemoteGroup:
         self.log.error("{group}: {reason}", group=self.name, reason=reason)
         self._drop_link(reason)
         self._say("refused", reason, DeviceFailedError.exit_code)
+
+    def switch_checkpoint(self, to: str, name: str, hold: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Holding.switch`."""
+        return self.holding.switch(to, name, hold)
 
     # -- status -------------------------------------------------------------------------------
 

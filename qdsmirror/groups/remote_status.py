@@ -22,6 +22,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
     coherent = superblock is not None and superblock.coherent
     bypass = superblock.bypass if superblock is not None else None
     modes = _modes(group)
+    uris = group.holding.uris()
     reason = group.failed or ("" if connected else str(group.link_state["reason"]))
     return {
         "group": group.number,
@@ -46,19 +47,20 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         },
         "lag": {
             "entries": _unmirrored(committing),
-            "bytes": committing.unmirrored_bytes if committing is not None else 0,
+            "bytes": _unmirrored_bytes(committing),
             "seconds": None,
         },
         "refresh": None,
         "bypass": dict(bypass) if bypass is not None else None,
         "verify": None,
+        "checkpoint": group.holding.status(),
         "driver": {"pid": None},
         "pmd": {**group.link_state, "pid": None},
         "rmd": {"pid": pid, **group.link_state},
         "ldsus": [
             {
                 "name": ldsu.name,
-                "nbd_uri": None,
+                "nbd_uri": uris.get(ldsu.name),
                 "device": None,
                 "data_device": ldsu.data_device,
                 "mirror_device": ldsu.mirror_device,
@@ -99,6 +101,12 @@ def _break_text(bypass: Mapping[str, Any] | None) -> str:
 
 def _unmirrored(committing: Committing | None) -> int:
     return committing.committed_gsn - committing.mirrored_gsn if committing is not None else 0
+
+
+def _unmirrored_bytes(committing: Committing | None) -> int:
+    if committing is None:
+        return 0
+    return committing.durable.position - committing.mirror.applied.position
 
 
 def _journal_status(committing: Committing | None) -> dict[str, Any] | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -20,6 +22,7 @@ from qdsmirror.interfaces import IBlockDevice, IWorker
 from qdsmirror.limits import HANDSHAKE_SECONDS
 from qdsmirror.net.control import attach_to_driver
 from qdsmirror.net.nbd import listen_nbd
+from qdsmirror.net.nbd_socket import bind_nbd
 from qdsmirror.net.tls import client_options, server_context_factory
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.worker import AdaptiveWorker, ReadWorkers, ThreadWorker
@@ -56,6 +59,7 @@ class Runtime:
     :ivar budget: bytes of unanswered requests, shared by all groups of a child.
     :ivar unapplied: bytes framed and not yet applied, of all groups of a child.
     :ivar listen: serves LDSUs to clients; as :func:`qdsmirror.net.nbd.listen_nbd`.
+    :ivar bind: makes a listening Unix socket; as :func:`qdsmirror.net.nbd_socket.bind_nbd`.
     :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.control.attach_to_driver`.
     :ivar endpoint: from reactor, host and group, the way of a pmd to its secondary.
     :ivar server_tls: from the host and the peer's name, what makes TLS around an accepted
@@ -71,6 +75,7 @@ class Runtime:
     budget: Budget = field(default_factory=Budget)
     unapplied: Unapplied = field(default_factory=Unapplied)
     listen: Callable[..., Any] = listen_nbd
+    bind: Callable[[Path], socket.socket] = bind_nbd
     attach: Callable[..., Any] = attach_to_driver
     endpoint: Callable[[Any, HostConfig, GroupConfig], IStreamClientEndpoint] = tls_endpoint
     server_tls: Callable[[HostConfig, str], Any] = server_context_factory

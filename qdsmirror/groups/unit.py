@@ -55,6 +55,7 @@ class DriverUnit:
     """
 
     log = Logger()
+    read_only = False
 
     def __init__(
         self,
@@ -247,16 +248,19 @@ class DriverUnit:
         while self._turns and not self.appending:
             self._turns.popleft()()
 
-    def append_control(self, kind: int, payload: bytes = b"") -> UnitFrame | None:
+    def append_control(
+        self, kind: int, payload: bytes = b"", *, reserve: bool = True
+    ) -> UnitFrame | None:
         """Append a control frame, from the reserve if need be (rules.md 9).
 
         To be called when no append is under way (see :meth:`when_free`).
 
+        :param reserve: whether it may take from the reserve.
         :returns: ``None`` while there is no room, or when a writelog has failed.
         """
         if self.group.failures.stops_framing:
             return None
-        placement = self.writelog.place(HEADER_BYTES + len(payload), control=True)
+        placement = self.writelog.place(HEADER_BYTES + len(payload), control=reserve)
         if placement is None:
             self.group.checkpoints.want_space()
             return None

@@ -115,6 +115,22 @@ class Free(Extend):
     """Begin to free a device of an LDSU's writelog (empty: any); answered once that is durable."""
 
 
+class Checkpoint(_Command):
+    """Take (``on``), release (``off``) or ``list`` the checkpoint of a group (rmd only)."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [
+        (b"to", amp.Unicode()),
+        (b"name", amp.Unicode()),
+        (b"hold", amp.Unicode()),
+    ]
+
+
+class Mark(_Command):
+    """Put a mark into the group's order; answered once it is durable (driver only)."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"name", amp.Unicode())]
+
+
 class KillRefresh(_Command):
     """End the refresh that is running."""
 
@@ -234,6 +250,14 @@ class _ControlProtocol(_BoundedAmp):
     def _free(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
         return self._run("free", ldsu, device)
 
+    @Checkpoint.responder
+    def _checkpoint(self, to: str, name: str, hold: str) -> Deferred[dict[str, Any]]:
+        return self._run("switch_checkpoint", to, name, hold)
+
+    @Mark.responder
+    def _mark(self, name: str) -> Deferred[dict[str, Any]]:
+        return self._run("mark", name)
+
     @KillRefresh.responder
     def _kill_refresh(self) -> Deferred[dict[str, Any]]:
         return self._run("kill_refresh")
@@ -271,6 +295,7 @@ _ALLOWED = {
     command.commandName
     for command in (
         *(Status, Bypass, Refresh, KillRefresh, Verify, Extend, Free),
+        *(Checkpoint, Mark),
         *(Apply, ForgetFailures, AttachPmd),
     )
 }

@@ -95,6 +95,7 @@ class NbdServer:
             export.minimum_block,
             export.preferred_block,
             self._multi_conn,
+            export.read_only,
         )
 
     def getHost(self) -> UNIXAddress:

@@ -4,7 +4,8 @@ The same for the remote mirror daemon and for qdsrmdreco(1).  Everything here bl
 kept: PREFIX (frames are applied in GSN order, and only after they are durable in the journal),
 COHERENT (the superblock says "incoherent" before the first chunk of a refresh is applied, and
 "coherent" only after its end mark, with everything before it synced), RECOVER (applying twice
-changes nothing).
+changes nothing).  While a checkpoint holds, nothing beyond it is applied, whatever comes between
+(rules.md 22).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.core.frames import (
     BREAK,
     ENTRIES,
+    MARK,
     NUMBERS_END,
     REFRESH_BEGIN,
     REFRESH_END,
@@ -28,6 +30,7 @@ from qdsmirror.core.frames import (
     control_payload,
     entries,
 )
+from qdsmirror.core.held import Held, mark_name
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.core.verify import Verdict, parse_rows
 from qdsmirror.errors import CorruptError, MismatchError
@@ -35,6 +38,7 @@ from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.binding import Bound, look_ahead, seal, take_over
 from qdsmirror.storage.fingerprint import ranges_text
+from qdsmirror.storage.logreader import READ_BYTES
 from qdsmirror.storage.recovery import check_binding, closing_on_error
 from qdsmirror.storage.verify import differing
 from qdsmirror.storage.writelog import Writelog
@@ -64,6 +68,18 @@ def change_of(header: FrameHeader, frame: Buffer) -> Change:
     return Change(header, (), control_payload(header, frame))
 
 
+class Applied(NamedTuple):
+    """What was applied.
+
+    :ivar place: behind it; ``frames``: how many.
+    :ivar verdicts: as :meth:`Mirror.apply` gives them.
+    """
+
+    place: Cursor
+    frames: int
+    verdicts: list[Verdict]
+
+
 class JournalScan(NamedTuple):
     """What a journal holds behind its ``applied`` cursor.
 
@@ -84,14 +100,15 @@ class Mirror:
     """A group's journal and mirror devices, open and locked.
 
     :ivar applied: behind the last frame applied (not yet synced).
-    :ivar told: what :meth:`replay` found that an operator should know.
+    :ivar reached: behind the last frame that :meth:`replay` found in the journal.
+    :ivar told: what an operator should know.
     """
 
     def __init__(self, config: GroupConfig, journal: Writelog, devices: Sequence[IBlockDevice]):
         self.config = config
         self.journal = journal
         self.devices = list(devices)
-        self.applied = journal.superblock.applied
+        self.applied = self.reached = journal.superblock.applied
         self.told: list[str] = []
         #: Up to this GSN the devices may hold what a later frame wrote: nothing is compared.
         self._unsure_gsn = NUMBERS_END
@@ -165,6 +182,8 @@ class Mirror:
     def replay(self) -> int:
         """Apply what the journal holds, after any end (patent: qdsrmdreco), and sync everything.
 
+        Up to a checkpoint that holds, or to a mark that takes one.
+
         :returns: frames applied.
         :raises CorruptError: the journal ends before what was durable in it, or its superblock is
             not the newest there was; nothing was written then.
@@ -173,19 +192,87 @@ class Mirror:
         scan = self.scan()
         if scan.damage:
             raise CorruptError(scan.damage, _REMEDY)
-        self.told = take_over(self._bound, self.config, self._mark_foreign)
-        reader = self.journal.reader(self.journal.superblock.applied, contiguous=True)
-        for found in reader:
-            self.apply([change_of(found.header, found.frame)])
-        if reader.position != scan.reached.position:
+        self.told += take_over(self._bound, self.config, self._mark_foreign)
+        self.journal.head = scan.reached.position
+        self.reached = scan.reached
+        count = 0
+        while self.held is None and self.applied.position != scan.reached.position:
+            done = self.apply_journal(scan.reached)
+            self.applied = done.place
+            count += done.frames
+        self._unsure_gsn = scan.reached.gsn - 1
+        if self.held is None:
+            self.checkpoint(scan.reached, scan.reached)
+        return count
+
+    def apply_journal(self, upto: Cursor) -> Applied:
+        """Apply the next frames that are durable in the journal, as many as one read gives.
+
+        A mark is the last of them.
+
+        :param upto: behind the last that is.
+        :raises CorruptError: it does not hold what it should.
+        :raises OSError: a device or the journal refused.
+        """
+        cursor = self.applied
+        changes: list[Change] = []
+        verdicts: list[Verdict] = []
+        reader = self.journal.reader(cursor, contiguous=True)
+        for found in reader.read(READ_BYTES, upto.position):
+            changes.append(change_of(found.header, found.frame))
+            cursor = cursor.after(found.header, found.end)
+            if found.header.kind == MARK:
+                break
+        else:
+            # Pads may stand behind the last one.
+            cursor = reader.cursor
+        if changes:
+            verdicts = self.apply(changes)
+            self.reach(changes[-1], cursor, upto)
+        elif cursor.position != upto.position:
             raise CorruptError(
                 f"{self.journal.device.path}: reads differently than a moment ago", _REMEDY
             )
-        self._unsure_gsn = scan.reached.gsn - 1
-        self.journal.head = scan.reached.position
-        self.applied = scan.reached
-        self.checkpoint(scan.reached, scan.reached)
-        return scan.frames
+        return Applied(cursor, len(changes), verdicts)
+
+    # -- a checkpoint -------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Held | None:
+        """The checkpoint that holds."""
+        return Held.from_json(self.journal.superblock.checkpoint)
+
+    def reach(self, last: Change, place: Cursor, durable: Cursor) -> None:
+        """Take the checkpoint that a mark asks for, if the mirror is usable there.
+
+        :param last: the last frame applied; ``place``: behind it.
+        :param durable: as for :meth:`checkpoint`.
+        """
+        if last.header.kind != MARK:
+            return
+        name, hold = mark_name(last.control), self.config.tunables.checkpoint_hold
+        if not self.journal.superblock.coherent:
+            reason = self.journal.superblock.reason
+            self.told.append(f"no checkpoint at mark {name}: the mirror is not usable: {reason}")
+            return
+        since = last.header.time_ns / 1e9
+        self.hold(Held(name, place.gsn - 1, since, hold, True), place, durable)
+
+    def take_told(self) -> list[str]:
+        """Give what an operator should know, once."""
+        told, self.told = self.told, []
+        return told
+
+    def hold(self, held: Held, place: Cursor, durable: Cursor) -> None:
+        """Record, in both slots, that nothing beyond a place is applied; all before it is, synced.
+
+        :param durable: as for :meth:`checkpoint`.
+        """
+        self.checkpoint(place, durable, checkpoint=held.to_json())
+
+    def release(self) -> None:
+        """Record that applying goes on."""
+        self.journal.update(both=True, checkpoint=None)
 
     @property
     def _bound(self) -> list[Bound]:
@@ -206,6 +293,7 @@ class Mirror:
             reason=reason,
             refresh=None,
             bypass=None,
+            checkpoint=None,
             # A journal that was never filled has none, and its mirror nothing to lose.
             generations=generations if known.generations else (),
         )
@@ -293,11 +381,12 @@ class Mirror:
             device.fdatasync()
         self.journal.update(both=True, coherent=True, reason="", refresh=None)
 
-    def checkpoint(self, upto: Cursor, durable: Cursor) -> None:
+    def checkpoint(self, upto: Cursor, durable: Cursor, **changes: Any) -> None:
         """Sync the mirror devices and free the journal up to a place that is applied.
 
         :param durable: behind the last frame that is durable in the journal: a later scan that
             does not come so far has found corruption (rules.md 6).
+        :param changes: of other fields of the superblock.
         """
         for device in self.devices:
             device.fdatasync()
@@ -307,4 +396,5 @@ class Mirror:
             applied=upto,
             head=durable,
             durable_gsn=durable.gsn - 1,
+            **changes,
         )

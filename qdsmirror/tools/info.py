@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,20 +132,27 @@ def others(groups: Sequence[Group], predicate: str) -> list[Group]:
     return [group for group in groups if not is_so(group, predicate)]
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def wait(
     look: Look,
     predicate: str,
     timeout_seconds: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = _to_stderr,
 ) -> tuple[str, list[Group]]:
     """Wait until every group satisfies a predicate; daemons may come and go meanwhile.
 
+    :param tell: told once what it waits for where somebody has to do something: a checkpoint.
     :returns: what the last look gave.
     :raises DegradedError: not within the time.
     :raises IdentityError: the link is refused for good; likewise ConfigError, BrokenError.
     """
     deadline = clock() + timeout_seconds
+    told = predicate != "drained"
     while True:
         try:
             host, groups = look()
@@ -157,6 +165,9 @@ def wait(
             for group in open_ones:
                 raise_failure(group)
             lacking = describe(open_ones[0], predicate)
+            if not told and open_ones[0].get("checkpoint"):
+                told = True
+                tell(lacking)
         if clock() >= deadline:
             raise DegradedError(
                 f"not {predicate} after {timeout_seconds:g} s: {lacking}", hint="qdsinfo"
@@ -170,6 +181,12 @@ def describe(group: Group, predicate: str) -> str:
     if predicate == "drained":
         if group["role"] == "secondary":
             return f"{name} is secondary here, only its primary knows when it is drained"
+        held = group.get("checkpoint")
+        if held:
+            return (
+                f"{name}: checkpoint {held['name']} holds at the secondary at GSN {held['gsn']}: "
+                f"release it there with qdscheckpoint off -g {group['group']}"
+            )
         gsn = group["gsn"]
         past = (group["bypass"] or {}).get("dirty_bytes")
         if past:

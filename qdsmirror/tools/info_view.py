@@ -105,6 +105,7 @@ def remarks(group: Group) -> list[str]:
                 "qdsmirror-architecture(7)"
             )
         lines.append(f"{group['name']}: {text}")
+    lines += _checkpoint_lines(group)
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
@@ -137,6 +138,16 @@ def _reasons(group: Group) -> list[str]:
             found.append(f"earlier: {error}")
             known.append(error)
     return found
+
+
+def _checkpoint_lines(group: Group) -> list[str]:
+    held = group.get("checkpoint")
+    if not held:
+        return []
+    where = "" if group["role"] == "secondary" else " at the secondary"
+    text = f"checkpoint {held['name']} holds{where} at GSN {held['gsn']}"
+    uris = "".join(f"; read it at {uri}" for uri in held.get("nbd_uris", {}).values())
+    return [f"{group['name']}: {text}{uris}"]
 
 
 def _extension_lines(group: Group) -> list[str]:

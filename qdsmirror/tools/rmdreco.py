@@ -22,11 +22,15 @@ from qdsmirror.tools import cli
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of qdsrmdreco."""
-    return cli.parser(
+    made = cli.parser(
         "qdsrmdreco",
         "Commit what the journal of a stopped secondary holds to its mirror devices.",
         groups=True,
     )
+    made.add_argument(
+        "--release", action="store_true", help="release checkpoints, and go on beyond them"
+    )
+    return made
 
 
 @cli.run
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for group in groups:
         try:
             with cli.naming(group.name):
-                done.append(_recover(paths, group))
+                done.append(_recover(paths, group, arguments.release))
         except QdsError as error:
             # The other mirrors are needed no less.
             failed.append(error)
@@ -61,22 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.report_all(failed, arguments.json)
 
 
-def _recover(paths: Paths, group: GroupConfig) -> dict[str, Any]:
+def _recover(paths: Paths, group: GroupConfig, release: bool) -> dict[str, Any]:
     used = (group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus))
     latch = FailureLatch(paths.state_file(group.number))
     latch.check(used)
     try:
-        return _replay(group)
+        return _replay(group, release)
     except DeviceFailedError as error:
         # The kernel reports the next sync as good, to the rmd too (rules.md 4).
         latch.record(error.path, error)
         raise
 
 
-def _replay(group: GroupConfig) -> dict[str, Any]:
+def _replay(group: GroupConfig, release: bool) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
         frames = mirror.replay()
+        while release and mirror.held is not None:
+            mirror.release()
+            frames += mirror.replay()
         for text in mirror.told:
             print(f"{group.name}: {text}", file=sys.stderr)
         mirror.seal()
@@ -88,6 +95,7 @@ def _replay(group: GroupConfig) -> dict[str, Any]:
             "coherent": superblock.coherent,
             "reason": superblock.reason,
             "generation": superblock.generation.hex(),
+            "checkpoint": dict(superblock.checkpoint) if superblock.checkpoint else None,
         }
     finally:
         mirror.close()
@@ -99,3 +107,9 @@ def _print(found: dict[str, Any]) -> None:
         f"{found['group']}: {found['frames']} frames committed; the mirror stands at GSN "
         f"{found['gsn']} and is {usable}"
     )
+    held = found["checkpoint"]
+    if held is not None:
+        print(
+            f"{found['group']}: checkpoint {held['name']} holds there; what the journal has beyond "
+            "it is applied with --release"
+        )

@@ -157,6 +157,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "refresh": None,
         "bypass": None,
         "verify": None,
+        "checkpoint": None,
         "pool": None,
         "driver": {"pid": None},
         "pmd": {"pid": None, "state": "stopped"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,23 +39,33 @@ class FakeLink:
     def __init__(self) -> None:
         self.acks: list[Ack] = []
         self.closed = ""
+        self.paused = False
+        self.reports: list[dict[str, Any]] = []
 
     def send(self, data: bytes) -> None:
         for message in stream.MessageParser().feed(data):
-            self.acks.append(stream.parse_ack(message.payload))
+            if message.type == stream.ACK:
+                self.acks.append(stream.parse_ack(message.payload))
+            elif message.type == stream.REPORT:
+                self.reports.append(json.loads(bytes(message.payload)))
 
     def close(self, reason: str) -> None:
         self.closed = reason
 
     def pause_reading(self) -> None:
-        pass
+        self.paused = True
 
     def resume_reading(self) -> None:
-        pass
+        self.paused = False
 
 
 class RemoteWorld:
-    """A secondary of two LDSUs, and the rmd's group over it, its workers stepped."""
+    """A secondary of two LDSUs, and the rmd's group over it, its workers stepped.
+
+    :ivar runtime_changes: what else the group's runtime has.
+    """
+
+    runtime_changes: Mapping[str, Any] = {}
 
     def __init__(self, test: SynchronousTestCase, journal: int = MIB) -> None:
         self.test = test
@@ -83,6 +95,7 @@ class RemoteWorld:
             read_worker=worker,
             wall=self.reactor.seconds,
             server_tls=lambda *_: None,
+            **self.runtime_changes,
         )
         host = HostConfig("beta", Path("c"), Path("k"), Path("a"))
         self.group = RemoteGroup(self.config, host, self.paths, self.reactor, runtime)

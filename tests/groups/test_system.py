@@ -114,14 +114,14 @@ class LinkTests(TestCase):
         rmd = sites.rmd
         assert rmd is not None and rmd.committing is not None
         committing = rmd.committing
-        committing._mirroring = True  # the mirror devices do not keep up
+        committing.mirroring.running = True  # the mirror devices do not keep up
         for number in range(1500):
             sites.write(number % 2, number * BLOCK, unique(number))
         yield sites.until(lambda: committing._journal_full and rmd._paused, "a full journal")
         self.assertLess(committing.received_bytes, 128 * KIB + limits.SEND_BUFFER_BYTES)
         self.assertEqual(len(sites.client.done), 1500)
-        committing._mirroring = False
-        committing._apply()
+        committing.mirroring.running = False
+        committing.mirroring.go_on()
         yield sites.drained()
         sites.assert_equal()
 
@@ -176,7 +176,7 @@ class LinkTests(TestCase):
         assert rmd is not None and rmd.committing is not None
         committing = rmd.committing
         # The frames get into the journal and are acknowledged, but not onto the mirror.
-        committing._mirroring = True
+        committing.mirroring.running = True
         for number in range(20):
             sites.write(number % 2, number * BLOCK, unique(number))
         driver = sites.driver

@@ -73,6 +73,8 @@ class Model:
         self.dead: set[int] = set()
         #: LDSUs whose writelog has failed: writes go past it, its end may be lost (rules.md 13).
         self.unlogged: set[int] = set()
+        #: Whether a checkpoint holds: nothing may be written to a mirror (rules.md 22).
+        self.is_held = False
         self._watch_disks()
         self.counts: dict[str, int] = {}
 
@@ -315,6 +317,8 @@ class Model:
     def _mirror_write(self, ldsu: int, offset: int, data: bytes) -> None:
         """PREFIX: what is written to a mirror is durable in the journal."""
         self._count("mirror writes")
+        if self.is_held:
+            raise Violation(f"PREFIX: mirror {ldsu} is written while a checkpoint holds")
         for at in range(0, len(data), SECTOR):
             tag = data[at : at + TAG]
             if tag != ZERO_TAG and not any(
@@ -330,17 +334,30 @@ class Model:
         cursor: Cursor,
         superblock: Superblock,
         contents: Sequence[bytes | bytearray],
+        reached: Cursor,
     ) -> None:
-        """PREFIX, COHERENT, TAIL: what the secondary holds after a replay."""
-        self._journal_gsn = cursor.gsn
+        """PREFIX, COHERENT, TAIL: what the secondary holds after a replay.
+
+        :param reached: where its journal ends.
+        """
+        self._journal_gsn = reached.gsn
         self._count("mirrors checked")
-        if self.lineage.knows(superblock.generation or b"") and cursor.gsn <= self.acked:
+        if self.lineage.knows(superblock.generation or b"") and reached.gsn <= self.acked:
             raise Violation(
-                f"DURABLE: the secondary acknowledged GSN {self.acked} and holds {cursor.gsn - 1}"
+                f"DURABLE: the secondary acknowledged GSN {self.acked} and holds {reached.gsn - 1}"
             )
         for made in self.check_places(cursor, superblock, contents, self.tips):
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
+
+    def holds(self, place: Cursor, superblock: Superblock) -> None:
+        """PREFIX, DURABLE: a checkpoint holds: its mirrors stand there, and all of it is synced."""
+        self._count("checkpoints")
+        self.is_held = True
+        for index, mirror in enumerate(self.mirrors):
+            if mirror.unsynced:
+                raise Violation(f"DURABLE: a checkpoint holds, and mirror {index} is not synced")
+        self.check_places(place, superblock, [mirror.seen for mirror in self.mirrors], self.tips)
 
     def check_places(
         self,

@@ -24,6 +24,7 @@ from qdsmirror.groups.attachment import DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
+from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.syncing import Syncing
@@ -33,7 +34,7 @@ from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.bitmap import empty_bitmap
-from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.journal import Applied, Mirror
 from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
 
@@ -404,6 +405,45 @@ def _journal_freed_before_the_mirror_is_synced(patch: Patch) -> None:
 @mutation("BOUND", seeds=200)
 def _never_presses_back(patch: Patch) -> None:
     patch(RemoteGroup, "_press", lambda _self, _full: None)
+
+
+@mutation("PREFIX", seeds=50)
+def _replay_passes_the_checkpoint(patch: Patch) -> None:
+    real = Mirror.replay
+
+    def replay(mirror: Any) -> int:
+        with mock.patch.object(Mirror, "held", None):
+            return real(mirror)
+
+    patch(Mirror, "replay", replay)
+
+
+@mutation("DURABLE", seeds=50)
+def _checkpoint_told_before_it_is_durable(patch: Patch) -> None:
+    real = Mirror.hold
+
+    def hold(mirror: Any, *args: Any) -> None:
+        with mock.patch.object(mirror.journal.device, "pwritev", lambda *_: None):
+            real(mirror, *args)
+
+    patch(Mirror, "hold", hold)
+
+
+@mutation("PREFIX", seeds=100, first=60)
+def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
+    def all_of_it(mirroring: Any) -> Any:
+        ready, mirroring._ready = mirroring._ready, []
+        return ready
+
+    def apply(mirroring: Any, batches: Any, durable: Any) -> Applied:
+        mark = next((b for b in batches if b.marks), batches[-1])
+        changes = [change for batch in batches for change in batch.changes]
+        verdicts = mirroring.mirror.apply(changes)
+        mirroring.mirror.reach(mark.changes[-1], mark.end, durable)
+        return Applied(batches[-1].end, len(changes), verdicts)
+
+    patch(Mirroring, "_next", all_of_it)
+    patch(Mirroring, "_apply", apply)
 
 
 @mutation("COHERENT", seeds=200)

@@ -17,6 +17,7 @@ class Profile:
     :ivar pool: extension devices.
     :ivar corruption: at how many power cuts a sector of a log is damaged, of 1.
     :ivar auto_refresh: whether the bypass of an overflow is left without an operator.
+    :ivar checkpoint_hold: what becomes of a checkpoint when the journal fills.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
@@ -40,6 +41,7 @@ class Profile:
     clients: int
     eager: float
     slow: str
+    checkpoint_hold: str
     faults: dict[str, int]
 
     @classmethod
@@ -59,6 +61,10 @@ class Profile:
         pool = choose((0, 0, 1, 2))
         faults["extend"] = choose((0, 60, 200)) if pool else 0
         faults["free"] = choose((60, 200)) if faults["extend"] else 0
+        # By themselves: what else a seed decides stays as it was.
+        own = Random(repr(random.getstate()))
+        faults["checkpoint"] = own.choice((0, 0, 0, 60, 200))
+        faults["mark"] = own.choice((0, 60, 200)) if faults["checkpoint"] else 0
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -79,5 +85,6 @@ class Profile:
             clients=choose((1, 1, 2)),
             eager=random.random(),
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
+            checkpoint_hold=own.choice(("release", "strict")),
             faults=faults,
         )

@@ -48,6 +48,7 @@ PROFILE = Profile(
     clients=1,
     eager=0.0,
     slow="",
+    checkpoint_hold="release",
     faults={},
 )
 

@@ -106,6 +106,7 @@ class Sites:
                 metadata_seconds=profile.metadata_seconds,
                 send_window=profile.window,
                 auto_refresh=profile.auto_refresh,
+                checkpoint_hold=profile.checkpoint_hold,
             ),
             ldsus=tuple(
                 LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")
@@ -240,6 +241,7 @@ class Sites:
             read_worker=process.read_worker,
             wall=lambda: _EPOCH + process.seconds(),
             listen=lambda *_: _Listener(),
+            bind=lambda _path: _Bound(),
             attach=lambda _reactor, _path: self._attach(process),
             endpoint=lambda *_: _Way(self, process),
             unapplied=Unapplied(self.profile.limit, 0),
@@ -286,6 +288,7 @@ class Sites:
             self.receiving = True
             self.corruption["beta"].heal()
             self.check_mirror()
+            self.check_held()
         self.note(f"started {process.name}")
 
     def driver_began(self) -> None:
@@ -322,7 +325,17 @@ class Sites:
             mirror.applied,
             mirror.journal.superblock,
             [self.disks[ldsu.mirror_device].seen for ldsu in self.config.ldsus],
+            self.rmd.group.committing.durable,
         )
+
+    def check_held(self) -> None:
+        """DURABLE: a checkpoint that was told is there after any end."""
+        assert self.rmd is not None
+        held = self.rmd.group.mirror.held
+        if self.model.is_held and held is None:
+            raise Violation("DURABLE: the checkpoint is gone")
+        # One that was never told may have become durable.
+        self.model.is_held = held is not None
 
     def kill(self, name: str) -> None:
         """kill -9."""
@@ -445,8 +458,23 @@ class AllButTheFirst:
         return kept
 
 
+class _Bound:
+    """Where a listening socket would be."""
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        """Leave it."""
+
+
 class _Listener:
-    """Where the NBD server would be."""
+    """Where the NBD server would be.
+
+    :ivar connections: none: the simulation's clients have no sockets.
+    """
+
+    connections: tuple[object, ...] = ()
 
     def stopListening(self) -> Deferred[None]:  # noqa: N802
         return succeed(None)

@@ -22,6 +22,7 @@ from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.limits import KIB
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
+from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
 from tests.sim.history import Written
 from tests.sim.sites import Sites
@@ -61,6 +62,8 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(Link, "send_frames", _watched_send_frames(world, Link.send_frames))
         patch(RemoteGroup, "rebase", _watched_rebase(world, RemoteGroup.rebase))
         patch(Link, "send", _watched_send(world, Link.send))
+        patch(Mirror, "hold", _watched_hold(world, Mirror.hold))
+        patch(Mirror, "release", _watched_release(world, Mirror.release))
         patch(Writelog, "write_superblock", _watched_superblock(world, Writelog.write_superblock))
         globalLogPublisher.addObserver(observe)
         stack.callback(globalLogPublisher.removeObserver, observe)
@@ -133,6 +136,22 @@ def _watched_send(world: Sites, original: Any) -> Any:
         original(link, data)
 
     return send
+
+
+def _watched_hold(world: Sites, original: Any) -> Any:
+    def hold(mirror: Mirror, held: Any, place: Any, durable: Any) -> None:
+        original(mirror, held, place, durable)
+        world.model.holds(place, mirror.journal.superblock)
+
+    return hold
+
+
+def _watched_release(world: Sites, original: Any) -> Any:
+    def release(mirror: Mirror) -> None:
+        world.model.is_held = False
+        original(mirror)
+
+    return release
 
 
 def _watched_superblock(world: Sites, original: Any) -> Any:

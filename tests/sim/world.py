@@ -83,6 +83,10 @@ class World(Clients):
             self.switch_bypass()
         elif what in ("extend", "free"):
             self._change_log(what)
+        elif what == "checkpoint":
+            self.switch_checkpoint()
+        elif what == "mark":
+            self._mark()
         else:
             self._spoil()
 
@@ -142,6 +146,30 @@ class World(Clients):
         switched = maybeDeferred(group.switch_bypass, to)
         switched.addCallback(lambda _: self.count(f"bypass {to}"))
         switched.addErrback(lambda failure: failure.trap(QdsError))
+
+    def switch_checkpoint(self) -> None:
+        """Take a checkpoint on the secondary, or release it."""
+        if not self.receiving or self.rmd is None:
+            return
+        group = self.rmd.group
+        to = "off" if group.holding.held is not None else "on"
+        hold = self.random.choice(("release", "strict")) if to == "on" else ""
+        self.note(f"checkpoint {to} {hold}")
+        switched = maybeDeferred(group.switch_checkpoint, to, "c", hold)
+        switched.addCallback(lambda _: self.count(f"checkpoint {to}"))
+        switched.addErrback(self._not_possible)
+
+    def _not_possible(self, failure: Any) -> None:
+        """Take a refusal; with a failed device any error."""
+        failure.trap(QdsError, *((OSError,) if self.latched else ()))
+
+    def _mark(self) -> None:
+        if not self.serving or self.driver is None:
+            return
+        self.note("mark")
+        marked = maybeDeferred(self.driver.group.mark, f"m{self._number()}")
+        marked.addCallback(lambda _: self.count("mark"))
+        marked.addErrback(lambda failure: failure.trap(QdsError))
 
     def _change_log(self, how: str) -> None:
         """Chain a device of the pool to a writelog, or take one back."""
@@ -301,6 +329,8 @@ class World(Clients):
             else:
                 if not alone and self._needs_operator():
                     self.switch_bypass()
+                if not alone and self.model.is_held:
+                    self.switch_checkpoint()
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
 

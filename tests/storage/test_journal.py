@@ -478,3 +478,27 @@ class RebaseTests(SynchronousTestCase):
             self.assertEqual(superblock.refresh, {"id": TWO.hex()})
             self.assertEqual(superblock.applied, at)
         self.assertEqual(site.devices["/journal"].unsynced, [])
+
+
+class PadTests(SynchronousTestCase):
+    def test_pads_behind_the_last_frame(self) -> None:
+        """A pad that was written, and whose record was lost, ends what is replayed."""
+        site = Site()
+        count = 0
+        while True:
+            head = site.journal.head
+            rest = site.journal.ring.contiguous(head)
+            if rest < 64 * KIB:
+                break
+            append(site.journal, site.maker.make(0, [entry(count, 0)]))
+            count += 1
+            site.devices["/journal"].fdatasync()
+        large = site.maker.make(0, [write(0, bytes(8 * KIB))])
+        placement = site.journal.ring.place(head, head, 48 + len(large) + rest)
+        assert placement is not None and placement.pads
+        pad, *_ = site.journal.record(placement, len(large), [large], 0)
+        site.journal.write([pad])
+        site.devices["/journal"].fdatasync()
+        mirror = site.open()
+        self.assertEqual(mirror.replay(), count)
+        self.assertEqual(mirror.applied.position, placement.pads[0][0] + placement.pads[0][1])

@@ -10,7 +10,8 @@ from typing import Any
 
 from twisted.trial.unittest import TestCase
 
-from qdsmirror.core.frames import REFRESH, REFRESH_BEGIN, REFRESH_END, Entry
+from qdsmirror.core.frames import MARK, REFRESH, REFRESH_BEGIN, REFRESH_END, Entry
+from qdsmirror.core.held import pack_mark
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.tools import wlscan
@@ -117,10 +118,32 @@ class RecoverTests(RecoverTestCase):
                         "coherent": True,
                         "reason": "",
                         "generation": GENERATION.hex(),
+                        "checkpoint": None,
                     }
                 ]
             },
         )
+
+    def test_a_checkpoint_is_passed_only_when_it_is_released(self) -> None:
+        make = self.makers[0].make
+        frames = [
+            make(0, [entry(0, 1, 1024), entry(4096, 2)]),
+            make(1, [entry(512, 3)]),
+            make(0, [entry(512, 4)]),
+            make(0, kind=MARK, control=pack_mark("nightly")),
+            make(1, [entry(0, 9)]),
+        ]
+        self.site.append("journal0", frames)
+        code, output, _ = self.site.run(main)
+        self.assertEqual(code, 0)
+        self.assertIn("4 frames committed; the mirror stands at GSN 5", output)
+        self.assertIn("checkpoint nightly holds there", output)
+        self.applied()
+        self.assertEqual(self.site.content()["mirror1"][:512], bytes(512))
+        self.assertEqual(self.recover()["groups"][0]["frames"], 0)
+        told = self.recover("--release")["groups"][0]
+        self.assertEqual((told["frames"], told["gsn"], told["checkpoint"]), (1, 6, None))
+        self.assertEqual(self.site.content()["mirror1"][:512], b"\11" * 512)
 
     def test_an_unfinished_refresh_is_told(self) -> None:
         make = self.makers[0].make
