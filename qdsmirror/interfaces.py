@@ -102,6 +102,7 @@ class IExport(Interface):
     minimum_block: int = Attribute("bytes: logical block of the data device")
     preferred_block: int = Attribute("bytes")
     read_only: bool = Attribute("whether whatever would change it is refused")
+    closed: str = Attribute("why it takes no clients now; empty while it does")
 
     def attach(connection: INbdConnection) -> None:
         """A client has entered transmission on this export."""

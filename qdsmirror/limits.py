@@ -116,6 +116,22 @@ BITMAP_BLOCK_BYTES = 4 * KIB
 METADATA_ENTRIES_DEFAULT = 4096
 METADATA_SECONDS_DEFAULT = 1.0
 
+# -- backfresh ----------------------------------------------------------------------------------
+#: It asks for so many blocks at once, and has so many spans (COMPARE_SPAN_BYTES) under way.
+BACKFRESH_READ_BYTES = MIB
+BACKFRESH_SPANS_MAX = 8
+#: What it has done by then it records so often: a crash costs no more.
+BACKFRESH_RECORD_SECONDS = 5.0
+#: So long it waits for the link, and for the secondary to have all, before it begins.
+BACKFRESH_DRAIN_SECONDS = 10.0
+#: What fails on its way is tried again this late, doubling.
+BACKFRESH_RETRY_SECONDS_MIN = 0.2
+BACKFRESH_RETRY_SECONDS_MAX = 10.0
+#: Of a path that superblocks keep.
+KEEP_PATH_BYTES_MAX = 1024
+#: What a file of kept blocks says of itself.
+KEEP_HEADER_BYTES_MAX = MIB
+
 # -- devices and workers ------------------------------------------------------------------------
 #: Buffers of one pwritev: the kernel's UIO_MAXIOV.
 DEVICE_IOV_MAX = 1024
@@ -256,6 +272,8 @@ LOG_END_SECONDS = 1.0
 #: What is kept of the reason for a failure that travels from a child to its master.
 REASON_CHARACTERS_MAX = 1024
 
+assert BACKFRESH_READ_BYTES <= QUESTION_READ_BYTES_MAX
+assert BACKFRESH_SPANS_MAX < QUESTIONS_MAX
 assert FRAME_PAYLOAD_BYTES_MAX <= SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES
 assert FRAME_BYTES_MAX < STREAM_MESSAGE_BYTES_MAX < RECEIVED_BYTES_MAX
 assert CONTROL_RESERVE_BYTES * 3 <= WRITELOG_BYTES_MIN

@@ -38,6 +38,7 @@ class MemoryExport:
         self.minimum_block = minimum_block
         self.preferred_block = 4096
         self.read_only = False
+        self.closed = ""
         self.data = bytearray(size)
         self.written: set[int] = set()
         self.attached: list[INbdConnection] = []

@@ -36,6 +36,7 @@ REP_SERVER = 2
 REP_INFO = 3
 REP_META_CONTEXT = 4
 REP_ERR_UNSUP = (1 << 31) + 1
+REP_ERR_POLICY = (1 << 31) + 2
 REP_ERR_INVALID = (1 << 31) + 3
 REP_ERR_UNKNOWN = (1 << 31) + 6
 REP_ERR_TOO_BIG = (1 << 31) + 9
@@ -95,6 +96,10 @@ class ExportInfo:
         return flags
 
 
+class ExportClosedError(Exception):
+    """The export exists, and takes no client now; its text tells why."""
+
+
 class _OptionError(Exception):
     """An option that is answered with an error; the negotiation goes on."""
 
@@ -143,7 +148,7 @@ class Negotiation:
     """The server's side of one client's handshake.
 
     :param names: gives the names of all exports, for LIST.
-    :param find: gives the export of a name, or ``None``.
+    :param find: gives the export of a name, or ``None``; may raise ExportClosedError.
 
     :ivar export: the export chosen; until then ``None``.
     :ivar structured: whether structured replies were negotiated.
@@ -249,9 +254,12 @@ class Negotiation:
     # Each option gives the replies that go before the final acknowledgement.
 
     def _export_name(self, data: bytes) -> bytes:
-        export = self._look_up(data) if len(data) <= limits.NBD_NAME_BYTES_MAX else None
+        # This option's reply has no room for an error.
+        try:
+            export = self._look_up(data) if len(data) <= limits.NBD_NAME_BYTES_MAX else None
+        except ExportClosedError as closed:
+            raise ProtocolError(str(closed)) from None
         if export is None:
-            # This option's reply has no room for an error.
             raise ProtocolError(f"no NBD export has the name {_shown(data)}")
         self._choose(export, data)
         reply = _EXPORT.pack(export.size, export.transmission_flags(self.structured))
@@ -325,7 +333,10 @@ class Negotiation:
         return name, queries
 
     def _known(self, name: bytes) -> ExportInfo:
-        export = self._look_up(name)
+        try:
+            export = self._look_up(name)
+        except ExportClosedError as closed:
+            raise _OptionError(REP_ERR_POLICY, str(closed)) from None
         if export is None:
             raise _OptionError(REP_ERR_UNKNOWN, f"no export has the name {_shown(name)}")
         return export

@@ -231,6 +231,8 @@ class Superblock:
     :ivar memory: the memory that the ring stands in; ``None`` where it stands on a device.
     :ivar checkpoint: of a journal: the checkpoint (:class:`~qdsmirror.core.held.Held`) at
         ``applied``, beyond which nothing is applied, or ``None``.
+    :ivar backfresh: what the data device lacks, or is being fetched from the mirror
+        (:class:`~qdsmirror.core.backfresh.BackfreshState`), or ``None``: it is a copy.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -258,6 +260,7 @@ class Superblock:
     extensions: tuple[Extension, ...] = ()
     memory: RingMemory | None = None
     checkpoint: Mapping[str, Any] | None = None
+    backfresh: Mapping[str, Any] | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
 
@@ -299,6 +302,8 @@ class Superblock:
             body["memory"] = list(self.memory)
         if self.checkpoint is not None:
             body["checkpoint"] = dict(self.checkpoint)
+        if self.backfresh is not None:
+            body["backfresh"] = dict(self.backfresh)
         return body
 
     @classmethod
@@ -330,6 +335,7 @@ class Superblock:
             fingerprints=body.get("fingerprints"),
             failures=body.get("failures"),
             checkpoint=body.get("checkpoint"),
+            backfresh=body.get("backfresh"),
             extensions=tuple(
                 Extension(n, bytes.fromhex(i), size, leaving)
                 for n, i, size, leaving in body["extensions"]
@@ -365,6 +371,8 @@ class Superblock:
             raise ValueError("the layout is impossible")
         if self.fingerprints is not None and not isinstance(self.fingerprints, dict):
             raise ValueError("the fingerprints cannot be read")
+        if self.backfresh is not None and not isinstance(self.backfresh, dict):
+            raise ValueError("the record of a backfresh cannot be read")
         Failed.from_json(self.failures)
         Held.from_json(self.checkpoint)
         area = self.bitmap

@@ -28,6 +28,7 @@ class PmdEnd(Protocol):
     :ivar refresh: the refresh that may replace the secondary's history.
     :ivar covered_gsn: up to this number dirty bits stand for all that the secondary may not have
         committed, though the writelogs do not hold it; ``None`` where they hold it all.
+    :ivar held: whether nothing is sent, and the secondary only asked, whatever its history is.
     :ivar lost: whether the driver is gone.
     """
 
@@ -47,6 +48,7 @@ class PmdEnd(Protocol):
         self.durable_gsn: int = info["durable_gsn"]
         self.refresh: dict[str, Any] | None = info["refresh"]
         self.covered_gsn: int | None = info["covered_gsn"]
+        self.held: bool = info["held"]
         self.lost = False
 
     def adopt(self, reactor: Any, end: int) -> None:

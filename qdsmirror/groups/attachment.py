@@ -34,6 +34,7 @@ class Attachment:
     :ivar sent_gsn: what it has sent; ``mirrored_gsn``: what is on the mirror devices; both ``None``
         while no pmd has said so.
     :ivar link: state, reason and code of its link to the secondary.
+    :ivar held: whether nothing is sent, and the secondary only asked, whatever its history is.
     :ivar questions: what the secondary is asked by it.
     :ivar listeners: by what they are ``about``, who takes the secondary's reports; one that nobody
         takes is dropped.
@@ -47,6 +48,7 @@ class Attachment:
         self.sent_gsn: int | None = None
         self.mirrored_gsn: int | None = None
         self.link: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+        self.held = False
         self.questions = Questions(self)
         self.listeners: dict[str, Callable[[dict[str, Any]], None]] = {}
 
@@ -86,6 +88,7 @@ class Attachment:
             "committed_gsn": group.committed_gsn,
             "refresh": refresh.announcement() if refresh is not None else None,
             "covered_gsn": group.memory.covered_gsn,
+            "held": self.held,
             "units": [
                 _unit_info(unit, self.end.layouts[unit.index][0], shared[unit.index])
                 for unit in group.units
@@ -102,6 +105,16 @@ class Attachment:
     def awaits_refresh(self) -> bool:
         """Whether the secondary was reached, and has what came before a log that was lost."""
         return bool(self.link.get("awaits_refresh"))
+
+    def hold(self, held: bool) -> None:
+        """Have nothing sent, or all again; where that changes, the pmd attaches anew."""
+        if held is self.held:
+            return
+        self.held = held
+        end = self.end
+        if end is not None:
+            self.close()
+            self.lost(end)
 
     # -- what it is told ------------------------------------------------------------------------
 
@@ -145,6 +158,7 @@ class Attachment:
         group.modes.happen(event, group.runtime.wall(), link["reason"])
         if up and link["state"] != was:
             group.bypass.link_up()
+            group.backfresh.link_up()
             group.coherence.link_up()
         elif self.awaits_refresh:
             group.bypass.link_up()

@@ -212,7 +212,7 @@ class Bypass:
         """
         group = self._group
         self._refuse_half_way()
-        group.modes.refuse(Event.BYPASS_BEGUN)
+        group.modes.refuse(Event.BYPASS_BEGUN, *group.backfresh.coming)
         self._check_logs()
         yield self._enter(reason)
         return self.status()
@@ -236,7 +236,7 @@ class Bypass:
             yield self._frame_break(bypass)
             for unit in group.units:
                 unit.syncing.hasten()
-            yield self.until(self._is_all_applied)
+            yield self.until(self.is_all_applied)
             # Over what stands in memory only, the bits stay.
             if group.coherent and not group.memory.used:
                 yield gatherResults([unit.direct.clear_dirty() for unit in group.units])
@@ -281,7 +281,7 @@ class Bypass:
         unit.when_free(turn)
         return framed
 
-    def _is_all_applied(self) -> bool:
+    def is_all_applied(self) -> bool:
         """Whether everything framed is durable, applied and synced, and the superblocks say so."""
         group = self._group
         self._check_logs()
@@ -392,7 +392,7 @@ class Bypass:
             for unit in group.units:
                 unit.direct.begin()
             raise
-        yield self._begin_generation(generations)
+        yield self.begin_generation(generations)
 
     def _is_all_written(self) -> bool:
         """Whether every direct write is answered; one whose bits cannot be durable never is."""
@@ -400,7 +400,11 @@ class Bypass:
         return not any(unit.direct.busy for unit in self._group.units)
 
     @inlineCallbacks
-    def _begin_generation(self, generations: tuple[Generation, ...]) -> Any:
+    def begin_generation(self, generations: tuple[Generation, ...]) -> Any:
+        """Begin the newest of these with its switch; fires when that is durable.
+
+        :param generations: what the superblocks have by now.
+        """
         group = self._group
         self.state = None
         group.generation = generations[-1].id

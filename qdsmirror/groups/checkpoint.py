@@ -42,6 +42,11 @@ class Checkpoints:
         self.wanted = False
         self.recording = 0
 
+    def stand_at(self, gsn: int) -> None:
+        """Go on behind another number: nothing is under way, and all before it is applied."""
+        self.applied_gsn = gsn
+        self._entries_before = gsn + 1
+
     def framed(self, frame: UnitFrame) -> None:
         """Take a new frame into the group's order."""
         self._unapplied.append(frame)

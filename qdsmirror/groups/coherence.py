@@ -60,12 +60,12 @@ class Coherence:
         chosen = self._choose(kind)
         group.failures.check_logs("refresh")
         group.failures.check_data("refresh")
-        group.modes.refuse(Event.REFRESH_BEGUN, *self._coming)
+        group.modes.refuse(Event.REFRESH_BEGUN, *self.coming)
         status: dict[str, Any] = yield self._begin(chosen, "asked for by the operator")
         return status
 
     @property
-    def _coming(self) -> tuple[Mode, ...]:
+    def coming(self) -> tuple[Mode, ...]:
         """Refresh, also while it is only on its way to be durable."""
         return (Mode.REFRESH,) if self.job is not None else ()
 
@@ -174,7 +174,7 @@ class Coherence:
         """
         job = self.job
         group = self._group
-        group.modes.refuse(Event.REFRESH_KILLED, *self._coming)
+        group.modes.refuse(Event.REFRESH_KILLED, *self.coming)
         assert job is not None
         self.reason = "the last refresh was ended before it was complete"
         self._end_early(job, self.reason)
@@ -250,3 +250,19 @@ class Coherence:
             )
         except QdsError as error:
             group.note_error(error.message)
+
+    def became_equal(self) -> None:
+        """Learn that the data devices are what the mirror is, durably: a backfresh has ended."""
+        self.coherent = self.tracked = True
+        self.reason = ""
+
+    def give_up(self, reason: str, **changes: Any) -> Deferred[None]:
+        """Record that the mirror is no copy of the data devices, which are gone on with.
+
+        :param changes: fields of the superblocks that change with it.
+        """
+        self.coherent = self.tracked = False
+        self.reason = reason
+        return self._group.checkpoints.record_everywhere(
+            coherent=False, tracked=False, reason=reason, refresh=None, **changes
+        )

@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from qdsmirror.core.frames import MARK, Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
+from qdsmirror.core.questions import Standing
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
@@ -106,6 +107,17 @@ class Committing:
     def mirrored_gsn(self) -> int:
         """On the mirror devices up to this number."""
         return self.mirror.applied.gsn - 1
+
+    def standing(self, ldsu: int) -> Standing:
+        """Tell where the mirror of an LDSU stands."""
+        superblock = self.mirror.journal.superblock
+        return Standing(
+            superblock.coherent,
+            self.mirror.applied == self.durable,
+            superblock.generation,
+            self.durable.gsn,
+            *self.durable.point(ldsu),
+        )
 
     # -- life ---------------------------------------------------------------------------------
 

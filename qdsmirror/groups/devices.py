@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
 
+from qdsmirror.core.backfresh import begun_anew
 from qdsmirror.errors import QdsError
 from qdsmirror.storage.binding import Bound, seal, take_over
 from qdsmirror.storage.recovery import OpenUnit
@@ -20,7 +21,7 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
 
     What somebody else has written is not in the mirror, so the mirror is durably marked as
     incoherent (NO-HIDDEN is broken, and told); a refresh that had begun may have read it before,
-    and so does not count.
+    and so does not count, nor does what a backfresh has done.
 
     :raises MismatchError: another device stands under a path.
     """
@@ -29,7 +30,12 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
     def incoherent(reason: str) -> None:
         for unit in used:
             unit.writelog.update(
-                both=True, coherent=False, tracked=False, reason=reason, refresh=None
+                both=True,
+                coherent=False,
+                tracked=False,
+                reason=reason,
+                refresh=None,
+                backfresh=begun_anew(unit.writelog.superblock),
             )
 
     bound = [Bound(unit.writelog, unit.config.index, unit.device) for unit in used]

@@ -18,9 +18,11 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig
 from qdsmirror.core.lag import LagClock
+from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Event, GroupModes, Mode
 from qdsmirror.core.watermark import Committed
 from qdsmirror.groups.attachment import Attachment
+from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.bypass import OFF, ON, Bypass
 from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.coherence import Coherence
@@ -83,6 +85,7 @@ class DriverGroup:
         self.coherence = Coherence(self)
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
+        self.backfresh = Backfresh(self)
         self.pmd = Attachment(self)
         self.verifying = Verifying(self)
         self.marks = Marks(self)
@@ -126,6 +129,7 @@ class DriverGroup:
             started = self.refresh_job.started
             self.modes.happen(Event.REFRESH_BEGUN, started, "resumed when the driver started")
             self.refresh_job.poke()
+        self.backfresh.begin_again()
         self._tick()
 
     @inlineCallbacks
@@ -138,6 +142,7 @@ class DriverGroup:
         if self.refresh_job is not None:
             self.refresh_job.stop()
         self.verifying.stop()
+        yield self.backfresh.stop()
         yield self.bypass.stop()
         yield self.failures.stop()
         yield self.extensions.stop()
@@ -201,6 +206,7 @@ class DriverGroup:
             and self.runtime.unapplied.has_room(self)
             and self.bypass.phase == OFF
             and not self.failures.stops_framing
+            and not self.backfresh.stops_framing
         )
 
     @property
@@ -212,6 +218,15 @@ class DriverGroup:
     def unapplied_bytes(self) -> int:
         """What is framed and not yet applied."""
         return self.runtime.unapplied.held_by(self)
+
+    def stand_at(self, places: Sequence[Cursor]) -> None:
+        """Go on from another place of a history, in every LDSU; nothing is under way."""
+        for unit, place in zip(self.units, places, strict=True):
+            unit.stand_at(place)
+        self.next_gsn = places[0].gsn
+        self.durable_gsn = self.committed_gsn = self.next_gsn - 1
+        self.checkpoints.stand_at(self.durable_gsn)
+        self.lag = LagClock()
 
     def take_gsns(self, count: int) -> tuple[int, int]:
         """Take the next global sequence numbers."""
@@ -316,6 +331,28 @@ class DriverGroup:
         """See :meth:`Marks.set`."""
         return self.marks.set(name)
 
+    def begin_backfresh(self, options: str, keep: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Backfresh.begin`.
+
+        :param options: those of ``dry-run``, ``discard`` and ``force`` that are wanted.
+        """
+        wanted = options.split()
+        begun: Deferred[dict[str, Any]] = self.backfresh.begin(
+            dry_run="dry-run" in wanted,
+            discard="discard" in wanted,
+            force="force" in wanted,
+            keep=keep,
+        )
+        return begun
+
+    def kill_backfresh(self, options: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`Backfresh.kill`.
+
+        :param options: ``online``, or nothing.
+        """
+        ended: Deferred[dict[str, Any]] = self.backfresh.kill(online="online" in options.split())
+        return ended
+
     def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Extensions.extend`."""
         return self.extensions.extend(ldsu, device)
@@ -370,7 +407,8 @@ class DriverGroup:
         """Why the state is what it is: the first that matters to an operator."""
         failed = next((e for unit in self.units for e in unit.errors), "")
         link = "" if self.pmd.is_connected else self.pmd.link["reason"]
-        return failed or self.bypass.reason or link or self.coherence.reason
+        mode = self.backfresh.reason or self.bypass.reason
+        return failed or mode or link or self.coherence.reason
 
     @property
     def all_applied(self) -> bool:

@@ -77,6 +77,8 @@ class Failures:
         group.notes.append(reason)
         self._latched(unit, what, reason)
         self.remember(path, error)
+        if what == WRITELOG:
+            group.backfresh.log_failed()
         group.bypass.poke()
         group.note_idle()
         if not self._working:
@@ -131,7 +133,17 @@ class Failures:
             )
 
     def check_data(self, doing: str) -> None:
-        """Check that every data device is as it should be.
+        """Check that every data device is as it should be, and holds what it should.
+
+        :param doing: what is not possible otherwise.
+        :raises DeviceFailedError: one has failed.
+        :raises DegradedError: one lacks blocks (:meth:`Backfresh.check_whole`).
+        """
+        self.check_alive(doing)
+        self._group.backfresh.check_whole(doing)
+
+    def check_alive(self, doing: str) -> None:
+        """Check that no data device has failed.
 
         :param doing: what is not possible otherwise.
         :raises DeviceFailedError: one has failed.
@@ -150,7 +162,7 @@ class Failures:
         :raises DeviceFailedError: one is, since its failure could not be recorded.
         """
         if self._refused is not None and not self._working:
-            self.check_data("way on")
+            self.check_alive("way on")
 
     # -- recording ------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class MirrorExport:
     """
 
     read_only = True
+    closed = ""
 
     def __init__(self, name: str, device: IBlockDevice, worker: IWorker) -> None:
         self.name = name

@@ -301,7 +301,13 @@ class PrimaryGroup:
     async def _decide(
         self, driver: PmdEnd, acks: Sequence[UnitPosition]
     ) -> Sequence[RebasePosition]:
-        """Find where the histories meet, or begin anew with a refresh (rules.md 8)."""
+        """Find where the histories meet, or begin anew with a refresh (rules.md 8).
+
+        For a driver that only asks, they need not.
+        """
+        if driver.held:
+            self._resumption = Resumption({}, 0)
+            return ()
         try:
             gsn = agreed_gsn(acks, driver.generations)
             cursors = await self._found(partial(meeting_places, driver.units, acks))
@@ -351,6 +357,9 @@ class PrimaryGroup:
             return
         self._link = link
         self._say("connected", "")
+        if driver.held:
+            self._outbound = None
+            return
         self._outbound.begin(link, start.cursors, start.next_gsn, driver.durable_gsn)
 
     def link_message(self, link: Link, message: Message) -> None:

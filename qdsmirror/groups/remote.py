@@ -134,7 +134,7 @@ class RemoteGroup:
             self.holding,
         )
         hasher = self.runtime.slow_worker(f"{self.name} questions")
-        self._replies = Replies(mirror, hasher)
+        self._replies = Replies(mirror, hasher, self.committing.standing)
         self.holding.begin()
         self._say("connecting", "waiting for the primary")
 

@@ -12,7 +12,16 @@ from functools import partial
 from twisted.internet.defer import Deferred
 
 from qdsmirror.core.frames import Buffer
-from qdsmirror.core.questions import HASHES, Answer, Question, pack_answer, parse_question
+from qdsmirror.core.questions import (
+    HASHES,
+    STANDING,
+    Answer,
+    Question,
+    Standing,
+    pack_answer,
+    pack_standing,
+    parse_question,
+)
 from qdsmirror.errors import ProtocolError
 from qdsmirror.interfaces import IWorker
 from qdsmirror.limits import QUESTIONS_MAX
@@ -24,10 +33,14 @@ class Replies:
     """Answers questions, in the order in which they come.
 
     :param worker: reads and hashes; an answer waits for it.
+    :param standing: tells where the mirror of an LDSU stands now.
     """
 
-    def __init__(self, mirror: Mirror, worker: IWorker) -> None:
+    def __init__(
+        self, mirror: Mirror, worker: IWorker, standing: Callable[[int], Standing]
+    ) -> None:
         self._mirror = mirror
+        self._standing = standing
         self._worker = worker
         self._open = 0
 
@@ -44,6 +57,10 @@ class Replies:
             or question.offset + question.length > devices[question.ldsu].size
         ):
             raise ProtocolError(f"question about what is not mapped: {question}")
+        if question.kind == STANDING:
+            body = pack_standing(self._standing(question.ldsu))
+            answer(pack_answer(Answer(question.id, body)))
+            return
         # Those of a session that was lost may still be at work.
         if self._open >= 2 * QUESTIONS_MAX:
             raise ProtocolError("too many questions at once")

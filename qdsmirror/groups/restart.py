@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qdsmirror.core.backfresh import INTERRUPTED
 from qdsmirror.core.failures import Dead, Failed
 from qdsmirror.core.frames import HEADER_BYTES, SWITCH, VOID
 from qdsmirror.core.generations import awaits_switch, settle
@@ -62,6 +63,7 @@ def recover(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLatch)
     :raises QdsError: they do not fit each other, or a device has failed and cannot be gone past.
     """
     plan = judge(opened)
+    _give_up_incoherent(group, opened)
     take_over_devices(group, opened)
     _replay_all(group, opened, latch)
     if any(one.untrusted for one in opened):
@@ -102,6 +104,20 @@ def _replay_all(group: DriverGroup, opened: Sequence[OpenUnit], latch: FailureLa
                 "{group} {unit}: replayed {count} frames",
                 group=group.name, unit=found.config.name, count=replayed,
             )  # fmt: skip
+
+
+def _give_up_incoherent(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
+    """Count data devices as dead that a backfresh has left incoherent, where a writelog failed.
+
+    What says so stands in superblocks alone, which are gone with their writelogs.
+    """
+    if not any(one.untrusted for one in opened):
+        return
+    for found in opened:
+        if found.writelog.superblock.backfresh is not None and found.dead is None:
+            path = found.config.data_device
+            reason = _shorten(f"data device {path} is incoherent: {INTERRUPTED}")
+            found.dead = Dead(reason, group.runtime.wall(), found.device.size)
 
 
 def _failures_found(opened: Sequence[OpenUnit]) -> Failed:
@@ -177,6 +193,7 @@ def _go_on(
         group.log.error("{group}: {why}", group=group.name, why=state["reason"])
     group.bypass.resume(settled)
     group.coherence.resume(settled)
+    group.backfresh.resume(lost=bool(lost))
     common: dict[str, Any] = {}
     if settled.uneven:
         # A crash came while bypass was being entered or left: complete it in all.
@@ -194,6 +211,7 @@ def _go_on(
         common["failures"] = failed.to_json()
     for unit in group.units:
         changes = common | taken.get(unit.index, {}) | group.checkpoints.cursors(unit)
+        changes["backfresh"] = group.backfresh.recorded(unit)
         unit.writelog.update(both=True, **changes)
     if not lost and awaits_switch(settled.generations, group.next_gsn):
         _switch(group, settled.generations[-2].id)

@@ -47,6 +47,7 @@ class DriverUnit:
     :ivar log_failed: why the writelog is not used any more; empty while it is.
     :ivar dead: why the data device is not used any more; empty while it is.
     :ivar refusal: why every request is answered with an error; empty while none is.
+    :ivar closed: why it is closed to applications, for a backfresh; empty while it is not.
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
     :ivar appending: whether an append is under way.
@@ -76,7 +77,7 @@ class DriverUnit:
         self.minimum_block = device.logical_block
         self.preferred_block = max(4096, device.physical_block)
         self.writelog = writelog
-        self.log_failed = self.dead = self.refusal = ""
+        self.log_failed = self.dead = self.refusal = self.closed = ""
         self.connections: set[INbdConnection] = set()
         self.pending = PendingIndex()
         self.payload_cap = writelog.ring.payload_cap
@@ -131,10 +132,11 @@ class DriverUnit:
     def submit(self, requests: Sequence[Request]) -> None:
         """See :class:`IExport`."""
         past: list[Request] = []
+        refusal = self.refusal or self.closed
         for request in requests:
             command = request.command
-            if self.refusal:
-                request.connection.answer_error(request, errno.EIO, self.refusal)
+            if refusal:
+                request.connection.answer_error(request, errno.EIO, refusal)
             elif command == nbd.CMD_READ:
                 self.reading.read(request)
             elif command == nbd.CMD_BLOCK_STATUS:
@@ -437,6 +439,30 @@ class DriverUnit:
         self.refusal = reason
         for request in (*self.syncing.drop(), *self.waiting.drop(), *self.direct.drop()):
             request.connection.answer_error(request, errno.EIO, reason)
+
+    def close_export(self, reason: str) -> None:
+        """Close the LDSU to applications: what waits is refused, and its clients are cut off.
+
+        :param reason: what whoever asks is told.
+        """
+        self.closed = reason
+        for request in (*self.waiting.drop(), *self.direct.drop()):
+            request.connection.answer_error(request, errno.EIO, reason)
+        for connection in list(self.connections):
+            connection.abandon([])
+
+    def open_export(self) -> None:
+        """Open it to applications again."""
+        self.closed = ""
+
+    def stand_at(self, place: Cursor) -> None:
+        """Go on from another place of a history; nothing is under way."""
+        point = place.point(self.index)
+        self.framing.sequence, self.framing.chain = point
+        self.durable_end = self.applied_end = self.committed_end = place.position
+        self.durable_point = self.applied_point = self.committed_point = point
+        self.committed_gsn = place.gsn - 1
+        self.applying.applied_sequence = self.applying.synced_sequence = point.sequence - 1
 
     def write_past_log(self) -> None:
         """Write to the data device what the failed writelog was to hold, in order (rules.md 13)."""

@@ -219,6 +219,8 @@ class Verify:
             return failed or "a writelog has failed"
         if group.bypass.phase != OFF:
             return "the group is in bypass"
+        if group.backfresh.coming or group.backfresh.reason:
+            return group.backfresh.reason or "a backfresh is running"
         if group.refresh_job is not None and not mending:
             return "a refresh is in progress"
         if not group.coherence.tracked:

@@ -135,6 +135,21 @@ class KillRefresh(_Command):
     """End the refresh that is running."""
 
 
+class Backfresh(_Command):
+    """Begin a backfresh; answered once it has durably begun."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [
+        (b"options", amp.Unicode()),
+        (b"keep", amp.Unicode()),
+    ]
+
+
+class KillBackfresh(_Command):
+    """End the backfresh that is running; answered once that is durable."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"options", amp.Unicode())]
+
+
 class Apply(_Command):
     """Take up changed, new and removed group files (masters only)."""
 
@@ -262,6 +277,14 @@ class _ControlProtocol(_BoundedAmp):
     def _kill_refresh(self) -> Deferred[dict[str, Any]]:
         return self._run("kill_refresh")
 
+    @Backfresh.responder
+    def _backfresh(self, options: str, keep: str) -> Deferred[dict[str, Any]]:
+        return self._run("begin_backfresh", options, keep)
+
+    @KillBackfresh.responder
+    def _kill_backfresh(self, options: str) -> Deferred[dict[str, Any]]:
+        return self._run("kill_backfresh", options)
+
     @Apply.responder
     def _apply(self) -> Deferred[dict[str, Any]]:
         return self._run("apply")
@@ -296,7 +319,7 @@ _ALLOWED = {
     for command in (
         *(Status, Bypass, Refresh, KillRefresh, Verify, Extend, Free),
         *(Checkpoint, Mark),
-        *(Apply, ForgetFailures, AttachPmd),
+        *(Backfresh, KillBackfresh, Apply, ForgetFailures, AttachPmd),
     )
 }
 

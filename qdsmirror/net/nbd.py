@@ -25,7 +25,7 @@ from zope.interface import implementer
 from qdsmirror import limits
 from qdsmirror.core import nbd
 from qdsmirror.core.nbd import Request
-from qdsmirror.core.nbd_options import ExportInfo, Negotiation
+from qdsmirror.core.nbd_options import ExportClosedError, ExportInfo, Negotiation
 from qdsmirror.core.nbd_requests import Budget, RequestParser
 from qdsmirror.errors import ProtocolError
 from qdsmirror.interfaces import IExport, INbdConnection
@@ -85,10 +85,15 @@ class NbdServer:
         return self._exports() if callable(self._exports) else self._exports
 
     def find(self, name: str) -> ExportInfo | None:
-        """Describe an export to a client."""
+        """Describe an export to a client.
+
+        :raises ExportClosedError: it takes none now.
+        """
         export = self.exports().get(name)
         if export is None:
             return None
+        if export.closed:
+            raise ExportClosedError(export.closed)
         return ExportInfo(
             export.name,
             export.size,
@@ -213,7 +218,7 @@ class NbdConnection(Protocol):
         info = negotiation.export
         assert info is not None
         export = self._server.exports().get(info.name)
-        if export is None:
+        if export is None or export.closed:
             self._abort(f"{info.name} is gone")
             return
         self._cancel_deadline()

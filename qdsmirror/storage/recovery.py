@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
+from qdsmirror.core.backfresh import completed
 from qdsmirror.core.failures import Dead, Failed, Untrusted, worst
 from qdsmirror.core.frames import ENTRIES, ENTRY_BYTES, REFRESH, REFRESH_ZEROES, VOID, entries
 from qdsmirror.core.generations import settle
@@ -122,6 +123,11 @@ def open_units(
     with closing_on_error() as opened:
         logs, failed = _open_logs(config, open_device, known or Failed(), pool, opened, open_memory)
         losses = _stand_behind_losses(logs)
+        if not failed.untrusted:
+            each = list(logs.values())
+            believable = completed([log.superblock for log in each])
+            for log, superblock in zip(each, believable, strict=True):
+                log.stand_at(superblock)
         for ldsu in config.ldsus:
             writelog, dead = logs[ldsu.index], failed.dead.get(ldsu.index)
             if dead is None:

@@ -156,6 +156,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "lag": {"entries": None, "bytes": None, "seconds": None},
         "refresh": None,
         "bypass": None,
+        "backfresh": None,
         "verify": None,
         "checkpoint": None,
         "pool": None,

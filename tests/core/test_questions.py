@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import questions
-from qdsmirror.core.questions import HASHES, READ, Answer, Question
+from qdsmirror.core.questions import (
+    HASHES,
+    READ,
+    STANDING,
+    Answer,
+    Question,
+    Standing,
+    pack_question,
+    pack_standing,
+    parse_question,
+    parse_standing,
+)
 from qdsmirror.errors import ProtocolError
 from qdsmirror.limits import KIB, MIB, QUESTION_DIGESTS_BYTES_MAX, QUESTION_READ_BYTES_MAX
 
@@ -44,6 +55,7 @@ class QuestionTests(SynchronousTestCase):
         most = QUESTION_DIGESTS_BYTES_MAX // 32 * 4 * KIB
         for wrong in (
             Question(1, 3, 0, 0, 512),
+            Question(1, 9, 0, 0, 512),
             Question(1, HASHES, 0, 0, 512, 0),
             Question(1, HASHES, 0, 0, 512, 4 * KIB - 1),
             Question(1, HASHES, 0, 0, most + 1, 4 * KIB),
@@ -69,3 +81,21 @@ class AnswerTests(SynchronousTestCase):
     def test_too_short(self) -> None:
         with self.assertRaises(ProtocolError):
             questions.parse_answer(bytes(4))
+
+
+class StandingTests(SynchronousTestCase):
+    def test_there_and_back(self) -> None:
+        for standing in (
+            Standing(True, False, b"g" * 16, 7, 3, b"c" * 16),
+            Standing(False, True, b"", 1, 1, bytes(16)),
+        ):
+            body = pack_standing(standing)
+            self.assertEqual(len(body), Question(1, STANDING, 0, 0, 0).answer_bytes)
+            self.assertEqual(parse_standing(body), standing)
+
+    def test_it_is_of_a_whole_ldsu(self) -> None:
+        asked = Question(1, STANDING, 2, 0, 0)
+        self.assertEqual(parse_question(pack_question(asked)), asked)
+        for offset, length in ((512, 0), (0, 512)):
+            with self.assertRaises(ProtocolError):
+                parse_question(pack_question(Question(1, STANDING, 2, offset, length)))

@@ -267,7 +267,7 @@ def _dirty_bits_not_synced(patch: Patch) -> None:
 
 @mutation("DURABLE", seeds=200, first=45)
 def _bypass_before_everything_is_applied(patch: Patch) -> None:
-    patch(Bypass, "_is_all_applied", lambda _self: True)
+    patch(Bypass, "is_all_applied", lambda _self: True)
 
 
 @mutation("NO-HIDDEN", first=2)

@@ -125,6 +125,7 @@ def driver_status(number: int = 0, **changes: Any) -> dict[str, Any]:
         "lag": {"entries": 0, "bytes": 0, "seconds": 0.0},
         "refresh": None,
         "bypass": None,
+        "backfresh": None,
         "verify": None,
         "driver": {"pid": 11},
         "pmd": {"pid": 12, "state": "connected", "reason": "", "code": 0},

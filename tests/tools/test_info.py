@@ -51,6 +51,7 @@ RMD = {
     "lag": {"entries": None, "bytes": None, "seconds": None},
     "refresh": None,
     "bypass": None,
+    "backfresh": None,
     "verify": None,
     "driver": {"pid": None},
     "pmd": {"pid": None, "state": "connected"},
