@@ -216,6 +216,8 @@ def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
             for index, (name, devices) in enumerate(values["ldsus"].items())
         ),
         pool=values["pool"]["devices"] or (),
+        on_disconnect=values["on_disconnect"],
+        near_sync_entries=values["near_sync_entries"],
     )
 
 

@@ -14,6 +14,7 @@ from qdsmirror.limits import (
     CHILDREN_DEFAULT,
     METADATA_ENTRIES_DEFAULT,
     METADATA_SECONDS_DEFAULT,
+    NEAR_SYNC_ENTRIES_DEFAULT,
     RECONNECT_SECONDS_MAX,
     SEND_WINDOW_BYTES,
     VERIFY_RATE_BYTES,
@@ -110,6 +111,11 @@ class GroupConfig:
     :ivar secondary_address: where the rmd is reached, at ``port``.
     :ivar journal_device: absolute path at the secondary.
     :ivar pool: absolute paths, at the primary, of the devices by which writelogs are extended.
+    :ivar operation: ``async``, ``sync`` or ``near-sync``: when a write is answered with regard to
+        the secondary.
+    :ivar on_disconnect: ``block`` or ``async``: what happens then to writes that the secondary
+        cannot commit.
+    :ivar near_sync_entries: answered entries that it may lack in near-synchronous operation.
     """
 
     number: int
@@ -127,6 +133,8 @@ class GroupConfig:
     tunables: Tunables
     ldsus: tuple[LdsuConfig, ...]
     pool: tuple[str, ...] = ()
+    on_disconnect: str = "block"
+    near_sync_entries: int = NEAR_SYNC_ENTRIES_DEFAULT
 
     @property
     def in_memory(self) -> bool:

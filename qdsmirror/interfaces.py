@@ -133,6 +133,9 @@ class INbdConnection(Interface):
     def abandon(requests: Sequence[Request]) -> None:
         """Leave requests unanswered for good and cut the client off, so that it asks again."""
 
+    def release(request: Request) -> None:
+        """Keep the payload of a request no longer: only its answer is still to come."""
+
     def answer_status(request: Request, extents: Sequence[tuple[int, int]]) -> None:
         """Answer a block status: (length, flags) pairs, flags of ``base:allocation``."""
 

@@ -174,6 +174,17 @@ OVERFLOW_WAIT_SECONDS = 1.0
 OVERFLOW_AGAIN_SECONDS = 10.0
 #: Of the reason that superblocks keep of a failed device.
 FAILURE_REASON_CHARS_MAX = 200
+#: Answered entries that the secondary may lack in near-synchronous operation.
+NEAR_SYNC_ENTRIES_DEFAULT = 64
+NEAR_SYNC_ENTRIES_MAX = 65536
+#: Where more than so many must be caught up before answers can wait for the secondary again, that
+#: is done step by step (on_disconnect = async).
+CATCH_UP_ENTRIES = 1024
+#: Uncommitted frames of a refresh, and of the group itself, that are told from the application's;
+#: of more, all count as its own.
+UNNUMBERED_MAX = 4096
+#: At a stop, answers wait so long for the secondary that is connected.
+STOP_ANSWER_SECONDS = 2.0
 #: Payload and read bytes of unanswered requests, for all connections of one child.
 REQUEST_BUDGET_BYTES = 32 * MIB
 #: Without anyone waiting for durability, a commit follows a write this soon ...

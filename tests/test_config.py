@@ -228,7 +228,8 @@ class GroupTests(RootedTestCase):
 
     def test_later_choices_do_not_exist(self) -> None:
         for key, value, valid in (
-            ("operation", "sync", "async"),
+            ("operation", "synchronous", "async, sync, near-sync"),
+            ("on_disconnect", "bypass", "block, async"),
             ("durability", "none", "flush, always"),
             ("on_overflow", "drop", "bypass, block"),
         ):

@@ -41,7 +41,7 @@ IMPURE = frozenset(
 #: Rooms (and modules beside them) of the package, and which other rooms each may import.
 BASE = frozenset({"errors", "limits"})
 #: Small modules beside the rooms, that need no reactor.
-PLAIN = BASE | {"paths", "config", "configsource", "configvalues", "pidfile", "core"}
+PLAIN = BASE | {"paths", "config", "configsource", "configvalues", "configlive", "pidfile", "core"}
 SHARED = PLAIN | {"interfaces"}
 RULES: dict[str, frozenset[str]] = {
     "": frozenset(),
@@ -53,6 +53,7 @@ RULES: dict[str, frozenset[str]] = {
     "configvalues": BASE,
     "configmodel": BASE | {"configvalues"},
     "configsource": BASE | {"configvalues"},
+    "configlive": BASE | {"configmodel", "configvalues"},
     "config": BASE | {"paths", "configmodel", "configsource", "configvalues", "core"},
     "pki": PLAIN,
     "core": BASE,
@@ -66,7 +67,17 @@ RULES: dict[str, frozenset[str]] = {
 
 #: A command imports these when it starts, and Twisted would make it slow.
 NO_TWISTED_AT_START = frozenset(
-    {"tools", "config", "configmodel", "configsource", "configvalues", "pki", "paths", "pidfile"}
+    {
+        "tools",
+        "config",
+        "configmodel",
+        "configsource",
+        "configvalues",
+        "configlive",
+        "pki",
+        "paths",
+        "pidfile",
+    }  # fmt: skip
 )
 
 

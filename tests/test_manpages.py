@@ -35,12 +35,15 @@ OTHERS = (
     ("qdsmirror-modes", 7),
     ("qdsmirror-protocol", 7),
     ("qdsmirror-security", 7),
+    ("qdsmirror-synchronous", 7),
     ("qdsmirror-takeover", 7),
 )
 #: Other projects' pages that ours refer to.
 FOREIGN = frozenset(
     {
         "fdatasync(2)",
+        "fsync(2)",
+        "write(2)",
         "fio(1)",
         "inetd(8)",
         "losetup(8)",

@@ -227,6 +227,8 @@ class Superblock:
         (rules.md 24); else ``None``.
     :ivar failures: the group's failed devices (:class:`~qdsmirror.core.failures.Failed`), or
         ``None``.
+    :ivar degraded: since when and why more is answered than a synchronous operation promises, or
+        ``None`` (rules.md 21).
     :ivar extensions: the devices beside its own that the ring has extents on.
     :ivar memory: the memory that the ring stands in; ``None`` where it stands on a device.
     :ivar checkpoint: of a journal: the checkpoint (:class:`~qdsmirror.core.held.Held`) at
@@ -257,6 +259,7 @@ class Superblock:
     bitmap: BitmapArea | None = None
     fingerprints: Mapping[str, Any] | None = None
     failures: Mapping[str, Any] | None = None
+    degraded: Mapping[str, Any] | None = None
     extensions: tuple[Extension, ...] = ()
     memory: RingMemory | None = None
     checkpoint: Mapping[str, Any] | None = None
@@ -304,6 +307,8 @@ class Superblock:
             body["checkpoint"] = dict(self.checkpoint)
         if self.backfresh is not None:
             body["backfresh"] = dict(self.backfresh)
+        if self.degraded is not None:
+            body["degraded"] = dict(self.degraded)
         return body
 
     @classmethod
@@ -336,6 +341,7 @@ class Superblock:
             failures=body.get("failures"),
             checkpoint=body.get("checkpoint"),
             backfresh=body.get("backfresh"),
+            degraded=body.get("degraded"),
             extensions=tuple(
                 Extension(n, bytes.fromhex(i), size, leaving)
                 for n, i, size, leaving in body["extensions"]
@@ -373,6 +379,8 @@ class Superblock:
             raise ValueError("the fingerprints cannot be read")
         if self.backfresh is not None and not isinstance(self.backfresh, dict):
             raise ValueError("the record of a backfresh cannot be read")
+        if self.degraded is not None and not isinstance(self.degraded, dict):
+            raise ValueError("the degraded state cannot be read")
         Failed.from_json(self.failures)
         Held.from_json(self.checkpoint)
         area = self.bitmap

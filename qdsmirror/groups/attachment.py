@@ -154,6 +154,8 @@ class Attachment:
             group.coherence.restart(link["refresh_lost"])
         if link.get("diverged"):
             group.coherence.diverged(link["reason"])
+        if link.get("rebased"):
+            group.answering.skip()
         event = Event.LINK_UP if up else Event.LINK_DOWN
         group.modes.happen(event, group.runtime.wall(), link["reason"])
         if up and link["state"] != was:
@@ -163,6 +165,7 @@ class Attachment:
         elif self.awaits_refresh:
             group.bypass.link_up()
         group.memory.look()
+        group.answering.link_changed()
         if link["state"] != was:
             self.log.info(
                 "{group}: link {state}: {reason}" if link["reason"] else "{group}: link {state}",
@@ -194,6 +197,7 @@ class Attachment:
         self.questions.fail_all(self.link["reason"])
         group.modes.happen(Event.LINK_DOWN, group.runtime.wall(), "the pmd is gone")
         group.memory.look()
+        group.answering.link_changed()
 
 
 def _layout(unit: DriverUnit) -> tuple[Ring, tuple[Extension, ...]]:

@@ -118,6 +118,7 @@ class Bypass:
 
     def _become(self, phase: str) -> None:
         self.phase = phase
+        self._group.answering.look()
         self.poke()
 
     def stop(self) -> Deferred[None]:
@@ -138,6 +139,8 @@ class Bypass:
         """
         group = self._group
         if self.phase != OFF or group.config.on_overflow != "bypass" or not group.may_frame:
+            return
+        if group.answering.waits_for_room:
             return
         if (
             group.checkpoints.running

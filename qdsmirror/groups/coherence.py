@@ -202,6 +202,7 @@ class Coherence:
         self.reason = ""
         group.modes.happen(Event.REFRESH_ENDED, group.runtime.wall())
         self.log.info("{group}: refresh complete, the mirror is coherent", group=group.name)
+        group.answering.mirror_is_whole()
         group.pmd.tell_refresh(None)
 
     def link_up(self) -> None:

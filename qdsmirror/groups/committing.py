@@ -51,6 +51,7 @@ class Committing:
     :param report: told, before the mirrored GSN is, what was found at a VERIFY frame.
     :param fail: told, with the error, why nothing is committed any more.
     :param holding: keeps the group's checkpoint.
+    :ivar config: the group's; its tunables may change.
     :ivar failed: that reason; empty while all is well.
     :ivar received_bytes: taken, and not yet durable in the journal.
     :ivar mirroring: brings what is durable to the mirror devices.
@@ -70,14 +71,14 @@ class Committing:
         self.failed = ""
         self.holding = holding
         self.received_bytes = 0
-        self._config = mirror.config
+        self.config = mirror.config
         self._tell_acknowledge = acknowledge
         self._tell_press = press
         self.report = report
         self._tell_failed = fail
         self._reactor = runtime.reactor
-        self._journal_worker = runtime.quick_worker(f"{self._config.name} journal")
-        self._mirror_worker = runtime.quick_worker(f"{self._config.name} mirror")
+        self._journal_worker = runtime.quick_worker(f"{self.config.name} journal")
+        self._mirror_worker = runtime.quick_worker(f"{self.config.name} mirror")
         self.mirroring = Mirroring(self, self._mirror_worker)
         self._intake = self._intake_from_durable()
         self._received: deque[_Received] = deque()
@@ -186,7 +187,7 @@ class Committing:
         return self._journal_full and self.mirroring.is_paused
 
     def _tick(self) -> None:
-        self._timer = self._reactor.callLater(self._config.tunables.metadata_seconds, self._tick)
+        self._timer = self._reactor.callLater(self.config.tunables.metadata_seconds, self._tick)
         self.mirroring.checkpoint()
 
     # -- frames in, positions out -------------------------------------------------------------
@@ -221,7 +222,7 @@ class Committing:
         journal = self.mirror.journal
         if not journal.takes(frame_bytes):
             raise BrokenError(
-                f"journal {self._config.journal_device} of {journal.ring.size} bytes is too small "
+                f"journal {self.config.journal_device} of {journal.ring.size} bytes is too small "
                 f"for the primary's frames of {frame_bytes} bytes",
                 hint="give a larger journal, initialise it with qdswlinit, and refresh",
             )
@@ -296,7 +297,7 @@ class Committing:
     def _committed(self, batch: Batch, _result: None, error: BaseException | None) -> None:
         self._journaling = False
         if error is not None:
-            self.fail(f"journal {self._config.journal_device} failed: {error}", error)
+            self.fail(f"journal {self.config.journal_device} failed: {error}", error)
             return
         self.received_bytes -= batch.size
         self.mirroring.take(batch)
@@ -324,7 +325,7 @@ class Committing:
         entries = self.mirror.applied.gsn - journal.superblock.applied.gsn
         if (
             self._journal_full
-            or entries > self._config.tunables.metadata_entries
+            or entries > self.config.tunables.metadata_entries
             or journal.used_bytes > journal.ring.size // 2
         ):
             self.mirroring.checkpoint()

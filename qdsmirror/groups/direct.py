@@ -36,12 +36,13 @@ class Direct:
         self._unit = unit
         self._queue: deque[Request] = deque()
         self._running = False
+        self._written: list[Request] = []
         self.held: list[Request] = []
 
     @property
     def busy(self) -> bool:
         """Whether something taken is not yet answered."""
-        return self._running or bool(self._queue)
+        return self._running or bool(self._queue or self._written)
 
     def begin(self) -> None:
         """Take over what waits: the group is in bypass."""
@@ -61,7 +62,8 @@ class Direct:
 
     def drop(self) -> list[Request]:
         """Give up what is not under way; the caller answers it."""
-        dropped = [*self._queue, *self.held]
+        dropped = [*self._written, *self._queue, *self.held]
+        self._written = []
         self._queue.clear()
         self.held = []
         return dropped
@@ -70,9 +72,13 @@ class Direct:
         """Take the next batch, unless one is under way."""
         if self._running:
             return
+        self._answer()
         self._drop_dead()
         unit = self._unit
         if not self._queue or unit.refusal or (unit.log_failed and not unit.unlogged):
+            return
+        if not unit.group.answering.may_go_past:
+            # It looks again when they may.
             return
         self._running = True
         batch = list(self._queue)
@@ -133,7 +139,7 @@ class Direct:
             if late:
                 unit.device.fdatasync()
 
-        unit.run_on_data(job, partial(self._written, batch))
+        unit.run_on_data(job, partial(self._were_written, batch))
 
     def _needs_sync(self, request: Request) -> bool:
         return (
@@ -142,7 +148,9 @@ class Direct:
             or bool(request.flags & nbd.CMD_FLAG_FUA)
         )
 
-    def _written(self, batch: list[Request], _result: None, error: BaseException | None) -> None:
+    def _were_written(
+        self, batch: list[Request], _result: None, error: BaseException | None
+    ) -> None:
         if error is not None:
             self._running = False
             for request in batch:
@@ -150,9 +158,15 @@ class Direct:
             self._unit.fail_data(error)
             return
         self._running = False
-        answer_all(batch)
+        self._written += batch
         self.go_on()
         self._unit.group.bypass.poke()
+
+    def _answer(self) -> None:
+        """Answer what was written, unless a change of operation must first be durable (SYNC)."""
+        if self._written and self._unit.group.answering.may_go_past:
+            written, self._written = self._written, []
+            answer_all(written)
 
 
 def _entry(request: Request) -> Entry:
@@ -166,10 +180,20 @@ def _entry(request: Request) -> Entry:
     return Entry(offset, length, frames.ZEROES if kept else frames.TRIM, None)
 
 
+def abandon_all(requests: Sequence[Request]) -> None:
+    """Leave requests unanswered, and cut their clients off: they ask again elsewhere."""
+    for connection, own in _by_connection(requests).items():
+        connection.abandon(own)
+
+
 def answer_all(requests: Sequence[Request]) -> None:
     """Answer requests with success, each connection's at once."""
-    answers: dict[INbdConnection, list[Request]] = {}
-    for request in requests:
-        answers.setdefault(request.connection, []).append(request)
-    for connection, own in answers.items():
+    for connection, own in _by_connection(requests).items():
         connection.answer(own)
+
+
+def _by_connection(requests: Sequence[Request]) -> dict[INbdConnection, list[Request]]:
+    sorted_out: dict[INbdConnection, list[Request]] = {}
+    for request in requests:
+        sorted_out.setdefault(request.connection, []).append(request)
+    return sorted_out

@@ -21,6 +21,7 @@ from qdsmirror.core.lag import LagClock
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Event, GroupModes, Mode
 from qdsmirror.core.watermark import Committed
+from qdsmirror.groups.answering import Answering
 from qdsmirror.groups.attachment import Attachment
 from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.bypass import OFF, ON, Bypass
@@ -31,6 +32,7 @@ from qdsmirror.groups.driver_status import driver_status
 from qdsmirror.groups.extensions import Extensions
 from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.framing import UnitFrame
+from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.marks import Marks
 from qdsmirror.groups.memory import MemoryLogs
 from qdsmirror.groups.refresh import Refresh
@@ -77,6 +79,7 @@ class DriverGroup:
         self.paths = paths
         self.runtime = runtime or Runtime.real(reactor)
         self.units: list[DriverUnit] = []
+        self.settings = LiveSettings(self, "driver", self._go_by_settings)
         self.always_durable = config.durability == "always"
         self.modes = GroupModes(self.name, self.number, self.runtime.wall())
         self.lag = LagClock()
@@ -86,6 +89,7 @@ class DriverGroup:
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
         self.backfresh = Backfresh(self)
+        self.answering = Answering(self)
         self.pmd = Attachment(self)
         self.verifying = Verifying(self)
         self.marks = Marks(self)
@@ -130,6 +134,7 @@ class DriverGroup:
             self.modes.happen(Event.REFRESH_BEGUN, started, "resumed when the driver started")
             self.refresh_job.poke()
         self.backfresh.begin_again()
+        self.answering.begin()
         self._tick()
 
     @inlineCallbacks
@@ -152,7 +157,9 @@ class DriverGroup:
         # With a full writelog they would wait for a secondary that may never come.
         for unit in self.units:
             unit.leave()
+        self.answering.leave()
         yield gone
+        self.answering.left()
         while any(unit.busy for unit in self.units):
             idle: Deferred[None] = Deferred()
             self._idle.append(idle)
@@ -240,6 +247,7 @@ class DriverGroup:
         self._undurable.append(frame)
         self.checkpoints.framed(frame)
         self.runtime.unapplied.take(self, frame.weight)
+        self.answering.framed(frame)
 
     def appended(self) -> None:
         """Learn that an append has ended."""
@@ -353,6 +361,20 @@ class DriverGroup:
         ended: Deferred[dict[str, Any]] = self.backfresh.kill(online="online" in options.split())
         return ended
 
+    def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`LiveSettings.set`."""
+        return self.settings.set(settings)
+
+    def _go_by_settings(self) -> Deferred[None]:
+        self.always_durable = self.config.durability == "always"
+        self.answering.look()
+        for unit in self.units:
+            # What waits for room may be an overflow now.
+            unit.pump()
+            unit.direct.go_on()
+        self.bypass.heal()
+        return self.answering.settled()
+
     def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Extensions.extend`."""
         return self.extensions.extend(ldsu, device)
@@ -390,6 +412,7 @@ class DriverGroup:
                 self.note_error(f"the pmd reports on LDSU {row.ldsu}, which does not exist")
                 return
             self.units[row.ldsu].committed(gsn, row)
+        self.answering.committed(gsn)
         self.coherence.committed(gsn)
         self.bypass.heal()
         self.memory.look()

@@ -30,7 +30,8 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "group": group.number,
         "name": group.name,
         "role": "primary",
-        "operation": config.operation,
+        **group.answering.status(),
+        "settings": group.settings.status(),
         "state": group.state.value,
         "modes": [mode.value for mode in group.modes.shown],
         "mode_details": [

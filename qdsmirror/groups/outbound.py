@@ -141,7 +141,7 @@ class Outbound:
     """The sending side of one session.
 
     :param worker: reads the writelogs.
-    :param window: bytes that may be unacknowledged.
+    :ivar window: bytes that may be unacknowledged.
     :param committed: told of (sent, committed, mirrored GSN, changed log ends).
     :param failed: told when a writelog cannot be read.
     """
@@ -156,7 +156,7 @@ class Outbound:
     ) -> None:
         self._units = {unit.index: unit for unit in units}
         self._worker = worker
-        self._window = window
+        self.window = window
         self._committed = committed
         self._failed = failed
         self._link: Link | None = None
@@ -196,7 +196,7 @@ class Outbound:
     def pump(self) -> None:
         """Send what may be sent; read what is missing for it."""
         while self._link is not None and not self._reading:
-            if not self._link.can_send or self._in_flight_bytes >= self._window:
+            if not self._link.can_send or self._in_flight_bytes >= self.window:
                 return
             hungry = [u for u in self._units.values() if not u.buffer and self._unread(u)]
             if hungry:

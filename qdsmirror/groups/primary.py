@@ -36,6 +36,7 @@ from qdsmirror.errors import (
     UnreachableError,
 )
 from qdsmirror.groups.attached import PmdEnd
+from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.outbound import Outbound
 from qdsmirror.groups.resume import (
     AwaitsRefreshError,
@@ -97,6 +98,7 @@ class PrimaryGroup:
         self._resumption: Resumption | None = None
         self._link: Link | None = None
         self._ended: Deferred[str] | None = None
+        self.settings = LiveSettings(self, "pmd", self._go_by_settings)
         self._retry = Retry(self._reactor, config.tunables.reconnect_max)
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
@@ -141,6 +143,17 @@ class PrimaryGroup:
         if self._running is not None and not isinstance(failure.value, CancelledError):
             self.log.failure("{group}: pmd", failure, group=self.name)
             self._say("refused", f"internal error: {failure.getErrorMessage()}", 1)
+
+    def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`LiveSettings.set`."""
+        return self.settings.set(settings)
+
+    def _go_by_settings(self) -> None:
+        tunables = self.config.tunables
+        self._retry.longest_seconds = tunables.reconnect_max
+        if self._outbound is not None:
+            self._outbound.window = tunables.send_window
+            self._outbound.pump()
 
     async def _run(self) -> None:
         """Attach, connect, ship; again and again."""
@@ -356,7 +369,7 @@ class PrimaryGroup:
             link.abort("the primary's driver is gone")
             return
         self._link = link
-        self._say("connected", "")
+        self._say("connected", "", rebased=bool(start.rebases))
         if driver.held:
             self._outbound = None
             return
@@ -399,6 +412,7 @@ class PrimaryGroup:
             "peer": self.config.secondary_host,
             "pmd": {**self.link_state, "pid": os.getpid()},
             "gsn": self._gsn,
+            "settings": self.settings.status(),
         }
 
 

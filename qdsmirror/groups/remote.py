@@ -36,6 +36,7 @@ from qdsmirror.errors import (
 from qdsmirror.groups.authority import Authority
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.holding import Holding
+from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.remote_status import remote_status
 from qdsmirror.groups.replies import Replies
 from qdsmirror.groups.runtime import Runtime
@@ -81,6 +82,7 @@ class RemoteGroup:
         self._reactor = self.runtime.reactor
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.secret = b""
+        self.settings = LiveSettings(self, "rmd", self._go_by_settings)
         self.committing: Committing | None = None
         self.holding = Holding(self)
         self.epoch = 0
@@ -370,6 +372,14 @@ class RemoteGroup:
         return self.holding.switch(to, name, hold)
 
     # -- status -------------------------------------------------------------------------------
+
+    def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`LiveSettings.set`."""
+        return self.settings.set(settings)
+
+    def _go_by_settings(self) -> None:
+        if self.committing is not None:
+            self.committing.config = self.config
 
     def status(self) -> dict[str, Any]:
         """See :class:`IGroup`."""

@@ -194,10 +194,11 @@ def _go_on(
     group.bypass.resume(settled)
     group.coherence.resume(settled)
     group.backfresh.resume(lost=bool(lost))
-    common: dict[str, Any] = {}
+    group.answering.resume(superblocks)
+    common: dict[str, Any] = {"degraded": group.answering.degraded}
     if settled.uneven:
         # A crash came while bypass was being entered or left: complete it in all.
-        common = {
+        common |= {
             "generations": settled.generations,
             "bypass": settled.bypass,
             "coherent": settled.coherent,
@@ -258,6 +259,7 @@ def _go_on_past(
     settled = settle(readable)
     group.generation = settled.generations[-1].id
     group.coherence.resume(settled._replace(refreshes=[]))
+    group.answering.resume(readable)
     first = min(failed.untrusted.values(), key=lambda log: log.since)
     state = bypass or {"id": os.urandom(16).hex(), "since": first.since}
     reasons = "; ".join(log.reason for log in failed.untrusted.values())

@@ -17,12 +17,12 @@ class Retry:
     """Pauses that double from one attempt to the next.
 
     :param reactor: for the time.
-    :param longest_seconds: of a pause after an attempt that was not refused.
+    :ivar longest_seconds: of a pause after an attempt that was not refused.
     """
 
     def __init__(self, reactor: Any, longest_seconds: float) -> None:
         self._reactor = reactor
-        self._longest = longest_seconds
+        self.longest_seconds = longest_seconds
         self._sleep: Deferred[None] | None = None
         self.succeeded()
 
@@ -37,7 +37,7 @@ class Retry:
 
     def _plain_seconds(self) -> float:
         seconds = self._seconds
-        self._seconds = min(seconds * 2, self._longest)
+        self._seconds = min(seconds * 2, self.longest_seconds)
         return seconds
 
     def refused_seconds(self) -> float:

@@ -11,14 +11,13 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qdsmirror.groups.direct import answer_all
 from qdsmirror.limits import COMMIT_DELAY_SECONDS, COMMIT_INTERVAL_SECONDS
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
     from qdsmirror.groups.framing import UnitFrame
     from qdsmirror.groups.unit import DriverUnit
-    from qdsmirror.interfaces import INbdConnection, IWorker
+    from qdsmirror.interfaces import IWorker
 
 
 class Syncing:
@@ -49,8 +48,9 @@ class Syncing:
     def flush(self, request: Request) -> None:
         """Answer a flush once all that was framed before it is durable."""
         unit = self._unit
+        request.state = unit.last_number
         if not (self._appended or unit.appending or unit.log_failed):
-            request.connection.answer([request])
+            unit.group.answering.give(unit, [request])
             return
         self._flushes.append((unit.framing.sequence - 1, request))
         self.hasten()
@@ -99,19 +99,16 @@ class Syncing:
             unit.fail_log(error)
             unit.group.bypass.poke()
             return
-        answers: dict[INbdConnection, list[Request]] = {}
+        answers: list[Request] = []
         durable = [self._appended.popleft() for _ in range(count)]
         for frame in durable:
-            for request in frame.waiting:
-                answers.setdefault(request.connection, []).append(request)
+            answers += frame.waiting
             frame.waiting = []
         upto = durable[-1].sequence
         while self._flushes and self._flushes[0][0] <= upto:
-            request = self._flushes.popleft()[1]
-            answers.setdefault(request.connection, []).append(request)
+            answers.append(self._flushes.popleft()[1])
         unit.became_durable(durable)
-        for connection, requests in answers.items():
-            connection.answer(requests)
+        unit.group.answering.give(unit, answers)
         unit.group.became_durable(unit)
         unit.applying.go_on()
         if self._flushes or any(frame.waiting for frame in self._appended):
@@ -141,7 +138,7 @@ class Syncing:
 
     def answer_late(self) -> None:
         """Answer what waited for the failed writelog: all of it is safe without."""
-        answer_all(self._take_late())
+        self._unit.group.answering.give(self._unit, self._take_late())
 
     def drop(self) -> list[Request]:
         """Give who waits, in order, and forget them; the caller answers."""

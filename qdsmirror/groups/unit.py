@@ -51,6 +51,8 @@ class DriverUnit:
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
     :ivar appending: whether an append is under way.
+    :ivar last_number: of the last entry that the application's frames had (see
+        :class:`Answering`).
     :ivar durable_end: where the log is durable up to; ``applied_end``: what is before is applied
         and synced, for the whole group; ``committed_end``: ... is committed at the secondary.
     """
@@ -94,6 +96,7 @@ class DriverUnit:
         self.full_since: float | None = None
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self.appending = False
+        self.last_number = 0
         self._turns: deque[Callable[[], None]] = deque()
         self._pumping = False
         self._pump_again = False
@@ -128,6 +131,7 @@ class DriverUnit:
     def detach(self, connection: INbdConnection) -> None:
         """See :class:`IExport`."""
         self.connections.discard(connection)
+        self.group.answering.forget(connection)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See :class:`IExport`."""
@@ -176,7 +180,7 @@ class DriverUnit:
     def _append_batch(self) -> bool:
         """Make one frame of what is queued; tell whether there was room for it."""
         self.waiting.drop_dead()
-        entries, finished, taken = self.waiting.gather()
+        entries, finished, ends, taken = self.waiting.gather()
         if not entries:
             return False
         payload = sum(e.length for e in entries if e.payload is not None)
@@ -194,6 +198,9 @@ class DriverUnit:
         self.full_since = None
         frame, writes = self.framing.make(frames.ENTRIES, placement, entries)
         self.group.framed(frame)
+        self.last_number = self.group.answering.last_number
+        for request, end in zip(finished, ends, strict=True):
+            request.state = self.last_number - len(entries) + end
         self.pending.add(entries)
         self._append(frame, writes, finished)
         return True
@@ -227,15 +234,17 @@ class DriverUnit:
             self._give_turns()
             self.group.bypass.poke()
             return
-        now: dict[INbdConnection, list[Request]] = {}
+        answering = self.group.answering
+        now: list[Request] = []
         for request in finished:
             if self.group.always_durable or request.flags & nbd.CMD_FLAG_FUA:
                 frame.waiting.append(request)
                 self.syncing.urgent = True
             else:
-                now.setdefault(request.connection, []).append(request)
-        for connection, requests in now.items():
-            connection.answer(requests)
+                now.append(request)
+        if answering.is_prompt:
+            self.syncing.urgent = True
+        answering.give(self, now)
         self.syncing.go_on()
         self._give_turns()
         self.pump()
@@ -437,7 +446,8 @@ class DriverUnit:
         if self.refusal:
             return
         self.refusal = reason
-        for request in (*self.syncing.drop(), *self.waiting.drop(), *self.direct.drop()):
+        late = self.group.answering.drop(self)
+        for request in (*late, *self.syncing.drop(), *self.waiting.drop(), *self.direct.drop()):
             request.connection.answer_error(request, errno.EIO, reason)
 
     def close_export(self, reason: str) -> None:

@@ -17,12 +17,13 @@ class Gathered(NamedTuple):
     """What one frame takes.
 
     :ivar entries: the frame's.
-    :ivar finished: requests that end in it.
+    :ivar finished: requests that end in it; ``ends``: behind which of its entries each does.
     :ivar taken: each request that was touched, and how many of its bytes were taken before.
     """
 
     entries: list[Entry]
     finished: list[Request]
+    ends: list[int]
     taken: list[tuple[Request, int]]
 
 
@@ -92,6 +93,7 @@ class WaitingRequests:
         queue = self._queue
         entries: list[Entry] = []
         finished: list[Request] = []
+        ends: list[int] = []
         taken: list[tuple[Request, int]] = []
         room = self._payload_cap
         while queue and len(entries) < self._entries_cap:
@@ -122,9 +124,10 @@ class WaitingRequests:
             if take == length:
                 queue.popleft()
                 finished.append(request)
+                ends.append(len(entries))
             else:
                 request.state = done + take
-        return Gathered(entries, finished, taken)
+        return Gathered(entries, finished, ends, taken)
 
     def put_back(self, taken: Sequence[tuple[Request, int]]) -> None:
         """Undo the last :meth:`gather`: there was no room."""

@@ -150,6 +150,12 @@ class KillBackfresh(_Command):
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"options", amp.Unicode())]
 
 
+class Set(_Command):
+    """Change settings (a JSON object of texts) until the next start; answered once they hold."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"settings", amp.Unicode())]
+
+
 class Apply(_Command):
     """Take up changed, new and removed group files (masters only)."""
 
@@ -285,6 +291,10 @@ class _ControlProtocol(_BoundedAmp):
     def _kill_backfresh(self, options: str) -> Deferred[dict[str, Any]]:
         return self._run("kill_backfresh", options)
 
+    @Set.responder
+    def _set(self, settings: str) -> Deferred[dict[str, Any]]:
+        return self._run("set_live", settings)
+
     @Apply.responder
     def _apply(self) -> Deferred[dict[str, Any]]:
         return self._run("apply")
@@ -319,7 +329,7 @@ _ALLOWED = {
     for command in (
         *(Status, Bypass, Refresh, KillRefresh, Verify, Extend, Free),
         *(Checkpoint, Mark),
-        *(Backfresh, KillBackfresh, Apply, ForgetFailures, AttachPmd),
+        *(Backfresh, KillBackfresh, Set, Apply, ForgetFailures, AttachPmd),
     )
 }
 
@@ -343,10 +353,10 @@ class ControlServer:
     :param reactor: provides IReactorUNIX.
     :param path: of the socket; a stale one is replaced.
     :param handler: an object with any of the methods ``status()``, ``refresh(kind)``,
-        ``kill_refresh()``, ``apply()``, ``forget_failures(group)`` (each gives a dict, or a
-        Deferred of one, or ``None``) and ``attach_pmd()`` (gives ``(dict, [log descriptors],
-        watermark descriptor)``, or a Deferred of it; the descriptors belong to the server then and
-        are closed when sent).
+        ``kill_refresh()``, ``set_live(settings)``, ``apply()``, ``forget_failures(group)`` (each
+        gives a dict, or a Deferred of one, or ``None``) and ``attach_pmd()`` (gives ``(dict, [log
+        descriptors], watermark descriptor)``, or a Deferred of it; the descriptors belong to the
+        server then and are closed when sent).
     """
 
     def __init__(

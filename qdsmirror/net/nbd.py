@@ -349,7 +349,7 @@ class NbdConnection(Protocol):
         if not requests:
             return
         self._unanswered -= len(requests)
-        held = sum([request.length for request in requests if request.command == nbd.CMD_WRITE])
+        held = sum([request.length for request in requests if request.payload is not None])
         if held:
             self._budget.give(held)
         self._reply([nbd.success_replies(requests)])
@@ -367,15 +367,21 @@ class NbdConnection(Protocol):
     def answer_error(self, request: Request, errno_code: int, message: str) -> None:
         """Answer with an error."""
         self._unanswered -= 1
-        self._budget.give(nbd.request_cost(request))
+        self._budget.give(_held_bytes(request))
         self._reply([nbd.error_reply(request, errno_code, message, self._structured)])
 
     def abandon(self, requests: Sequence[Request]) -> None:
         """Leave requests unanswered for good, and cut the client off: it asks again elsewhere."""
         self._unanswered -= len(requests)
-        held = sum(nbd.request_cost(request) for request in requests)
+        held = sum(_held_bytes(request) for request in requests)
         self._abort("its requests are left to its next connection")
         self._budget.give(held)
+
+    def release(self, request: Request) -> None:
+        """Keep a write's payload no longer: others may have its part of the budget."""
+        held, request.payload = request.payload, None
+        if held is not None:
+            self._budget.give(request.length)
 
     def answer_status(self, request: Request, extents: Sequence[tuple[int, int]]) -> None:
         """Answer a block status."""
@@ -467,3 +473,10 @@ class NbdConnection(Protocol):
         self._server.lost(self)
         if not reason.check(ConnectionDone):
             _log.debug("NBD client lost: {reason}", reason=reason.getErrorMessage())
+
+
+def _held_bytes(request: Request) -> int:
+    """Give what a submitted request still holds of the budget."""
+    if request.command == nbd.CMD_WRITE and request.payload is None:
+        return 0
+    return nbd.request_cost(request)

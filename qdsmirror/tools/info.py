@@ -22,9 +22,9 @@ from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
-#: What ``--is`` and ``--wait`` take: the states, and two predicates.
+#: What ``--is`` and ``--wait`` take: the states, and more.
 STATES = tuple(sorted(Mode))
-PREDICATES = (*STATES, "coherent", "drained")
+PREDICATES = (*STATES, "coherent", "degraded", "drained", "synchronous")
 
 POLL_SECONDS = 0.1
 TIMEOUT_SECONDS_DEFAULT = 60.0
@@ -108,12 +108,18 @@ def report(host: str, groups: list[Group]) -> dict[str, Any]:
 def is_so(group: Group, predicate: str) -> bool:
     """Tell whether a group satisfies one of PREDICATES; what is not known is not so.
 
+    ``synchronous``: all that was answered is as synchronous or near-synchronous operation promises.
+
     ``drained``: the last number written is applied here and committed and applied at the
     secondary, and nothing was written past the writelogs.  The secondary does not know what was
     written, so a group is drained as seen from the primary only.
     """
     if predicate == "coherent":
         return group["coherent"] is True
+    if predicate == "degraded":
+        return group["degraded"] is not None
+    if predicate == "synchronous":
+        return bool((group["synchronous"] or {}).get("kept"))
     if predicate == "drained":
         gsn = group["gsn"]
         equal = gsn["written"] is not None and len({gsn[key] for key in _DRAINED}) == 1

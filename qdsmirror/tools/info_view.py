@@ -106,6 +106,7 @@ def remarks(group: Group) -> list[str]:
             )
         lines.append(f"{group['name']}: {text}")
     lines += _checkpoint_lines(group)
+    lines += [f"{group['name']}: {line}" for line in _synchronous_lines(group)]
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
@@ -148,6 +149,28 @@ def _checkpoint_lines(group: Group) -> list[str]:
     text = f"checkpoint {held['name']} holds{where} at GSN {held['gsn']}"
     uris = "".join(f"; read it at {uri}" for uri in held.get("nbd_uris", {}).values())
     return [f"{group['name']}: {text}{uris}"]
+
+
+def _synchronous_lines(group: Group) -> list[str]:
+    """Tell how synchronous operation is doing; nothing while all is well."""
+    told, degraded = group["synchronous"] or {}, group["degraded"]
+    lines = []
+    if degraded:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(degraded["since"]))
+        lines.append(
+            f"DEGRADED since {since}: {degraded['reason']}; answers do not wait for the secondary"
+        )
+    elif told.get("waiting") and group["rmd"]["state"] != "connected":
+        lines.append(
+            f"{told['waiting']} answers wait for the secondary; to go on without it: "
+            "qdsset on_disconnect=async"
+        )
+    elif told and not told["kept"]:
+        lines.append(f"not yet {group['operation']}: what was answered before is being committed")
+    if group["settings"]:
+        changed = ", ".join(f"{key} = {value}" for key, value in group["settings"].items())
+        lines.append(f"set until the next start: {changed}")
+    return lines
 
 
 def _extension_lines(group: Group) -> list[str]:

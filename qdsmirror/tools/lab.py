@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"what happens when a writelog is full (default: {default.overflow})",
     )
     create.add_argument(
+        "--mode",
+        choices=("async", "sync", "near-sync"),
+        default=default.mode,
+        help=f"how writes are answered with regard to the secondary (default: {default.mode})",
+    )
+    create.add_argument(
         "--crossed",
         action="store_true",
         help="every second group goes from secondary to primary: each site plays both parts",
@@ -137,6 +143,7 @@ def _create(lab: Lab, arguments: argparse.Namespace) -> int:
             secondaries=arguments.secondaries,
             crossed=arguments.crossed,
             memory=arguments.memory,
+            mode=arguments.mode,
         )
     )
     ports = [str(port) for port in lab.ports.values()]

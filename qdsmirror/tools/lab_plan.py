@@ -110,6 +110,7 @@ class Plan:
     :ivar port: of the first rmd, the others' follow; ``None`` chooses free ones.
     :ivar overflow: ``on_overflow`` of every group.
     :ivar memory: whether the writelogs are in memory.
+    :ivar mode: ``operation`` of every group.
     :ivar pool: number of devices in each group's extension pool, of ``pool_size`` bytes each.
     :ivar secondaries: number of secondary sites, over which the groups are spread.
     :ivar crossed: see :class:`Layout`.
@@ -124,6 +125,7 @@ class Plan:
     overflow: str = "block"
     pool: int = 0
     pool_size: int = 64 * MIB
+    mode: str = "async"
     secondaries: int = 1
     crossed: bool = False
     memory: bool = False

@@ -179,7 +179,7 @@ class Lab:
     def _group_file(self, number: int, names: Sequence[str], plan: Plan) -> str:
         primary, secondary = self.layout.ends(number)
         near, far, port = self.devices(primary), self.devices(secondary), self.ports[secondary]
-        lines = ["operation = async", f"on_overflow = {plan.overflow}"]
+        lines = [f"operation = {plan.mode}", f"on_overflow = {plan.overflow}"]
         lines += ["[primary]", f"host = {primary}", "address = 127.0.0.1"]
         lines += ["[secondary]", f"host = {secondary}", "address = 127.0.0.1", f"port = {port}"]
         lines += [f"journal_device = {_quoted(far / (group_name(number) + '.journal'))}"]

@@ -90,6 +90,10 @@ class FakeConnection:
         self.extents: dict[Request, list[tuple[int, int]]] = {}
         self.abandoned: list[Request] = []
         self.gone = False
+        self.released: list[Request] = []
+
+    def release(self, request: Request) -> None:
+        self.released.append(request)
 
     def answer(self, requests: Sequence[Request]) -> None:
         for request in requests:

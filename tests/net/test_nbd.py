@@ -201,6 +201,22 @@ class ClockTests(SynchronousTestCase):
         self.assertEqual(self.budget.free_bytes, 1 << 20)
         self.assertEqual(transport.sent, b"")
 
+    def test_a_released_payload_makes_room(self) -> None:
+        """Its answer waits for the secondary: others go on, and nothing is given back twice."""
+        self.export.held = []
+        connection, transport = self.connected()
+        self.receive(connection, b"".join([request(1, at, 4, b"abcd") for at in (0, 4, 8)]))
+        for one in self.export.held:
+            connection.release(one)
+            connection.release(one)
+        self.assertEqual(self.budget.free_bytes, 1 << 20)
+        first, second, third = self.export.held
+        connection.answer([first])
+        connection.answer_error(second, errno.EIO, "no")
+        self.assertEqual(transport.sent[:16], ok())
+        connection.abandon([third])
+        self.assertEqual(self.budget.free_bytes, 1 << 20)
+
     def test_slow_reader_is_not_read(self) -> None:
         self.budget = Budget()
         self.server = NbdServer(self.clock, {"qds0": self.export}, self.budget)

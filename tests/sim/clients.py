@@ -15,6 +15,7 @@ from qdsmirror.limits import KIB
 from tests.sim.history import Violation, payload
 from tests.sim.profile import Profile
 from tests.sim.sites import Sites
+from tests.sim.synchrony import Synchrony
 
 
 @implementer(INbdConnection)
@@ -40,6 +41,9 @@ class Client:
     def answer_error(self, request: Request, errno_code: int, message: str) -> None:
         self.world.was_refused(self._asked(request), message)
 
+    def release(self, request: Request) -> None:
+        request.payload = None
+
     def answer_status(self, request: Request, extents: Sequence[tuple[int, int]]) -> None:
         self._asked(request)
 
@@ -62,13 +66,15 @@ class Asked:
     """A request that a client waits for.
 
     :ivar expected: of a read, the newest answered write of each sector.
+    :ivar since: the last GSN by the time of the request.
     :ivar answer: when a write was answered, or a flush asked for; in the order of numbers.
     """
 
-    def __init__(self, number: int, ldsu: int, request: Request) -> None:
+    def __init__(self, number: int, ldsu: int, request: Request, since: int) -> None:
         self.number = number
         self.ldsu = ldsu
         self.request = request
+        self.since = since
         self.expected: dict[int, int] = {}
         self.answer = 0
 
@@ -87,9 +93,11 @@ class Clients(Sites):
         super().__init__(seed, base, profile)
         self.clients: list[Client] = []
         self.answered_writes: list[list[Asked]] = []
+        self.synchrony = Synchrony(self)
 
     def driver_began(self) -> None:
         self.answered_writes = [[] for _ in self.config.ldsus]
+        self.synchrony.recovered()
         self.clients = [Client(self, n) for n in range(self.profile.clients)]
 
     def driver_ended(self) -> None:
@@ -142,7 +150,8 @@ class Clients(Sites):
                 flags |= nbd.CMD_FLAG_NO_HOLE
             sectors.write(number, offset, length, data)
         request = Request(client, bytes(8), command, flags, offset, length, data)
-        asked = Asked(number, ldsu, request)
+        since = max(tip.gsn_last for tip in self.model.tips)
+        asked = Asked(number, ldsu, request, since)
         if command == nbd.CMD_READ:
             asked.expected = sectors.expect(offset, length)
         elif command == nbd.CMD_FLUSH:
@@ -161,6 +170,7 @@ class Clients(Sites):
                 one for one in self.answered_writes[ldsu] if one.answer > asked.answer
             ]
         else:
+            self.synchrony.answered(asked)
             sectors.answered(asked.number, request.offset, request.length)
             if request.flags & nbd.CMD_FLAG_FUA or self.profile.durability == "always":
                 safe = [asked]

@@ -68,13 +68,14 @@ class Made:
         had gone past the writelog.
     :ivar control: a control frame's payload: the id of a refresh or bypass.
     :ivar durable: seen on the writelog's platters.
+    :ivar skipped: the secondary's history has begun behind it.
     :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
     """
 
     __slots__ = (
         "_content", "begins_with", "chain", "control", "copies", "durable", "end", "entries",
         "generation", "gsn_first", "gsn_last", "journaled", "kind", "ldsu", "parent", "sequence",
-        "writes",
+        "skipped", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -102,7 +103,7 @@ class Made:
         self.writes = writes
         self.control = b""
         self.begins_with: bytes | None = None
-        self.durable = self.journaled = False
+        self.durable = self.journaled = self.skipped = False
         self.copies: list[tuple[int, bytes]] = []
         self._content: bytes | None = None
 

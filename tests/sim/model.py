@@ -266,7 +266,7 @@ class Model:
         self._journal_gsn = next_gsn
         self.acked = next_gsn - 1
         while not made.journaled:
-            made.journaled = True
+            made.journaled = made.skipped = True
             assert made.parent is not None
             made = made.parent
 

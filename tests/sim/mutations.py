@@ -19,11 +19,13 @@ from qdsmirror.core.recovery import Recovery
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
+from qdsmirror.groups.answering import Answering
 from qdsmirror.groups.applying import Applying
-from qdsmirror.groups.attachment import DriverEnd
+from qdsmirror.groups.attachment import Attachment, DriverEnd
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
+from qdsmirror.groups.direct import answer_all
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
@@ -302,6 +304,76 @@ def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
 @mutation("GENERATION", seeds=400, first=90)
 def _switch_not_completed_at_the_start(patch: Patch) -> None:
     patch(restart_module, "awaits_switch", lambda *_: False)
+
+
+# -- synchronous operation ------------------------------------------------------------------------
+
+
+@mutation("SYNC")
+def _answered_before_the_secondary_has_it(patch: Patch) -> None:
+    def give(_answering: Any, _unit: Any, requests: Any) -> None:
+        answer_all(requests)
+
+    patch(Answering, "give", give)
+
+
+@mutation("SYNC")
+def _answered_when_sent(patch: Patch) -> None:
+    real = Attachment.said_committed
+
+    def said(attachment: Any, end: Any, sent: int, *rest: Any) -> None:
+        attachment._group.answering.committed(min(sent, attachment._group.durable_gsn))
+        real(attachment, end, sent, *rest)
+
+    patch(Attachment, "said_committed", said)
+
+
+@mutation("SYNC", seeds=200)
+def _degraded_before_that_is_durable(patch: Patch) -> None:
+    real = Answering._record
+
+    def record(answering: Any, degraded: Any) -> Any:
+        answering.degraded = degraded or answering.degraded
+        answering._limit = answering._allowed()
+        answering._release()
+        return real(answering, degraded)
+
+    patch(Answering, "_record", record)
+
+
+@mutation("SYNC", seeds=200)
+def _degraded_ends_with_the_outage(patch: Patch) -> None:
+    patch(Answering, "_is_caught_up", property(lambda self: self._is_connected))
+
+
+@mutation("SYNC", seeds=200)
+def _one_entry_too_many(patch: Patch) -> None:
+    def promised(answering: Any) -> int:
+        near = answering.operation == "near-sync"
+        return answering._group.config.near_sync_entries + 1 if near else 0
+
+    patch(Answering, "_promised", property(promised))
+
+
+@mutation("SYNC", seeds=400)
+def _entries_of_before_a_crash_not_counted(patch: Patch) -> None:
+    def begin(answering: Any) -> None:
+        answering._numbers.committed = answering._numbers.framed
+        answering._numbers._others_committed = (
+            answering._numbers._committed_gsn - answering._numbers.committed
+        )
+
+    patch(Answering, "begin", _wrapped(Answering, "begin", after=begin))
+
+
+@mutation("SYNC", seeds=400)
+def _skipped_by_a_new_history_taken_for_committed(patch: Patch) -> None:
+    patch(Answering, "skip", lambda _self: None)
+
+
+@mutation("SYNC", seeds=200)
+def _bypass_answers_at_once(patch: Patch) -> None:
+    patch(Answering, "may_go_past", property(lambda _self: True))
 
 
 # -- between the sites ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
 from tests.sim.history import SECTOR
@@ -19,6 +20,7 @@ class Profile:
     :ivar auto_refresh: whether the bypass of an overflow is left without an operator.
     :ivar checkpoint_hold: what becomes of a checkpoint when the journal fills.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
+    :ivar catch_up_entries: stands for the constant of that name.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
 
@@ -43,9 +45,17 @@ class Profile:
     slow: str
     checkpoint_hold: str
     faults: dict[str, int]
+    operation: str = "async"
+    on_disconnect: str = "block"
+    near_sync_entries: int = 2
+    catch_up_entries: int = 4
 
     @classmethod
-    def draw(cls, random: Random) -> Profile:
+    def draw(cls, random: Random, aside: Random) -> Profile:
+        """Draw a profile.
+
+        :param aside: draws the operation, so that half of the runs are as they would be without.
+        """
         choose = random.choice
         small = WRITELOG_BYTES_MIN // SECTOR * SECTOR
         log = choose((small, small, 300 * KIB))
@@ -87,4 +97,18 @@ class Profile:
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
             checkpoint_hold=own.choice(("release", "strict")),
             faults=faults,
+            **cls._draw_operation(aside, faults),
         )
+
+    @staticmethod
+    def _draw_operation(random: Random, faults: dict[str, int]) -> dict[str, Any]:
+        choose = random.choice
+        if choose((True, False)):
+            return {}
+        faults["operation"] = choose((0, 0, 60, 200))
+        return {
+            "operation": choose(("sync", "sync", "near-sync", "near-sync", "async")),
+            "on_disconnect": choose(("block", "async")),
+            "near_sync_entries": choose((1, 2, 5)),
+            "catch_up_entries": choose((0, 4, 1000)),
+        }

@@ -58,7 +58,7 @@ class Sites:
     def __init__(self, seed: int, base: Path, profile: Profile | None = None) -> None:
         self.seed = seed
         self.random = Random(seed)
-        self.profile = profile or Profile.draw(self.random)
+        self.profile = profile or Profile.draw(self.random, Random(f"operation of {seed}"))
         self.base = base
         self.clock = Clock()
         self.trace = hashlib.blake2b(digest_size=16)
@@ -91,7 +91,9 @@ class Sites:
             number=0,
             name="dsgrp000",
             path=Path("/nowhere/dsgrp000.cfg"),
-            operation="async",
+            operation=profile.operation,
+            on_disconnect=profile.on_disconnect,
+            near_sync_entries=profile.near_sync_entries,
             durability=profile.durability,
             on_overflow=profile.on_overflow,
             primary_host="alpha",

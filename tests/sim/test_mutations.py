@@ -7,10 +7,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.sim.mutations import MUTATIONS
 from tests.sim.runs import PROCESSES, beside, merged
 
-#: SYNC has none: there is no synchronous operation yet.
 INVARIANTS = {
     "DURABLE", "PREFIX", "NO-AHEAD", "NO-HIDDEN", "TAIL", "COHERENT", "GENERATION", "RECOVER",
-    "LOUD", "BOUND",
+    "LOUD", "BOUND", "SYNC",
 }  # fmt: skip
 
 

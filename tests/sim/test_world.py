@@ -49,5 +49,7 @@ class SeedTests(SynchronousTestCase):
             "error", "recoveries", "mirrors checked", "reads", "refused requests", "auto refresh",
             "dirty refresh", "smart refresh", "full refresh", "bypass on", "bypass off",
             "direct writes", "extend", "free", "corruption", "refused over corruption",
+            "synchronous answers", "near-synchronous answers", "degraded answers", "degraded ended",
+            "operation",
         ):  # fmt: skip
             self.assertGreater(counts[what], 0, what)

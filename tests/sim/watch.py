@@ -14,6 +14,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from qdsmirror.core import bitmap as bitmap_module
 from qdsmirror.core import stream
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
+from qdsmirror.groups import answering as answering_module
 from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import compare as compare_module
 from qdsmirror.groups import outbound as outbound_module
@@ -24,12 +25,13 @@ from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.net.link import Link
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
+from tests.sim.clients import Clients
 from tests.sim.history import Written
 from tests.sim.sites import Sites
 
 
 @contextmanager
-def installed(world: Sites, watching: bool = True) -> Iterator[None]:
+def installed(world: Clients, watching: bool = True) -> Iterator[None]:
     """Take the place of chance, and watch what the groups do.
 
     :param watching: also where they send, and what superblocks say.
@@ -54,6 +56,7 @@ def installed(world: Sites, watching: bool = True) -> Iterator[None]:
         patch(bitmap_module, "BITMAP_CHUNK_BYTES_MIN", 4 * KIB)
         patch(compare_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
         patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
+        patch(answering_module, "CATCH_UP_ENTRIES", profile.catch_up_entries)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
         patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:
@@ -154,7 +157,7 @@ def _watched_release(world: Sites, original: Any) -> Any:
     return release
 
 
-def _watched_superblock(world: Sites, original: Any) -> Any:
+def _watched_superblock(world: Clients, original: Any) -> Any:
     def write_superblock(log: Writelog, superblock: Superblock, **kw: Any) -> None:
         before = log.superblock
         if superblock.role == "writelog" and len(superblock.generations) > 1:
@@ -163,6 +166,7 @@ def _watched_superblock(world: Sites, original: Any) -> Any:
         if not hasattr(world, "model"):
             return
         if log.superblock.role == "writelog":
+            world.synchrony.superblock(before, log.superblock)
             world.model.writelog_recorded(log.superblock)
         else:
             world.model.journal_recorded(before, log.superblock)

@@ -6,6 +6,7 @@ everything must come to rest.  Invariants are checked on the way, and after each
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,8 @@ class World(Clients):
             self.switch_checkpoint()
         elif what == "mark":
             self._mark()
+        elif what == "operation":
+            self._change_operation()
         else:
             self._spoil()
 
@@ -179,6 +182,24 @@ class World(Clients):
         self.note(f"{how} {ldsu.name}")
         changed = maybeDeferred(getattr(self.driver.group, how), ldsu.name, "")
         changed.addCallback(lambda _: self.count(how))
+        changed.addErrback(lambda failure: failure.trap(QdsError))
+
+    def _change_operation(self) -> None:
+        """Change the mode of operation while the driver runs."""
+        if not self.serving or self.driver is None:
+            return
+        choose = self.random.choice
+        settings = {"operation": choose(("async", "sync", "near-sync"))}
+        if self.random.random() < 0.5:
+            settings["on_disconnect"] = choose(("block", "async"))
+            settings["near_sync_entries"] = choose(("1", "3"))
+        self.note(f"set {settings}")
+        self.count("operation")
+        # What was answered before is no promise of the new one.
+        self.synchrony.near = []
+        if settings["operation"] == "async":
+            self.synchrony.forget()
+        changed = maybeDeferred(self.driver.group.set_live, json.dumps(settings))
         changed.addErrback(lambda failure: failure.trap(QdsError))
 
     def _spoil(self) -> None:
@@ -362,6 +383,7 @@ class World(Clients):
         self._until(lambda: self.driver is None, "the driver's end")
         self.due.pop("driver", None)
         self.kill("pmd")
+        self.synchrony.forget()
         self.model.begin_generation(
             self._initialise_writelogs(),
             [bytes(self.disks[ldsu.data_device].seen) for ldsu in self.config.ldsus],

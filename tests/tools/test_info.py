@@ -199,6 +199,16 @@ class PredicateTests(TestCase):
         self.assertFalse(info.is_so(group_of(coherent=False), "coherent"))
         self.assertFalse(info.is_so(group_of(coherent=None), "coherent"))
 
+    def test_synchronous_and_degraded(self) -> None:
+        for told, degraded, expected in (
+            (None, None, (False, False)),
+            ({"kept": True}, None, (True, False)),
+            ({"kept": False}, {"since": 1.0, "reason": "so"}, (False, True)),
+        ):
+            group = group_of(synchronous=told, degraded=degraded)
+            found = tuple(info.is_so(group, one) for one in ("synchronous", "degraded"))
+            self.assertEqual(found, expected)
+
     def test_drained(self) -> None:
         self.assertTrue(info.is_so(group_of(), "drained"))
         for key in ("written", "applied", "committed", "mirrored"):

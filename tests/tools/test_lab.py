@@ -127,6 +127,14 @@ class CreateTests(TestCase):
         error = self.assertRaises(ConfigError, Lab, place)
         self.assertIn("create it again", error.hint)
 
+    def test_mode_is_chosen(self) -> None:
+        for options, mode in (([], "async"), (["--mode", "near-sync"], "near-sync")):
+            place = directory(self) / "lab"
+            sizes = ["--size", "4M", "--writelog", "2M", "--journal", "3M"]
+            self.assertEqual(captured(self, lab.main, "create", str(place), *sizes, *options)[0], 0)
+            for site in ("primary", "secondary"):
+                self.assertEqual(load_group(Lab(place).paths[site], 0).operation, mode)
+
     def test_not_empty(self) -> None:
         place = directory(self)
         (place / "mine").touch()
@@ -220,7 +228,7 @@ class CommandTests(TestCase):
         for argv in (
             ["create", place, "--size", "many"],
             ["start", place, "tertiary"],
-            ["create", place, "--mode", "async"],
+            ["create", place, "--mode", "asynchronous"],
             ["--root", "/tmp/y", "status", place],
             [],
         ):

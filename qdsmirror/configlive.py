@@ -1,0 +1,139 @@
+"""What of a group's configuration may change while its daemons run (``qdsset``).
+
+A change lasts until the daemon's next start, which reads the file again.  Values are checked as
+those in the file are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configobj import ConfigObj
+from configobj.validate import ValidateError, Validator
+
+from qdsmirror.configmodel import GroupConfig, Tunables
+from qdsmirror.configvalues import CHECKS, nearest, shown
+from qdsmirror.errors import UsageError
+
+_GROUP, _TUNABLES = "", "tunables"
+
+
+class Setting(NamedTuple):
+    """A key that may be changed.
+
+    :ivar section: where it stands in the file; "" for no section.
+    :ivar daemons: which of the group's daemons go by it.
+    """
+
+    section: str
+    daemons: tuple[str, ...]
+
+
+#: Every key that ``qdsset`` takes; one that comes to the configuration is added here.
+SETTINGS: Mapping[str, Setting] = {
+    "operation": Setting(_GROUP, ("driver",)),
+    "on_disconnect": Setting(_GROUP, ("driver",)),
+    "near_sync_entries": Setting(_GROUP, ("driver",)),
+    "durability": Setting(_GROUP, ("driver",)),
+    "on_overflow": Setting(_GROUP, ("driver",)),
+    "metadata_entries": Setting(_TUNABLES, ("driver", "rmd")),
+    "metadata_seconds": Setting(_TUNABLES, ("driver", "rmd")),
+    "auto_refresh": Setting(_TUNABLES, ("driver",)),
+    "send_window": Setting(_TUNABLES, ("pmd",)),
+    "reconnect_max": Setting(_TUNABLES, ("pmd",)),
+}
+
+#: The daemons that go by settings, by the part that a host plays.
+DAEMONS = {"primary": ("driver", "pmd"), "secondary": ("rmd",)}
+
+
+def parse_settings(words: Iterable[str]) -> dict[str, str]:
+    """Take ``KEY=VALUE`` words apart, and check them.
+
+    :raises UsageError: one has no such form, or a key or value that may not be; the nearest valid
+        key is named.
+    """
+    settings: dict[str, str] = {}
+    for word in words:
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals or not key:
+            raise UsageError(f"{shown(word)} is not KEY=VALUE", hint="qdsset --help")
+        if key in settings:
+            raise UsageError(f"{key} is given twice", hint="give it once")
+        _check(key, value)
+        settings[key] = value
+    return settings
+
+
+def _check(key: str, value: str) -> Any:
+    """Convert a value as the file's are.
+
+    :raises UsageError: there is no such key, or it takes no such value.
+    """
+    setting = SETTINGS.get(key)
+    spec = _spec()
+    if setting is None:
+        if any(key in section for section in spec.values() if isinstance(section, dict)):
+            raise UsageError(
+                f"{key} does not change while the daemons run",
+                hint="change the group's file on both systems, then qdsconfigtool apply",
+            )
+        raise UsageError(
+            f"there is no setting {shown(key)}{nearest(key, SETTINGS)}",
+            hint=f"settings: {', '.join(SETTINGS)}",
+        )
+    check = (spec[setting.section] if setting.section else spec)[key]
+    try:
+        return Validator(CHECKS).check(check, value)
+    except ValidateError as error:
+        raise UsageError(f"{key}: {error}", hint="see dsgrp.cfg(5)") from None
+
+
+def _spec() -> ConfigObj:
+    return ConfigObj(
+        Path(__file__).with_name("dsgrp.ini").read_text("utf-8").splitlines(),
+        interpolation=False,
+        list_values=False,
+        raise_errors=True,
+        _inspec=True,
+    )
+
+
+def changed(config: GroupConfig, settings: Mapping[str, str], daemon: str) -> GroupConfig:
+    """Give a group's configuration with other settings: those that a daemon goes by.
+
+    :raises UsageError: a key or value that may not be.
+    """
+    own: dict[str, Any] = {}
+    tunables: dict[str, Any] = {}
+    for key, value in settings.items():
+        checked = _check(key, value)
+        if daemon in SETTINGS[key].daemons:
+            (tunables if SETTINGS[key].section == _TUNABLES else own)[key] = checked
+    return dataclasses.replace(
+        config, tunables=dataclasses.replace(config.tunables, **tunables), **own
+    )
+
+
+def values(config: GroupConfig, daemon: str) -> dict[str, Any]:
+    """Give the present values of the settings that a daemon goes by."""
+    return {
+        key: getattr(config.tunables if one.section == _TUNABLES else config, key)
+        for key, one in SETTINGS.items()
+        if daemon in one.daemons
+    }
+
+
+def differing(config: GroupConfig, started_with: GroupConfig, daemon: str) -> dict[str, Any]:
+    """Give the settings that are others than those at the daemon's start."""
+    before = values(started_with, daemon)
+    return {key: now for key, now in values(config, daemon).items() if now != before[key]}
+
+
+assert all(
+    hasattr(Tunables(), key) if one.section == _TUNABLES else key in GroupConfig.__annotations__
+    for key, one in SETTINGS.items()
+)

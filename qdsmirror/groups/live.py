@@ -1,0 +1,71 @@
+"""Settings that change while a group runs: ``qdsset`` at each of its daemons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.logger import Logger
+
+from qdsmirror.config import GroupConfig
+from qdsmirror.configlive import changed, differing, values
+from qdsmirror.errors import UsageError
+
+
+class Configured(Protocol):
+    """A group that goes by its configuration."""
+
+    name: str
+    config: GroupConfig
+
+
+class LiveSettings:
+    """What is set at one daemon's group until its next start.
+
+    :param daemon: ``driver``, ``pmd`` or ``rmd``.
+    :param apply: goes by the group's new ``config`` from now on; may give a Deferred that fires
+        when it does so durably.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self, group: Configured, daemon: str, apply: Callable[[], Deferred[None] | None]
+    ) -> None:
+        self._group = group
+        self._daemon = daemon
+        self._apply = apply
+        self._started_with = group.config
+
+    @inlineCallbacks
+    def set(self, settings: str) -> Any:
+        """Change settings, all or none; fires with their present values.
+
+        :param settings: a JSON object of texts by key.
+        :raises UsageError: a key or value that may not be.
+        """
+        group = self._group
+        wanted = _read(settings)
+        group.config = changed(group.config, wanted, self._daemon)
+        text = ", ".join(f"{key} = {value}" for key, value in wanted.items())
+        self.log.info("{group}: set: {text}", group=group.name, text=text)
+        applied = self._apply()
+        if applied is not None:
+            yield applied
+        return {"settings": values(group.config, self._daemon)}
+
+    def status(self) -> dict[str, Any]:
+        """Give what differs from the file as it was read at the start."""
+        return differing(self._group.config, self._started_with, self._daemon)
+
+
+def _read(settings: str) -> dict[str, str]:
+    try:
+        wanted = json.loads(settings)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the settings cannot be read: {error}") from error
+    if not isinstance(wanted, dict) or not all(isinstance(one, str) for one in wanted.values()):
+        raise UsageError("the settings are not an object of texts")
+    return wanted
