@@ -29,6 +29,7 @@ DAEMONS = {
 OTHERS = (
     ("qds.cfg", 5),
     ("dsgrp.cfg", 5),
+    ("qdskeep", 5),
     ("qdswritelog", 5),
     ("qdsmirror", 7),
     ("qdsmirror-architecture", 7),

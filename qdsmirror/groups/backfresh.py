@@ -67,6 +67,7 @@ class Backfresh:
         self.phase = OFF
         self.job: Fetching | None = None
         self.trial: Fetching | None = None
+        self._last: dict[str, Any] | None = None
         #: By LDSU what its superblock says; those that are not here hold what they should.
         self._states: dict[int, BackfreshState] = {}
         self._agreement = Agreement(group)
@@ -103,7 +104,7 @@ class Backfresh:
         return f"{', '.join(lacking)} closed, backfresh needed: {first.reason}"
 
     def status(self) -> dict[str, Any] | None:
-        """Give the ``backfresh`` object of ``qdsinfo --json``."""
+        """Give the ``backfresh`` object of ``qdsinfo --json``; the last one's once it has ended."""
         job = self.job or self.trial
         if self.job is None and self._states:
             first = next(iter(self._states.values()))
@@ -112,7 +113,7 @@ class Backfresh:
         if self.phase == BEGINNING:
             return {"state": BEGINNING}
         if job is None:
-            return None
+            return self._last
         state = "fetching" if job is self.job else "counting"
         if not job.remaining_bytes:
             state = "ending" if job is self.job else "counted"
@@ -243,8 +244,7 @@ class Backfresh:
     @inlineCallbacks
     def _begin_trial(self, discard: bool) -> Any:
         group = self._group
-        if self.trial is not None:
-            yield self._drop_trial()
+        yield self._drop_trial()
         if discard and not group.pmd.is_connected:
             group.pmd.hold(True)
         standings = yield self._agreement.reach(drained=False, quiet=False)
@@ -500,6 +500,8 @@ class Backfresh:
         group.coherence.became_equal()
         if discarded and not in_bypass and len(made[0]["generations"]) > 1:
             yield group.bypass.begin_generation(made[0]["generations"])
+        assert self.job is not None
+        self._last = {**self.job.status(), "state": ENDED, "waits": ""}
         self.job = None
         self.phase = OFF
         group.modes.happen(Event.BACKFRESH_ENDED, group.runtime.wall())

@@ -95,6 +95,8 @@ def remarks(group: Group) -> list[str]:
         lines.append(f"{group['name']}: {refresh_text(progress)}")
     if group["verify"]:
         lines.append(f"{group['name']}: {verify_text(group['verify'])}")
+    if group["backfresh"]:
+        lines.append(f"{group['name']}: {backfresh_text(group['backfresh'])}")
     bypass = group["bypass"]
     if bypass and group["role"] == "primary":
         dirty = size_text(bypass["dirty_bytes"])
@@ -110,7 +112,9 @@ def remarks(group: Group) -> list[str]:
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
-        lines += [f"{group['name']}: {unit['name']}: {error}" for error in unit["errors"]]
+        closed = [unit["closed"]] if unit.get("closed") else []
+        told = [*closed, *unit["errors"]]
+        lines += [f"{group['name']}: {unit['name']}: {one}" for one in told]
     return lines
 
 
@@ -194,10 +198,27 @@ def _extension_lines(group: Group) -> list[str]:
 
 def refresh_text(progress: dict[str, Any]) -> str:
     """Give a refresh's progress in one line."""
+    return progress_text("refresh", progress)
+
+
+def backfresh_text(told: dict[str, Any]) -> str:
+    """Give a group's backfresh in one line."""
+    if told["state"] == "counted":
+        return f"{size_text(told['changed_bytes'])} differ from the mirror (dry run)"
+    if told["state"] == "ended":
+        return f"backfresh has ended, {size_text(told['changed_bytes'])} were fetched"
+    if "done_bytes" not in told:
+        return f"backfresh {told['state']}"
+    return progress_text("dry run of a backfresh" if told["dry_run"] else "backfresh", told)
+
+
+def progress_text(what: str, progress: dict[str, Any]) -> str:
+    """Give the progress of a refresh or backfresh in one line."""
     done, remaining = progress["done_bytes"], progress["remaining_bytes"]
     total = done + remaining
     share = 100 * done / total if total else 100.0
-    text = f"{progress['kind']} refresh {share:.0f} %, {size_text(remaining)} remain"
+    kind = f"{progress['kind']} " if "kind" in progress else ""
+    text = f"{kind}{what} {share:.0f} %, {size_text(remaining)} remain"
     if progress.get("rate"):
         text += f", {size_text(progress['rate'])}/s"
     if progress.get("eta_seconds") is not None:

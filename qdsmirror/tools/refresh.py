@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What was refused is told before the others are waited for.
     code = cli.report_all(failed, arguments.json)
     numbers = [one["group"] for one in begun]
-    with _display(arguments.json) as show:
+    with display(arguments.json) as show:
         ended = follow([one for one in configs if one.number in numbers], looking(paths), show)
     done = [one for one in begun if one["group"] not in ended]
     untold = [*(failed if arguments.json else ()), *ended.values()]
@@ -199,34 +199,44 @@ def _ended(group: Group) -> bool:
 
 
 @contextlib.contextmanager
-def _display(quiet: bool) -> Iterator[Show]:
-    """Give what shows progress: a bar on a terminal, else a line each LINE_SECONDS."""
+def display(quiet: bool, of: str = "refresh") -> Iterator[Show]:
+    """Give what shows progress: a bar on a terminal, else a line each LINE_SECONDS.
+
+    :param of: the part of a group object that tells it.
+    """
     if quiet:
         yield lambda group: None
     elif info_view.is_terminal():
-        with _bars() as show:
+        with _bars(of) as show:
             yield show
     else:
-        yield lines()
+        yield lines(of=of)
 
 
 def lines(
-    clock: Callable[[], float] = time.monotonic, write: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic,
+    write: Callable[[str], None] = print,
+    of: str = "refresh",
 ) -> Show:
     """Give what writes a line of progress per group, at most one each LINE_SECONDS."""
     last: dict[str, float] = {}
 
     def show(group: Group) -> None:
-        name, now = group["name"], clock()
-        if group["refresh"] and now - last.get(name, now - LINE_SECONDS) >= LINE_SECONDS:
+        name, now, progress = group["name"], clock(), _progress(group, of)
+        if progress and now - last.get(name, now - LINE_SECONDS) >= LINE_SECONDS:
             last[name] = now
-            write(f"{name}: {info_view.refresh_text(group['refresh'])}")
+            write(f"{name}: {info_view.progress_text(of, progress)}")
 
     return show
 
 
+def _progress(group: Group, of: str) -> dict[str, Any] | None:
+    progress: dict[str, Any] | None = group[of]
+    return progress if progress is not None and "done_bytes" in progress else None
+
+
 @contextlib.contextmanager
-def _bars() -> Iterator[Show]:
+def _bars(of: str) -> Iterator[Show]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
@@ -238,7 +248,7 @@ def _bars() -> Iterator[Show]:
             task = tasks.get(group["name"])
             if task is None:
                 task = tasks[group["name"]] = bar.add_task(group["name"], total=None)
-            progress = group["refresh"]
+            progress = _progress(group, of)
             if progress:
                 done = progress["done_bytes"]
                 bar.update(task, completed=done, total=done + progress["remaining_bytes"])
