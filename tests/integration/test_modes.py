@@ -1,0 +1,73 @@
+"""fio runs through every mode change in turn: no error, and identical mirrors at the end.
+
+Two minutes; ``QDS_MODES_SECONDS`` says otherwise (bench/modes.py), and ``QDS_MODES_REPORT`` names a
+file for what was done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from twisted.trial.unittest import TestCase
+
+from tests.integration.lab import draw_seed, in_thread
+from tests.integration.modes import STEPS, Modes, Step
+
+SECONDS = float(os.environ.get("QDS_MODES_SECONDS", "120"))
+REPORT = os.environ.get("QDS_MODES_REPORT")
+#: At least one round of every step is gone through, however slow the machine is.
+ROUND_SECONDS = 600
+
+
+class ModesTests(TestCase):
+    timeout = SECONDS + ROUND_SECONDS
+
+    @in_thread
+    def test_every_mode_change_in_turn(self) -> None:
+        seed = draw_seed(self)
+        modes = Modes(self, seed)
+        modes.begin()
+        steps = [step for step in STEPS if step.is_there]
+        self.took: dict[str, list[float]] = {step.name: [] for step in steps}
+        started, rounds = time.monotonic(), 0
+        while not rounds or time.monotonic() - started < SECONDS:
+            for step in modes.source.sample(steps, len(steps)):
+                if rounds and time.monotonic() - started >= SECONDS:
+                    break
+                self.go(modes, step)
+            rounds += 1
+            modes.unload()
+            modes.settle()
+        seconds = time.monotonic() - started
+        modes.until(modes.pool_is_free, "the pool to be free")
+        modes.stop()
+        modes.compare()
+        if REPORT:
+            told = {
+                "seed": seed,
+                "seconds": round(seconds, 1),
+                "rounds": rounds,
+                "steps": {
+                    name: [round(one, 2) for one in took] for name, took in self.took.items()
+                },
+                "written_bytes": sum(leg["written"] for leg in modes.legs),
+                "verified_bytes": sum(leg["verified"] for leg in modes.legs),
+            }
+            Path(REPORT).write_text(json.dumps(told))
+
+    def go(self, modes: Modes, step: Step) -> None:
+        """Go through a step, and back to connected and coherent."""
+        print(f"{time.strftime('%H:%M:%S')} {step.name}", flush=True)
+        began = time.monotonic()
+        if step.offline and modes.is_loaded:
+            modes.unload()
+        if not step.offline and not modes.is_loaded:
+            modes.load()
+        step.run(modes)
+        modes.normal()
+        if modes.is_loaded:
+            modes.writes_go_on()
+        self.took[step.name].append(time.monotonic() - began)
