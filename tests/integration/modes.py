@@ -111,7 +111,14 @@ class Modes(World):
     def load(self) -> None:
         """Start fio: it reads back what it wrote a while ago, and ends at the first error."""
         leg = len(self.legs)
-        command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--size=16M", "--iodepth=8"]
+        command = [
+            "fio",
+            "--thread",
+            "--ioengine=nbd",
+            "--rw=randwrite",
+            "--size=16M",
+            "--iodepth=8",
+        ]
         command += ["--bssplit=4k/60:16k/30:64k/10", "--bs_unaligned=0", "--fsync=32"]
         command += ["--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1"]
         command += [f"--rate={BYTES_PER_SECOND}", "--time_based", f"--runtime={FIO_SECONDS}"]
