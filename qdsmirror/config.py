@@ -218,6 +218,7 @@ def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
         pool=values["pool"]["devices"] or (),
         on_disconnect=values["on_disconnect"],
         near_sync_entries=values["near_sync_entries"],
+        paths=secondary["paths"] or (),
     )
 
 

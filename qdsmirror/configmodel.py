@@ -9,7 +9,7 @@ from typing import Literal
 
 from blake3 import blake3
 
-from qdsmirror.configvalues import memory_bytes
+from qdsmirror.configvalues import NetworkPath, memory_bytes
 from qdsmirror.limits import (
     CHILDREN_DEFAULT,
     METADATA_ENTRIES_DEFAULT,
@@ -59,6 +59,7 @@ class Tunables:
     :ivar auto_refresh: whether a group leaves the bypass of an overflow by itself.
     :ivar checkpoint_hold: whether a checkpoint on the secondary is released before its journal is
         full (``release``), or makes the primary wait (``strict``).
+    :ivar compression: on the wire: ``none``, ``lz4``, ``zstd`` or ``zstd:LEVEL``.
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
@@ -69,6 +70,7 @@ class Tunables:
     verify_every: float = 0.0
     verify_rate: int = VERIFY_RATE_BYTES
     checkpoint_hold: str = "release"
+    compression: str = "none"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class GroupConfig:
     :ivar primary_address: IP address or host name; default: the host's name.
     :ivar secondary_address: where the rmd is reached, at ``port``.
     :ivar journal_device: absolute path at the secondary.
+    :ivar paths: the network paths that were configured, none where the one that the addresses
+        give is the only one.
     :ivar pool: absolute paths, at the primary, of the devices by which writelogs are extended.
     :ivar operation: ``async``, ``sync`` or ``near-sync``: when a write is answered with regard to
         the secondary.
@@ -135,6 +139,13 @@ class GroupConfig:
     pool: tuple[str, ...] = ()
     on_disconnect: str = "block"
     near_sync_entries: int = NEAR_SYNC_ENTRIES_DEFAULT
+    paths: tuple[NetworkPath, ...] = ()
+
+    @property
+    def ways(self) -> tuple[NetworkPath, ...]:
+        """All network paths to the secondary, each with its port; one at least."""
+        paths = self.paths or (NetworkPath("", self.secondary_address),)
+        return tuple(path._replace(port=path.port or self.port) for path in paths)
 
     @property
     def in_memory(self) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, NamedTuple
 
 from configobj.validate import ValidateError
 
@@ -30,6 +30,19 @@ _DAYS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(d|w)", re.ASCII)
 _DAYS_UNITS = {"d": 86400.0, "w": 7 * 86400.0}
 _SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 _SECONDS_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+class NetworkPath(NamedTuple):
+    """A way from the primary to the secondary.
+
+    :ivar local: the primary's IP address from which it leads; empty: any.
+    :ivar remote: IP address or host name of the secondary.
+    :ivar port: TCP port; 0: the group's.
+    """
+
+    local: str
+    remote: str
+    port: int = 0
 
 
 def shown(value: str) -> str:
@@ -184,6 +197,60 @@ def _address(value: str) -> str:
         return value
 
 
+def _compression(value: str, low: str, high: str) -> str:
+    name, colon, level = value.lower().partition(":")
+    _one_of(name, "none", "lz4", "zstd")
+    if not colon:
+        return name
+    if name != "zstd":
+        raise ValidateError(f"{shown(value)}: only zstd has a level (zstd:{low} to zstd:{high})")
+    return f"zstd:{_whole_number(level.strip(), low, high)}"
+
+
+def _network_paths(value: str, high: str) -> tuple[NetworkPath, ...]:
+    paths = tuple(_network_path(part.strip()) for part in value.split(","))
+    if len(paths) > int(high):
+        raise ValidateError(f"{len(paths)} paths are more than {high}")
+    return paths
+
+
+def _network_path(text: str) -> NetworkPath:
+    if not text:
+        raise ValidateError("a path is missing before or after a comma")
+    local, arrow, remote = (part.strip() for part in text.partition(">"))
+    if not arrow or not remote or ">" in remote:
+        raise ValidateError(f"{shown(text)} is not a path: write local>remote or local>remote:port")
+    try:
+        source = ip_address(local)
+    except ValueError:
+        raise ValidateError(
+            f"{shown(text)}: {shown(local)} is not an IP address of the primary"
+        ) from None
+    host, port = _host_and_port(remote)
+    address = _address(host)
+    try:
+        versions = {source.version, ip_address(address).version}
+    except ValueError:
+        versions = {source.version}
+    if len(versions) > 1:
+        raise ValidateError(f"{shown(text)}: one end is an IPv4 address and the other an IPv6 one")
+    return NetworkPath(str(source), address, port)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    """Take a port off an address: ``10.1.0.2:575``, ``[fd00::2]:575``; 0 where there is none."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise ValidateError(f"{shown(text)} is not an address: write [IPv6]:port")
+        return host, _whole_number(rest[1:], "1", "65535") if rest else 0
+    host, colon, port = text.partition(":")
+    if ":" in port:
+        # An IPv6 address needs brackets before a port.
+        return text, 0
+    return host, _whole_number(port, "1", "65535") if colon else 0
+
+
 def _user_name(value: str) -> str:
     if not _USER.fullmatch(value):
         raise ValidateError(f"{shown(value)} is not a user's name")
@@ -208,4 +275,6 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "host_name": _host_name,
     "address": _or_default(_address),
     "user_name": _or_default(_user_name),
+    "compression": _compression,
+    "network_paths": _or_default(_network_paths),
 }

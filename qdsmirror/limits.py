@@ -19,6 +19,8 @@ HOST_NAME_CHARS_MAX = 253
 DEVICE_PATH_BYTES_MAX = 4095
 CHILDREN_DEFAULT = 8
 SECRET_BYTES = 32
+#: Network paths of a group.
+PATHS_MAX = 8
 CA_CERTIFICATE_DAYS = 3650
 HOST_CERTIFICATE_DAYS = 825
 CERTIFICATE_WARN_DAYS = 30
@@ -217,11 +219,28 @@ SEND_WINDOW_BYTES = 16 * MIB
 #: One buffer read from the writelogs and sent as one write.
 SEND_BUFFER_BYTES = MIB
 STREAM_MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + 64
+#: Letters that the peer has not said to have; all the questions' answers, and reports.
+LETTERS_MAX = 4096
+#: A shorter one goes over all paths at once; so does every report, for which ACKs wait.
+LETTER_EVERYWHERE_BYTES_MAX = 65 * KIB
 #: Questions about the mirror devices that wait for their answers.
 QUESTIONS_MAX = 16
 QUESTION_READ_BYTES_MAX = MIB
 QUESTION_DIGESTS_BYTES_MAX = 32 * KIB
 QUESTION_CHUNK_BYTES_MIN = 4 * KIB
+#: Of a block, so many samples of this length tell whether compression shrinks it ...
+COMPRESSION_SAMPLES = 4
+COMPRESSION_SAMPLE_BYTES = 4 * KIB
+#: ... by this part at least.
+COMPRESSION_SHARE_SAVED = 1 / 16
+#: After one that does not shrink so many bytes are not looked at; doubled each time.
+COMPRESSION_BACKOFF_BYTES_MIN = 64 * KIB
+COMPRESSION_BACKOFF_BYTES_MAX = 4 * MIB
+#: Buffers of frames that are being compressed, and the threads for it: together as fast as TLS.
+COMPRESSION_BUFFERS_MAX = 4
+COMPRESSION_THREADS = 2
+ZSTD_LEVEL_DEFAULT = 3
+ZSTD_LEVEL_MAX = 19
 #: A ClientHello longer than this is not read for its server name (RFC 8446: one record).
 CLIENT_HELLO_BYTES_MAX = 16 * KIB
 #: To authenticate; and again, to map the LDSUs and start.
@@ -258,6 +277,17 @@ CHECKPOINT_NAME_BYTES_MAX = 64
 #: A checkpoint that is not strict is released when so much of the journal is in use (rules.md 22):
 #: what is left takes what arrives until the journal is freed.
 CHECKPOINT_JOURNAL_SHARE = 0.75
+#: Received, compressed or out of order, and not yet to be taken: all that a window lets come.
+AHEAD_BYTES_MAX = SEND_WINDOW_BYTES_MAX + SEND_BUFFER_BYTES + FRAME_BYTES_MAX
+#: With several paths a buffer is so short: what is behind a slow path's waits for it.
+STRIPE_BYTES = 256 * KIB
+#: And the kernel takes so much of it that it cannot send yet.
+PATH_UNSENT_BYTES_MAX = 128 * KIB
+#: A stripe goes over another path too when it was not acknowledged in so many times what stripes
+#: need, but not before this time.
+PATH_PATIENCE = 4
+PATH_PATIENCE_SECONDS_MIN = 1.0
+PATH_LOOK_SECONDS = 0.25
 
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB
@@ -287,6 +317,10 @@ assert BACKFRESH_READ_BYTES <= QUESTION_READ_BYTES_MAX
 assert BACKFRESH_SPANS_MAX < QUESTIONS_MAX
 assert FRAME_PAYLOAD_BYTES_MAX <= SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES
 assert FRAME_BYTES_MAX < STREAM_MESSAGE_BYTES_MAX < RECEIVED_BYTES_MAX
+assert PATH_LOOK_SECONDS < PATH_PATIENCE_SECONDS_MIN < SILENT_PEER_SECONDS
+assert STRIPE_BYTES <= SEND_BUFFER_BYTES
+assert 8 + FRAME_BYTES_MAX <= STREAM_MESSAGE_BYTES_MAX
+assert COMPRESSION_BUFFERS_MAX >= COMPRESSION_THREADS
 assert CONTROL_RESERVE_BYTES * 3 <= WRITELOG_BYTES_MIN
 assert SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES_MIN <= SEND_WINDOW_BYTES <= SEND_WINDOW_BYTES_MAX
 assert RECONNECT_SECONDS_MIN <= RECONNECT_MAX_SECONDS_MIN <= RECONNECT_SECONDS_MAX

@@ -33,6 +33,7 @@ from qdsmirror.config import (
     read_group,
     scan_groups,
 )
+from qdsmirror.configvalues import NetworkPath
 from qdsmirror.errors import EXIT_CONFIG, ConfigError
 from qdsmirror.paths import Paths
 
@@ -260,6 +261,35 @@ class GroupTests(RootedTestCase):
             "tunables.verify_every": ["0", "0.5 s", "367 d", "53 w", "often", "1 y", "7 d 1 h", ""],
             "tunables.verify_rate": ["63K", "17G", "0", "fast", ""],
             "tunables.checkpoint_hold": ["yes", "Release", ""],
+            "tunables.compression": [
+                "gzip",
+                "zstd:",
+                "zstd:0",
+                "zstd:20",
+                "zstd:x",
+                "lz4:1",
+                "none:1",
+                "zstd 3",
+                "",
+            ],
+            "secondary.paths": [
+                "10.0.0.2",
+                "10.0.0.1>",
+                ">10.0.0.2",
+                "db1>10.0.0.2",
+                "10.0.0.1>10.0.0.2>10.0.0.3",
+                "10.0.0.1>10.0.0.2,",
+                "10.0.0.1>10.0.0.2:0",
+                "10.0.0.1>10.0.0.2:65536",
+                "10.0.0.1>10.0.0.2:x",
+                "10.0.0.1>fd00::2",
+                "fd00::1>10.0.0.2",
+                "10.0.0.1>a b",
+                "fd00::1>[fd00::2",
+                "fd00::1>[fd00::2]575",
+                "10.0.0.1/24>10.0.0.2",
+                ",".join(["10.0.0.1>10.0.0.2"] * 9),
+            ],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -296,9 +326,35 @@ class GroupTests(RootedTestCase):
             ("verify_rate", 64 * limits.KIB, "64K"),
             ("verify_rate", 16 * limits.GIB, "16G"),
             ("checkpoint_hold", "strict", "strict"),
+            ("compression", "none", "none"),
+            ("compression", "lz4", "LZ4"),
+            ("compression", "zstd", "zstd"),
+            ("compression", "zstd:1", "zstd:1"),
+            ("compression", "zstd:19", "zstd:19"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)
+
+    def test_paths(self) -> None:
+        group = self.group(GROUP)
+        self.assertEqual(group.paths, ())
+        self.assertEqual(group.ways, (NetworkPath("", "dr1", 575),))
+        text = GROUP.replace("[ldsus]", "port = 5750\npaths = %s\n[ldsus]")
+        group = self.group(
+            text % "10.1.0.1>10.1.0.2, 10.2.0.1 > dr1-b:5, fd00::1>[FD00::2]:6,fd00::1>fd00::2"
+        )
+        self.assertEqual(
+            group.ways,
+            (
+                NetworkPath("10.1.0.1", "10.1.0.2", 5750),
+                NetworkPath("10.2.0.1", "dr1-b", 5),
+                NetworkPath("fd00::1", "fd00::2", 6),
+                NetworkPath("fd00::1", "fd00::2", 5750),
+            ),
+        )
+        self.assertEqual(group.identity_digest(), self.group(GROUP).identity_digest())
+        most = ",".join(["10.0.0.1>10.0.0.2"] * limits.PATHS_MAX)
+        self.assertEqual(len(self.group(text % most).ways), limits.PATHS_MAX)
 
     def test_ldsu_names(self) -> None:
         for name in ("a", "A-b_c.9", "9", "x" * 64):
@@ -851,6 +907,8 @@ class SpecTests(TestCase):
         ):
             convert_any: Any = convert
             self.assertEqual(tuple(map(convert_any, bounds(key))), expected, key)
+        self.assertIn(f"paths = network_paths({limits.PATHS_MAX}, ", text)
+        self.assertIn(f"compression = compression(1, {limits.ZSTD_LEVEL_MAX}, ", text)
 
     def test_defaults_of_the_dataclass(self) -> None:
         with root() as paths:

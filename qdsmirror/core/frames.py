@@ -79,6 +79,8 @@ _ENTRY_KINDS = frozenset((WRITE, ZEROES, TRIM, REFRESH, REFRESH_ZEROES))
 _HEAD = Struct(">8sHBBIII16sQQQQQI")
 _HEADER = Struct(">8sHBBIII16sQQQQQI16sI")
 HEADER_BYTES = _HEADER.size
+_GSNS = Struct(">QQ")
+_GSNS_AT = Struct(">8sHBBIII16sQ").size
 #: offset length kind flags reserved
 ENTRY = Struct(">QIBBH")
 ENTRY_BYTES = ENTRY.size
@@ -226,6 +228,12 @@ def parse_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
     elif header.entry_count or header.payload_bytes not in _CONTROL_PAYLOAD_BYTES[header.kind]:
         raise CorruptError(f"frame header: a frame of kind {header.kind} has no such body")
     return header
+
+
+def last_gsn(frame: Buffer) -> int:
+    """Give a frame's last GSN; the frame is one of ours, and was checked."""
+    first, count = _GSNS.unpack_from(frame, _GSNS_AT)
+    return int(first + count - 1)
 
 
 def chain_follows(header: FrameHeader, raw: Buffer, previous_chain: bytes) -> bool:

@@ -72,8 +72,12 @@ class RefusingAuthority:
         """Never asked: nothing is mapped."""
         self._never()
 
-    def start(self, session: bytes) -> Factory:
+    def start(self, session: bytes, paths: int, compression: str) -> Factory:
         """Never asked: nothing is mapped."""
+        self._never()
+
+    def join(self, session: bytes) -> Factory:
+        """Tell why not."""
         self._never()
 
     def _never(self) -> NoReturn:

@@ -11,7 +11,6 @@ from zope.interface import implementer
 
 from qdsmirror.errors import MismatchError, ProtocolError, QdsError
 from qdsmirror.net.handshake import IRemoteAuthority, RebasePosition, UnitPosition
-from qdsmirror.net.link import LinkFactory
 
 if TYPE_CHECKING:
     from qdsmirror.groups.remote import RemoteGroup
@@ -66,11 +65,17 @@ class Authority:
 
         return done.addCallback(renew)
 
-    def start(self, session: bytes) -> Factory:
+    def start(self, session: bytes, paths: int, compression: str) -> Factory:
         """Begin the stream."""
         self._check_epoch()
         self._ended()
-        return LinkFactory(self._group, self._group.runtime.reactor)
+        return self._group.new_session(session, paths, compression).factory()
+
+    def join(self, session: bytes) -> Factory:
+        """Let the connection be a further path of the present session."""
+        factory = self._group.joined(session).factory()
+        self._ended()
+        return factory
 
     def _check_epoch(self) -> None:
         if self._epoch != self._group.epoch:

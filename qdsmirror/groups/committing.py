@@ -105,6 +105,11 @@ class Committing:
         return self.durable.gsn - 1
 
     @property
+    def next_gsn(self) -> int:
+        """The number of the frame that comes next, behind all that were taken."""
+        return self._intake.gsn
+
+    @property
     def mirrored_gsn(self) -> int:
         """On the mirror devices up to this number."""
         return self.mirror.applied.gsn - 1

@@ -18,9 +18,9 @@ from qdsmirror.core.ring import Ring
 from qdsmirror.core.stream import Ack
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
+from qdsmirror.groups.band import Band
 from qdsmirror.interfaces import IWorker
-from qdsmirror.limits import MIB, SEND_BUFFER_BYTES
-from qdsmirror.net.link import Link
+from qdsmirror.limits import MIB, SEND_BUFFER_BYTES, SEND_WINDOW_BYTES_MAX
 from qdsmirror.storage.logreader import LogFrame, LogReader
 
 _READ_BYTES_MIN = 64 * 1024
@@ -144,6 +144,7 @@ class Outbound:
     :ivar window: bytes that may be unacknowledged.
     :param committed: told of (sent, committed, mirrored GSN, changed log ends).
     :param failed: told when a writelog cannot be read.
+    :param stripe: bytes that are sent as one, more or less, if less than a buffer.
     """
 
     def __init__(
@@ -153,24 +154,26 @@ class Outbound:
         window: int,
         committed: Callable[[int, int, int, Iterable[Committed]], None],
         failed: Callable[[CorruptError], None],
+        stripe: int = SEND_WINDOW_BYTES_MAX,
     ) -> None:
         self._units = {unit.index: unit for unit in units}
         self._worker = worker
         self.window = window
         self._committed = committed
         self._failed = failed
-        self._link: Link | None = None
+        self._link: Band | None = None
         self._reading = False
         self._heads: dict[int, OutUnit] = {}
         self._in_flight: deque[tuple[int, int, OutUnit, Cursor]] = deque()
         self._in_flight_bytes = 0
         self._next_gsn = 1
         self._durable_gsn = 0
+        self._stripe = stripe
         self._read_bytes = max(_READ_BYTES_MIN, SEND_BUFFER_BYTES // max(1, len(units)))
         self._mirrored = 0
 
     def begin(
-        self, link: Link, cursors: dict[int, Cursor], next_gsn: int, durable_gsn: int
+        self, link: Band, cursors: dict[int, Cursor], next_gsn: int, durable_gsn: int
     ) -> None:
         """Send from these places on; what lies before them is committed."""
         self._link = link
@@ -213,7 +216,7 @@ class Outbound:
         """Send one buffer of frames; tell whether there were any."""
         batch: list[memoryview] = []
         size = 0
-        while size < SEND_BUFFER_BYTES:
+        while size < min(self._stripe, SEND_BUFFER_BYTES):
             unit = self._heads.get(self._next_gsn)
             if unit is None or unit.buffer[0].header.gsn_last > self._durable_gsn:
                 break

@@ -14,30 +14,27 @@ from functools import partial
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.endpoints import connectProtocol
-from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream, watermark
+from qdsmirror.core.compression import Method, known
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.stream import Message
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import (
-    BrokenError,
-    ConfigError,
     CorruptError,
     DivergedError,
-    IdentityError,
     ProtocolError,
     QdsError,
-    UnreachableError,
 )
 from qdsmirror.groups.attached import PmdEnd
+from qdsmirror.groups.band import Band
 from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.outbound import Outbound
+from qdsmirror.groups.paths import REFUSALS, NetworkPaths
 from qdsmirror.groups.resume import (
     AwaitsRefreshError,
     RefreshLostError,
@@ -49,20 +46,12 @@ from qdsmirror.groups.resume import (
 )
 from qdsmirror.groups.retry import Retry
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.wire import Wire
 from qdsmirror.interfaces import IGroup, IWorker
-from qdsmirror.net.control import why_unconnected
-from qdsmirror.net.handshake import (
-    PrimaryHandshake,
-    PrimaryOffer,
-    RebasePosition,
-    UnitOffer,
-    UnitPosition,
-)
-from qdsmirror.net.link import ILinkOwner, Link, LinkFactory
+from qdsmirror.limits import COMPRESSION_THREADS, SEND_WINDOW_BYTES_MAX, STRIPE_BYTES
+from qdsmirror.net.handshake import PrimaryOffer, RebasePosition, UnitOffer, UnitPosition
+from qdsmirror.net.link import ILinkOwner, LinkFactory
 from qdsmirror.paths import Paths
-
-#: Errors after which the same attempt would fail again: an operator must act first.
-_REFUSALS = (IdentityError, ConfigError, BrokenError)
 
 #: What the secondary says to the driver: types in the stream, and on the watermark socket.
 _RELAYED = {stream.ANSWER: watermark.ANSWER, stream.REPORT: watermark.REPORT}
@@ -96,7 +85,11 @@ class PrimaryGroup:
         self._driver: PmdEnd | None = None
         self._outbound: Outbound | None = None
         self._resumption: Resumption | None = None
-        self._link: Link | None = None
+        self._link: Band | None = None
+        self._ways = NetworkPaths(config, host, self.runtime)
+        self._method = Method.of(config.tunables.compression)
+        self._wire = Wire(str(self._method))
+        self._compressors: list[IWorker] = []
         self._ended: Deferred[str] | None = None
         self.settings = LiveSettings(self, "pmd", self._go_by_settings)
         self._retry = Retry(self._reactor, config.tunables.reconnect_max)
@@ -111,7 +104,7 @@ class PrimaryGroup:
         async def begin() -> None:
             self._secret = load_secret(self.paths, self.number)
             # Also reads the certificate and key: a broken one is told at once.
-            self.runtime.endpoint(self._reactor, self.host, self.config)
+            self.runtime.endpoint(self._reactor, self.host, self.config, self.config.ways[0])
             self._worker = self.runtime.quick_worker(f"{self.name} reader")
             self._finder = self.runtime.slow_worker(f"{self.name} finder")
             self._running = ensureDeferred(self._run())
@@ -132,9 +125,10 @@ class PrimaryGroup:
                     await ended
             if running is not None:
                 running.cancel()
+            self._ways.end()
             self._detach()
-            await self._finder.stop()
-            await self._worker.stop()
+            for worker in (*self._compressors, self._finder, self._worker):
+                await worker.stop()
 
         return ensureDeferred(end())
 
@@ -172,7 +166,7 @@ class PrimaryGroup:
         """Have one connection, from its making to its end, and the pause after it."""
         try:
             ended = await self._connect(driver)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             awaits = isinstance(error, AwaitsRefreshError)
             diverged = isinstance(error, DivergedError) and not awaits
             said = {"diverged": diverged, "awaits_refresh": awaits}
@@ -251,6 +245,7 @@ class PrimaryGroup:
         if self.link_state["state"] == "refused":
             self._say("connecting", "")
         self._retry.wake()
+        self._ways.try_again()
 
     def _say(self, state: str, reason: str, code: int = 0, hint: str = "", **more: Any) -> None:
         """Set the link's state and tell log and driver, with what else that must know now.
@@ -280,13 +275,21 @@ class PrimaryGroup:
         if self.link_state["state"] not in ("connecting", "refused"):
             self._say("connecting", "")
         config = self.config
-        endpoint = self.runtime.endpoint(self._reactor, self.host, config)
         self._outbound = Outbound(
             driver.units,
             self._worker,
             config.tunables.send_window,
             self._committed,
             self._writelog_failed,
+            STRIPE_BYTES if self._ways.several else SEND_WINDOW_BYTES_MAX,
+        )
+        band = Band(
+            self,
+            self._reactor,
+            self._wire,
+            several=self._ways.several,
+            method=self._method,
+            compressors=self._make_compressors,
         )
         ended = self._ended = Deferred()
         offer = PrimaryOffer(
@@ -296,20 +299,28 @@ class PrimaryGroup:
             units=[UnitOffer(unit.index, unit.name, unit.size) for unit in driver.units],
             decide=partial(self._decide, driver),
             session=secrets.token_bytes(16),
-            stream_factory=LinkFactory(self, self._reactor),
+            stream_factory=LinkFactory(band, self._reactor),
+            compression=known(self._method.name),
+            agreed=partial(self._agreed, band),
+            paths=len(self._ways),
         )
-        handshake = PrimaryHandshake(offer, self._reactor)
-        try:
-            await connectProtocol(endpoint, handshake)  # type: ignore[no-untyped-call]
-        except (ConnectError, DNSLookupError, OSError) as error:
-            handshake.done.addErrback(lambda _: None)
-            raise UnreachableError(
-                f"{config.secondary_host} does not answer at {config.secondary_address} port "
-                f"{config.port}: {why_unconnected(error)}",
-                hint="start its remote mirror daemon with launchrmds",
-            ) from None
-        await handshake.done
+        await self._ways.open(offer, band)
         return ended
+
+    def _make_compressors(self) -> Sequence[IWorker]:
+        while len(self._compressors) < COMPRESSION_THREADS:
+            self._compressors.append(self.runtime.slow_worker(f"{self.name} compressor"))
+        return self._compressors
+
+    def _agreed(self, band: Band, name: str) -> None:
+        """Learn what compression the secondary takes."""
+        band.agreed(name)
+        self._wire.compression = str(band.method)
+        if self._wire.compression != self._wire.wanted:
+            self.log.warn(
+                "{group}: nothing is compressed: not both hosts know {wanted}",
+                group=self.name, wanted=self._wire.wanted,
+            )  # fmt: skip
 
     async def _decide(
         self, driver: PmdEnd, acks: Sequence[UnitPosition]
@@ -362,7 +373,7 @@ class PrimaryGroup:
 
     # -- ILinkOwner -------------------------------------------------------------------------------
 
-    def link_made(self, link: Link) -> None:
+    def link_made(self, link: Band) -> None:
         """See :class:`ILinkOwner`."""
         driver, start = self._driver, self._resumption
         if self._outbound is None or start is None or driver is None or driver.lost:
@@ -375,7 +386,7 @@ class PrimaryGroup:
             return
         self._outbound.begin(link, start.cursors, start.next_gsn, driver.durable_gsn)
 
-    def link_message(self, link: Link, message: Message) -> None:
+    def link_message(self, link: Band, message: Message) -> None:
         """See :class:`ILinkOwner`."""
         relayed = _RELAYED.get(message.type)
         if relayed is not None:
@@ -386,13 +397,15 @@ class PrimaryGroup:
         elif self._outbound is not None and link is self._link:
             self._outbound.acknowledged(stream.parse_ack(message.payload))
 
-    def link_writable(self, link: Link) -> None:
+    def link_writable(self, link: Band) -> None:
         """See :class:`ILinkOwner`."""
         if self._outbound is not None:
             self._outbound.pump()
 
-    def link_lost(self, link: Link, reason: str) -> None:
+    def link_lost(self, link: Band, reason: str) -> None:
         """See :class:`ILinkOwner`."""
+        self._ways.end()
+        self._wire.compression = ""
         if self._outbound is not None:
             self._outbound.end()
             self._outbound = None
@@ -413,6 +426,7 @@ class PrimaryGroup:
             "pmd": {**self.link_state, "pid": os.getpid()},
             "gsn": self._gsn,
             "settings": self.settings.status(),
+            "wire": self._wire.status(self._ways.status()),
         }
 
 

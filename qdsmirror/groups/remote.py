@@ -22,6 +22,7 @@ from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.core import stream
+from qdsmirror.core.compression import Method
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.stream import Message
 from qdsmirror.core.verify import VERIFY, Verdict
@@ -40,10 +41,12 @@ from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.remote_status import remote_status
 from qdsmirror.groups.replies import Replies
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.interfaces import IGroup
+from qdsmirror.groups.session import Session
+from qdsmirror.groups.wire import Wire
+from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import UNAUTHENTICATED_MAX
 from qdsmirror.net.handshake import RebasePosition, RemoteHandshake, UnitPosition
-from qdsmirror.net.link import ILinkOwner, Link
+from qdsmirror.net.link import ILinkOwner
 from qdsmirror.paths import Paths
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
@@ -90,7 +93,9 @@ class RemoteGroup:
         self.since = self.runtime.wall()
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self._replies: Replies | None = None
-        self._link: Link | None = None
+        self._link: Session | None = None
+        self._unpacker: IWorker | None = None
+        self.wire = Wire(str(Method.of(config.tunables.compression)))
         self._handshakes = 0
         self._paused = False
 
@@ -152,6 +157,9 @@ class RemoteGroup:
         if self._replies is not None:
             yield self._replies.stop()
             self._replies = None
+        if self._unpacker is not None:
+            yield self._unpacker.stop()
+            self._unpacker = None
         if not committing.failed:
             yield self._leave_devices(committing.mirror)
         self.committing = None
@@ -236,6 +244,41 @@ class RemoteGroup:
         assert self.committing is not None
         self.committing.forget()
 
+    def new_session(self, ident: bytes, paths: int, method: str) -> Session:
+        """Make the stream of a session that is about to begin."""
+        committing = self.committing
+        assert committing is not None
+        return Session(
+            self,
+            self._reactor,
+            ident,
+            paths=paths,
+            method=method,
+            wire=self.wire,
+            unpacker=self._make_unpacker,
+            next_gsn=lambda: committing.next_gsn,
+        )
+
+    def joined(self, ident: bytes) -> Session:
+        """Give the present session, for a further path.
+
+        :raises ProtocolError: there is none, it is another, or it has paths enough.
+        """
+        if self._link is None:
+            raise ProtocolError("the session that the path is for is over")
+        self._link.check_join(ident)
+        return self._link
+
+    def _make_unpacker(self) -> IWorker:
+        if self._unpacker is None:
+            self._unpacker = self.runtime.slow_worker(f"{self.name} unpacker")
+        return self._unpacker
+
+    @property
+    def network_paths(self) -> list[dict[str, Any]]:
+        """The present session's paths, for ``qdsinfo``."""
+        return self._link.paths_status() if self._link is not None else []
+
     def position(self, index: int) -> UnitPosition:
         """Give where an LDSU's durable history ends."""
         assert self.committing is not None
@@ -282,7 +325,7 @@ class RemoteGroup:
 
     # -- ILinkOwner ---------------------------------------------------------------------------
 
-    def link_made(self, link: Link) -> None:
+    def link_made(self, link: Session) -> None:
         """See :class:`ILinkOwner`."""
         if self.committing is None:
             link.abort("the remote mirror daemon was stopped")
@@ -290,12 +333,13 @@ class RemoteGroup:
         self._drop_link("superseded by a newer connection")
         self._link = link
         self._paused = False
+        self.wire.compression = link.method
         self._say("connected", "")
         self.log.info("{group}: connected", group=self.name)
         self.committing.acknowledge()
         self.holding.report()
 
-    def link_message(self, link: Link, message: Message) -> None:
+    def link_message(self, link: Session, message: Message) -> None:
         """See :class:`ILinkOwner`."""
         if link is not self._link or self.committing is None:
             return
@@ -307,13 +351,14 @@ class RemoteGroup:
         else:
             self.committing.take(message.payload, bool(message.flags & stream.ACK_REQUESTED))
 
-    def link_writable(self, link: Link) -> None:
+    def link_writable(self, link: Session) -> None:
         """See :class:`ILinkOwner`."""
 
-    def link_lost(self, link: Link, reason: str) -> None:
+    def link_lost(self, link: Session, reason: str) -> None:
         """See :class:`ILinkOwner`."""
         if link is self._link:
             self._link = None
+            self.wire.compression = ""
             self.epoch += 1
             self._say("connecting", reason)
             self.log.info("{group}: link lost: {reason}", group=self.name, reason=reason)
@@ -324,9 +369,9 @@ class RemoteGroup:
 
     def _acknowledge(self, committed: int, mirrored: int) -> None:
         if self._link is not None:
-            self._link.send(stream.pack_ack(committed, mirrored))
+            self._link.acknowledge(committed, mirrored)
 
-    def _answer(self, link: Link, answer: bytes) -> None:
+    def _answer(self, link: Session, answer: bytes) -> None:
         if link is self._link:
             link.send(stream.pack_relayed(stream.ANSWER, answer))
 

@@ -74,6 +74,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
             for ldsu in group.config.ldsus
         ],
         "journal": _journal_status(committing),
+        "wire": group.wire.status(group.network_paths),
         "errors": list(group.notes),
     }
 

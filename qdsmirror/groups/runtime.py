@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.threads import deferToThreadPool
 
 from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.configvalues import NetworkPath
 from qdsmirror.core.clienthello import server_name_for
 from qdsmirror.core.nbd_requests import Budget
 from qdsmirror.groups.unapplied import Unapplied
@@ -33,14 +34,21 @@ _T = TypeVar("_T")
 READ_THREADS = 4
 
 
-def tls_endpoint(reactor: Any, host: HostConfig, config: GroupConfig) -> IStreamClientEndpoint:
+def tls_endpoint(
+    reactor: Any, host: HostConfig, config: GroupConfig, way: NetworkPath
+) -> IStreamClientEndpoint:
     """Give the way to a group's secondary: TCP, and TLS with our certificate.
 
+    :param way: the network path.
     :raises ConfigError: certificate or key cannot be used.
     """
     options = client_options(host, config.secondary_host, server_name_for(config.number))
     tcp = HostnameEndpoint(
-        reactor, config.secondary_address, config.port, timeout=HANDSHAKE_SECONDS
+        reactor,
+        way.remote,
+        way.port,
+        timeout=HANDSHAKE_SECONDS,
+        bindAddress=(way.local, 0) if way.local else None,
     )
     endpoint: IStreamClientEndpoint = wrapClientTLS(options, tcp)
     return endpoint
@@ -61,7 +69,7 @@ class Runtime:
     :ivar listen: serves LDSUs to clients; as :func:`qdsmirror.net.nbd.listen_nbd`.
     :ivar bind: makes a listening Unix socket; as :func:`qdsmirror.net.nbd_socket.bind_nbd`.
     :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.control.attach_to_driver`.
-    :ivar endpoint: from reactor, host and group, the way of a pmd to its secondary.
+    :ivar endpoint: from reactor, host, group and network path, the way of a pmd to its secondary.
     :ivar server_tls: from the host and the peer's name, what makes TLS around an accepted
         connection; as :func:`qdsmirror.net.tls.server_context_factory`.
     """
@@ -77,7 +85,9 @@ class Runtime:
     listen: Callable[..., Any] = listen_nbd
     bind: Callable[[Path], socket.socket] = bind_nbd
     attach: Callable[..., Any] = attach_to_driver
-    endpoint: Callable[[Any, HostConfig, GroupConfig], IStreamClientEndpoint] = tls_endpoint
+    endpoint: Callable[[Any, HostConfig, GroupConfig, NetworkPath], IStreamClientEndpoint] = (
+        tls_endpoint
+    )
     server_tls: Callable[[HostConfig, str], Any] = server_context_factory
 
     @classmethod

@@ -13,6 +13,9 @@
     Start(session)                          ->   switch
     frame stream                           <->   frame stream
 
+A connection that is to be a further path of a session says ``Join(session)`` once it has
+authenticated, instead of all that follows; only the session that there is can be joined.
+
 A side that refuses says why: the secondary by an error answer, the primary by ``Refuse``.  Before
 TLS is complete the reason travels as a TLS alert (``net.tls.why_lost``).
 

@@ -14,7 +14,12 @@ from twisted.protocols import amp
 from qdsmirror import errors
 from qdsmirror.core.authentication import NONCE_BYTES, PROOF_BYTES
 from qdsmirror.errors import ProtocolError, QdsError
-from qdsmirror.limits import LDSUS_PER_GROUP_MAX, NBD_NAME_BYTES_MAX, PEER_TEXT_CHARACTERS_MAX
+from qdsmirror.limits import (
+    LDSUS_PER_GROUP_MAX,
+    NBD_NAME_BYTES_MAX,
+    PATHS_MAX,
+    PEER_TEXT_CHARACTERS_MAX,
+)
 
 #: Raised whenever the handshake or the stream after it changes incompatibly.
 PROTOCOL_VERSION = 1
@@ -24,6 +29,7 @@ CHAIN_BYTES = 16
 SESSION_BYTES = 16
 REFRESH_ID_BYTES = 16
 DIGEST_BYTES = 32
+COMPRESSION_NAME_BYTES_MAX = 16
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class RebasePosition:
 class _Number(amp.Argument):
     """An integer of 0..maximum, in plain decimal digits."""
 
-    def __init__(self, maximum: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, maximum: int, *, optional: bool = False) -> None:
+        super().__init__(optional)  # type: ignore[no-untyped-call]
         self._maximum = maximum
 
     def fromString(self, text: bytes) -> int:
@@ -101,8 +107,8 @@ class _Fixed(amp.Argument):
 class _Text(amp.Unicode):
     """UTF-8 of at most so many bytes."""
 
-    def __init__(self, bytes_max: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, bytes_max: int, *, optional: bool = False) -> None:
+        super().__init__(optional)  # type: ignore[no-untyped-call]
         self._bytes_max = bytes_max
 
     def fromString(self, text: bytes) -> str:
@@ -140,18 +146,24 @@ class HandshakeCommand(amp.Command):
 
 
 class Hello(HandshakeCommand):
-    """Compare version, group and configuration; exchange nonces."""
+    """Compare version, group and configuration; exchange nonces; agree on a compression.
+
+    The primary names the one it wants, the secondary answers with it, or with ``none``; who says
+    nothing means that.
+    """
 
     arguments = [
         (b"version", _Number(2**32 - 1)),
         (b"group", _Number(2**32 - 1)),
         (b"digest", _Fixed(DIGEST_BYTES)),
         (b"nonce", _Fixed(NONCE_BYTES)),
+        (b"compression", _Text(COMPRESSION_NAME_BYTES_MAX, optional=True)),
     ]
     response = [
         (b"version", _Number(2**32 - 1)),
         (b"digest", _Fixed(DIGEST_BYTES)),
         (b"nonce", _Fixed(NONCE_BYTES)),
+        (b"compression", _Text(COMPRESSION_NAME_BYTES_MAX, optional=True)),
     ]
 
 
@@ -193,7 +205,17 @@ class Rebase(HandshakeCommand):
 
 
 class Start(amp.ProtocolSwitchCommand):
-    """Begin the frame stream; ``session`` supersedes every earlier one of the group."""
+    """Begin the frame stream; ``session`` supersedes every earlier one of the group.
+
+    ``paths`` says how many paths it may have, this one among them.
+    """
+
+    arguments = [(b"session", _Fixed(SESSION_BYTES)), (b"paths", _Number(PATHS_MAX, optional=True))]
+    errors = _WIRE_ERRORS
+
+
+class Join(amp.ProtocolSwitchCommand):
+    """Make this connection a further path of the session that there is (rules.md 17)."""
 
     arguments = [(b"session", _Fixed(SESSION_BYTES))]
     errors = _WIRE_ERRORS

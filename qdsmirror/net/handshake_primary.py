@@ -16,6 +16,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from qdsmirror.core.authentication import NONCE_BYTES, Role
+from qdsmirror.core.compression import NONE
 from qdsmirror.errors import IdentityError, ProtocolError, QdsError
 from qdsmirror.net.handshake_channel import HandshakeChannel, Responders
 from qdsmirror.net.handshake_checks import (
@@ -29,6 +30,7 @@ from qdsmirror.net.handshake_commands import (
     PROTOCOL_VERSION,
     Authenticate,
     Hello,
+    Join,
     MapLDSU,
     Rebase,
     RebasePosition,
@@ -68,8 +70,12 @@ class PrimaryOffer:
     :ivar decide: given the secondary's positions in the units' order, gives (or fires with) no
         positions to resume, or one for each LDSU to begin a new history; may raise
         DivergedError, which both sides then report.
-    :ivar session: 16 random bytes, new for each connection.
+    :ivar session: 16 random bytes, new for each session.
     :ivar stream_factory: makes the protocol of the frame stream.
+    :ivar compression: name of the algorithm that is wanted, or ``none``.
+    :ivar agreed: told the one that the secondary agrees to, before there is a stream.
+    :ivar joins: the connection is a further path of the session: nothing is mapped or decided.
+    :ivar paths: how many the session may have.
     """
 
     group: int
@@ -79,6 +85,10 @@ class PrimaryOffer:
     decide: Decision
     session: bytes
     stream_factory: ClientFactory
+    compression: str = NONE
+    agreed: Callable[[str], None] = lambda _name: None
+    joins: bool = False
+    paths: int = 1
 
 
 class PrimaryHandshake(HandshakeChannel):
@@ -120,6 +130,9 @@ class PrimaryHandshake(HandshakeChannel):
         """Ask, step by step; any error ends it."""
         offer = self._offer
         await self._authenticate()
+        if offer.joins:
+            await self._ask(Join, offer.stream_factory, session=offer.session)
+            return
         acks = await self._all(
             [
                 self._ask(MapLDSU, index=unit.index, name=unit.name, size=unit.size)
@@ -131,13 +144,18 @@ class PrimaryHandshake(HandshakeChannel):
         ]
         rebases = await offer.decide(positions)
         await self._all([self._ask(Rebase, **vars(rebase)) for rebase in rebases])
-        await self._ask(Start, offer.stream_factory, session=offer.session)
+        await self._ask(Start, offer.stream_factory, session=offer.session, paths=offer.paths)
 
     async def _authenticate(self) -> None:
         offer = self._offer
         nonce = secrets.token_bytes(NONCE_BYTES)
         answer = await self._ask(
-            Hello, version=PROTOCOL_VERSION, group=offer.group, digest=offer.digest, nonce=nonce
+            Hello,
+            version=PROTOCOL_VERSION,
+            group=offer.group,
+            digest=offer.digest,
+            nonce=nonce,
+            compression=offer.compression,
         )
         compare("protocol version", PROTOCOL_VERSION, answer["version"], HINT_VERSION)
         compare_digest(offer.group, offer.digest, answer["digest"])
@@ -148,7 +166,11 @@ class PrimaryHandshake(HandshakeChannel):
                 f"the secondary did not prove the secret of {group_name(offer.group)}",
                 hint=hint_secret(offer.group),
             )
+        compression = answer.get("compression") or NONE
+        if compression not in (offer.compression, NONE):
+            raise ProtocolError("the secondary agrees to a compression that was not offered")
         self.peer_authenticated()
+        offer.agreed(compression)
 
     def _ask(self, command: type[amp.Command], *args: Any, **values: Any) -> Deferred[Any]:
         """Ask the secondary; fails with a QdsError where it answers with an error."""

@@ -15,6 +15,7 @@ from twisted.internet.protocol import Factory
 from zope.interface import Attribute, Interface
 
 from qdsmirror.core.authentication import NONCE_BYTES, Role, Transcript
+from qdsmirror.core.compression import NONE, known
 from qdsmirror.errors import (
     DivergedError,
     IdentityError,
@@ -34,6 +35,7 @@ from qdsmirror.net.handshake_commands import (
     PROTOCOL_VERSION,
     Authenticate,
     Hello,
+    Join,
     MapLDSU,
     Rebase,
     RebasePosition,
@@ -48,7 +50,7 @@ from qdsmirror.paths import group_name
 class IRemoteAuthority(Interface):
     """The secondary's group, as the handshake of one connection sees it.
 
-    Of ``start`` (returning) and ``refused`` exactly one happens to each connection.
+    Of ``start``, ``join`` (returning) and ``refused`` exactly one happens to each connection.
     """
 
     group: int = Attribute("number of the group")
@@ -62,8 +64,11 @@ class IRemoteAuthority(Interface):
     def rebase(positions: list[RebasePosition]) -> Deferred[None]:
         """Durably replace the history of every LDSU; fires when all superblocks have it."""
 
-    def start(session: bytes) -> Factory:
+    def start(session: bytes, paths: int, compression: str) -> Factory:
         """Begin a session, superseding any other; gives the factory of the stream's protocol."""
+
+    def join(session: bytes) -> Factory:
+        """Give the factory for a further path of the present session; raises ProtocolError."""
 
     def refused(error: QdsError) -> None:
         """Take why this connection did not become a stream (it is in the log already)."""
@@ -93,6 +98,7 @@ class RemoteHandshake(HandshakeChannel):
         self._authority = authority
         self._step = _Step.HELLO
         self._transcript: Transcript | None = None
+        self._compression = NONE
         self._mapped: dict[int, UnitPosition] = {}
         self._rebases: dict[int, RebasePosition] = {}
 
@@ -103,10 +109,12 @@ class RemoteHandshake(HandshakeChannel):
         map_ldsu = (MapLDSU, self._map_ldsu)
         rebase = (Rebase, self._rebase)
         start = (Start, self._start)
+        join = (Join, self._join)
         by_step: dict[_Step, list[Responder]] = {
             _Step.HELLO: [hello],
             _Step.AUTHENTICATE: [authenticate],
-            _Step.MAP: [map_ldsu],
+            # A new session, or a further path of the one that there is.
+            _Step.MAP: [map_ldsu] if self._mapped else [map_ldsu, join],
             # Every LDSU is mapped: resume, or a new history for all of them.
             _Step.DECISION: [rebase, start],
             _Step.REBASE: [rebase],
@@ -121,15 +129,23 @@ class RemoteHandshake(HandshakeChannel):
         """Tell the group."""
         self._authority.refused(error)
 
-    def _hello(self, version: int, group: int, digest: bytes, nonce: bytes) -> dict[str, Any]:
+    def _hello(
+        self, version: int, group: int, digest: bytes, nonce: bytes, compression: str | None = None
+    ) -> dict[str, Any]:
         authority = self._authority
         compare("protocol version", PROTOCOL_VERSION, version, HINT_VERSION)
         compare("group", authority.group, group, "check the port and the group's file")
         compare_digest(group, authority.digest, digest)
         answer = secrets.token_bytes(NONCE_BYTES)
         self._transcript = transcript_of(self, group, digest, nonce, answer)
+        self._compression = known(compression or NONE)
         self._step = _Step.AUTHENTICATE
-        return {"version": PROTOCOL_VERSION, "digest": authority.digest, "nonce": answer}
+        return {
+            "version": PROTOCOL_VERSION,
+            "digest": authority.digest,
+            "nonce": answer,
+            "compression": self._compression,
+        }
 
     def _authenticate(self, mac: bytes) -> dict[str, Any]:
         authority, transcript = self._authority, self._transcript
@@ -184,8 +200,13 @@ class RemoteHandshake(HandshakeChannel):
         self._step = _Step.START
         return {}
 
-    def _start(self, session: bytes) -> IProtocol:
-        factory: Factory = self._authority.start(session)
+    def _start(self, session: bytes, paths: int | None = None) -> IProtocol:
+        return self._stream(self._authority.start(session, paths or 1, self._compression))
+
+    def _join(self, session: bytes) -> IProtocol:
+        return self._stream(self._authority.join(session))
+
+    def _stream(self, factory: Factory) -> IProtocol:
         stream = factory.buildProtocol(self.transport.getPeer())
         assert stream is not None
         return stream

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # Interfaces declare methods without ``self``.
 # mypy: disable-error-code="empty-body"
-from collections.abc import Sequence
+import socket
 from typing import Any
 
 from twisted.internet.interfaces import IPushProducer
@@ -20,22 +20,26 @@ from zope.interface import Interface, implementer
 from qdsmirror.core import stream
 from qdsmirror.core.stream import Message
 from qdsmirror.errors import QdsError
-from qdsmirror.limits import PING_SECONDS, SILENT_PEER_SECONDS
+from qdsmirror.limits import PATH_UNSENT_BYTES_MAX, PING_SECONDS, SILENT_PEER_SECONDS
+from qdsmirror.net.addresses import plain_address
+
+#: include/uapi/linux/tcp.h
+_TCP_NOTSENT_LOWAT = 25
 
 
 class ILinkOwner(Interface):
-    """Who is told of what happens on a link."""
+    """Who is told of what happens on a link: a :class:`Link`, or several of them as one."""
 
-    def link_made(link: Link) -> None:
+    def link_made(link: Any) -> None:
         """The stream has begun."""
 
-    def link_message(link: Link, message: Message) -> None:
+    def link_message(link: Any, message: Message) -> None:
         """A FRAME or an ACK has arrived; a QdsError raised here ends the connection."""
 
-    def link_writable(link: Link) -> None:
+    def link_writable(link: Any) -> None:
         """More may be sent."""
 
-    def link_lost(link: Link, reason: str) -> None:
+    def link_lost(link: Any, reason: str) -> None:
         """The connection is gone."""
 
 
@@ -44,6 +48,7 @@ class Link(Protocol):
     """One connection's stream.
 
     :ivar can_send: whether the transport's buffer has room.
+    :ivar sent_bytes: written to it, before TLS; ``received_bytes``: read from it.
     """
 
     log = Logger()
@@ -61,6 +66,8 @@ class Link(Protocol):
         self._deaf = False
         self.can_send = True
         self.ended = False
+        self.sent_bytes = 0
+        self.received_bytes = 0
 
     def connectionMade(self) -> None:  # noqa: N802
         """See :class:`Protocol`."""
@@ -72,16 +79,22 @@ class Link(Protocol):
     def send(self, data: bytes) -> None:
         """Send a packed message."""
         if not self.ended:
+            self.sent_bytes += len(data)
             self.transport.write(data)
 
-    def send_frames(self, frames: Sequence[memoryview]) -> None:
-        """Send frames in one write; the last one asks for an ACK (patent: the flag)."""
-        pieces: list[bytes | memoryview] = []
-        last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            pieces.append(stream.frame_header(len(frame), index == last))
-            pieces.append(frame)
-        self.send(b"".join(pieces))
+    def keep_unsent_short(self) -> None:
+        """Have the kernel take no more than it can send soon: another path may be quicker."""
+        # Below TLS.
+        connection: Any = getattr(self.transport, "transport", None)
+        plain: socket.socket | None = getattr(connection, "socket", None)
+        if plain is not None:
+            plain.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, PATH_UNSENT_BYTES_MAX)
+
+    @property
+    def peer(self) -> str:
+        """The other end's address, for people."""
+        address = self.transport.getPeer() if self.transport is not None else None
+        return plain_address(f"{getattr(address, 'host', address)}")
 
     def pause_reading(self) -> None:
         """Take nothing more from the peer for a while."""
@@ -122,6 +135,7 @@ class Link(Protocol):
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
         """See :class:`Protocol`."""
         self._heard = self._reactor.seconds()
+        self.received_bytes += len(data)
         try:
             for message in self._parser.feed(data):
                 if message.type == stream.BYE:

@@ -109,12 +109,33 @@ def remarks(group: Group) -> list[str]:
         lines.append(f"{group['name']}: {text}")
     lines += _checkpoint_lines(group)
     lines += [f"{group['name']}: {line}" for line in _synchronous_lines(group)]
+    lines += _wire_lines(group)
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
         closed = [unit["closed"]] if unit.get("closed") else []
         told = [*closed, *unit["errors"]]
         lines += [f"{group['name']}: {unit['name']}: {one}" for one in told]
+    return lines
+
+
+def _wire_lines(group: Group) -> list[str]:
+    """Give what compression saves, and which of several paths are not up."""
+    wire = group.get("wire")
+    if not wire or group["pmd"].get("state") != "connected":
+        return []
+    lines = []
+    used, wanted = wire["compression"], wire["wanted"]
+    if used not in (None, "none") and wire["frame_bytes"]:
+        before, after = size_text(wire["frame_bytes"]), size_text(wire["wire_bytes"])
+        lines.append(f"{group['name']}: {used} made {after} of {before}")
+    elif used == "none" != wanted and group["role"] == "primary":
+        lines.append(f"{group['name']}: not compressed: not both hosts know {wanted}")
+    for path in wire["paths"]:
+        if path["state"] != "connected":
+            reason = f": {path['reason']}" if path.get("reason") else ""
+            way = f"{path.get('local') or ''}>{path['remote']}"
+            lines.append(f"{group['name']}: path {way} {path['state']}{reason}")
     return lines
 
 

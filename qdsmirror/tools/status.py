@@ -162,6 +162,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "backfresh": None,
         "verify": None,
         "checkpoint": None,
+        "wire": None,
         "pool": None,
         "driver": {"pid": None},
         "pmd": {"pid": None, "state": "stopped"},
@@ -219,6 +220,7 @@ def _link(group: Group, config: GroupConfig, pmd: dict[str, Any] | None, daemons
     """Set the pmd's part: its own word counts before the driver's."""
     if pmd is not None and isinstance(pmd.get("pmd"), dict):
         group["pmd"] = _merge(group["pmd"], pmd["pmd"])
+        group["wire"] = pmd.get("wire")
         return
     group["pmd"] = {"pid": None, **daemons.trouble(config, "pmd")}
     if group["rmd"]["state"] == "connected":

@@ -17,6 +17,7 @@ from qdsmirror.core.stream import (
     BYE,
     FRAME,
     HEADER_BYTES,
+    LETTER,
     PING,
     Ack,
     MessageParser,
@@ -95,13 +96,14 @@ class StreamTests(SynchronousTestCase):
     def test_refused_before_anything_is_gathered(self) -> None:
         for kind, length, error in (
             (0, 0, ProtocolError),
-            (8, 0, ProtocolError),
+            (10, 0, ProtocolError),
             (FRAME, STREAM_MESSAGE_BYTES_MAX + 1, LimitError),
             (FRAME, (1 << 32) - 1, LimitError),
             (ACK, 64 * KIB + 1, LimitError),
             (BYE, STREAM_MESSAGE_BYTES_MAX, LimitError),
             (ASK, 64 * KIB + 1, LimitError),
             (ANSWER, MIB + 6, LimitError),
+            (LETTER, MIB + 22, LimitError),
         ):
             parser = MessageParser()
             with self.assertRaises(error):

@@ -47,6 +47,9 @@ class _Pipe(Protocol):
         self.peer: _FarEnd | None = None
 
     def connectionMade(self) -> None:
+        if self.cable.pulled:
+            self.cut()
+            return
         self.cable.pipes.add(self)
         ours, theirs = _tcp_pair()
         factory = Factory.forProtocol(lambda: _FarEnd(self))
@@ -91,6 +94,7 @@ class Cable:
     :ivar passed: bytes that went through, both ways.
     :ivar budget: a connection is cut, in mid-byte-stream, when this many more have passed.
     :ivar made: connections so far.
+    :ivar pulled: connections end at once.
     """
 
     def __init__(self, adopt: Callable[[int], None]) -> None:
@@ -99,6 +103,7 @@ class Cable:
         self.passed = 0
         self.made = 0
         self.budget: int | None = None
+        self.pulled = False
         factory = Factory.forProtocol(self._pipe)
         factory.noisy = False
         self.port = reactor.listenTCP(0, factory, interface="127.0.0.1")
@@ -122,6 +127,11 @@ class Cable:
     def cut(self) -> None:
         for pipe in list(self.pipes):
             pipe.cut()
+
+    def pull(self) -> None:
+        """Cut it, and let no new connection be made."""
+        self.pulled = True
+        self.cut()
 
     def close(self) -> Deferred[None]:
         self.cut()
@@ -153,6 +163,7 @@ class Sites:
         journal: int = 4 * MIB,
         tunables: str = "",
         mirror_size: int | None = None,
+        paths: int = 1,
     ) -> None:
         self.test = test
         place = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"
@@ -165,7 +176,8 @@ class Sites:
         self.rmd: RemoteGroup | None = None
         self.client = FakeConnection()
         self._control: ControlServer | None = None
-        self.cable = Cable(self._adopt)
+        self.cables = [Cable(self._adopt) for _ in range(paths)]
+        self.cable = self.cables[0]
         pki.make_hosts(self.base / "pki", ("alpha", "beta"), [0])
         self.paths = {name: self._site(name) for name in ("alpha", "beta")}
         self._write_group(tunables)
@@ -194,6 +206,9 @@ class Sites:
             f"port = {self.cable.port.getHost().port}",
             f"journal_device = {self.base}/journal",
         ]
+        if len(self.cables) > 1:
+            ways = [f"127.0.0.1>127.0.0.1:{one.port.getHost().port}" for one in self.cables]
+            lines += [f"paths = {', '.join(ways)}"]
         lines += ["[tunables]", "reconnect_max = 0.2", tunables, "[ldsus]"]
         for index in range(self.ldsus):
             lines += [f"  [[qds{index}]]"]
@@ -288,7 +303,8 @@ class Sites:
         yield self.stop_pmd()
         yield self.stop_driver()
         yield self.stop_rmd()
-        yield self.cable.close()
+        for cable in self.cables:
+            yield cable.close()
         self._nbd.close()
         # Aborted connections tell their protocols in the next turns.
         yield deferLater(reactor, 0.05)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 
 from qdsmirror.core import stream
 from qdsmirror.core.frames import VOID, parse_header
@@ -17,9 +18,11 @@ from qdsmirror.core.stream import Ack
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError, QdsError
 from qdsmirror.groups import outbound as outbound_module
+from qdsmirror.groups.band import Band
 from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.wire import Wire
 from qdsmirror.limits import MIB, SEND_BUFFER_BYTES
-from qdsmirror.net.link import Link
+from qdsmirror.net.link import ILinkOwner, Link
 from tests.fakes import ImmediateWorker, MemoryDevice, StepWorker
 from tests.storage.logworld import GENERATION, KIB, FrameMaker, append, initialise, write
 
@@ -40,6 +43,15 @@ class FakeLink:
     def sent(self) -> list[int]:
         """First GSNs of the frames that left, in their order."""
         return [parse_header(f).gsn_first for buffer in self.buffers for f in buffer]
+
+
+@implementer(ILinkOwner)
+class Opener:
+    """Does something as soon as there is a stream."""
+
+    def __init__(self, made: Callable[[], None]) -> None:
+        self.link_made = lambda _link: made()
+        self.link_message = self.link_lost = self.link_writable = lambda *_: None
 
 
 class PmdWorld:
@@ -111,7 +123,7 @@ class PmdWorld:
     def begin(self) -> None:
         """Connect, and send from the beginning."""
         cursors = {unit.index: unit.committed for unit in self.units}
-        self.out.begin(cast(Link, self.link), cursors, 1, self.durable_gsn)
+        self.out.begin(cast(Band, self.link), cursors, 1, self.durable_gsn)
 
     def durable(self, gsn: int | None = None) -> None:
         """Say, as the driver, that all that was appended is durable, the group's GSN up to this."""
@@ -288,7 +300,8 @@ class PressureTests(SynchronousTestCase):
         world.durable()
         link = Link(cast(Any, None), Clock())
         link.transport = StringTransport()
-        world.out.begin(link, {0: Cursor()}, 1, 7)
+        band = Band(Opener(lambda: world.out.begin(band, {0: Cursor()}, 1, 7)), Clock(), Wire())
+        band.link_made(link)
         said = list(stream.MessageParser().feed(link.transport.value()))
         self.assertEqual([m.type for m in said], [stream.FRAME] * 7)
         self.assertEqual([m.flags for m in said], [0, 0, 1, 0, 0, 1, 1])

@@ -22,8 +22,8 @@ from qdsmirror.groups import remote as remote_module
 from qdsmirror.groups.authority import Authority
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.session import Session
 from qdsmirror.net.handshake import RebasePosition
-from qdsmirror.net.link import Link
 from qdsmirror.paths import Paths
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import Choice, MemoryDevice, StepWorker, nothing
@@ -42,12 +42,14 @@ class FakeLink:
         self.paused = False
         self.reports: list[dict[str, Any]] = []
 
+    method = "none"
+
+    def acknowledge(self, committed: int, mirrored: int) -> None:
+        self.acks.append(stream.Ack(committed, mirrored))
+
     def send(self, data: bytes) -> None:
         for message in stream.MessageParser().feed(data):
-            if message.type == stream.ACK:
-                self.acks.append(stream.parse_ack(message.payload))
-            elif message.type == stream.REPORT:
-                self.reports.append(json.loads(bytes(message.payload)))
+            self.reports.append(json.loads(bytes(message.payload)))
 
     def close(self, reason: str) -> None:
         self.closed = reason
@@ -111,7 +113,7 @@ class RemoteWorld:
 
     def connect(self) -> FakeLink:
         link = FakeLink()
-        self.group.link_made(cast(Link, link))
+        self.group.link_made(cast(Session, link))
         return link
 
     def frame(self, index: int = 0, block: int | None = None) -> bytes:
@@ -122,7 +124,7 @@ class RemoteWorld:
 
     def deliver(self, link: FakeLink, frame: bytes, ack: bool = True) -> None:
         message = Message(FRAME, ACK_REQUESTED if ack else 0, frame)
-        self.group.link_message(cast(Link, link), message)
+        self.group.link_message(cast(Session, link), message)
 
     def step(self, name: str) -> None:
         self.test.assertTrue(self.steps[name].step(), f"{name} has no job")
@@ -287,7 +289,7 @@ class SessionTests(SynchronousTestCase):
         world.deliver(self.link, world.frame())
         world.settle()
         self.assertEqual(world.reached[0], 0)
-        self.group.link_lost(cast(Link, self.link), "gone")
+        self.group.link_lost(cast(Session, self.link), "gone")
         self.assertEqual(self.group.link_state["state"], "connected")
         self.assertEqual(newer.closed, "")
 
@@ -299,18 +301,18 @@ class SessionTests(SynchronousTestCase):
             return authority
 
         slow = mapped()
-        mapped().start(bytes(16))
+        mapped().start(bytes(16), 1, "none")
         quick = self.world.connect()
         self.world.deliver(quick, self.world.frame())
         self.world.settle()
-        self.group.link_lost(cast(Link, quick), "gone")
-        self.assertRaises(ProtocolError, slow.start, bytes(16))
-        mapped().start(bytes(16))
+        self.group.link_lost(cast(Session, quick), "gone")
+        self.assertRaises(ProtocolError, slow.start, bytes(16), 1, "none")
+        mapped().start(bytes(16), 1, "none")
 
     def test_what_arrived_before_the_loss_is_committed(self) -> None:
         world = self.world
         world.deliver(self.link, world.frame(), ack=False)
-        self.group.link_lost(cast(Link, self.link), "gone")
+        self.group.link_lost(cast(Session, self.link), "gone")
         world.settle()
         self.assertEqual(self.group.position(0).next_sequence, 2)
 

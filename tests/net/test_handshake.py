@@ -34,6 +34,7 @@ from qdsmirror.limits import (
     HANDSHAKE_SECONDS,
 )
 from qdsmirror.net import handshake_commands as commands
+from qdsmirror.net import handshake_remote
 from qdsmirror.net.handshake import (
     IRemoteAuthority,
     PrimaryHandshake,
@@ -109,6 +110,8 @@ class Authority:
         self.mapped: list[tuple[int, str, int]] = []
         self.rebased: list[RebasePosition] = []
         self.sessions: list[bytes] = []
+        self.agreed: list[tuple[int, str]] = []
+        self.joined: list[bytes] = []
         self.errors: list[QdsError] = []
         self.streams = RemoteStreams()
         vars(self).update(changes)
@@ -123,8 +126,15 @@ class Authority:
         self.rebased = positions
         return self.rebase_result()
 
-    def start(self, session: bytes) -> Factory:
+    def start(self, session: bytes, paths: int, compression: str) -> Factory:
         self.sessions.append(session)
+        self.agreed.append((paths, compression))
+        return self.streams
+
+    def join(self, session: bytes) -> Factory:
+        if session not in self.sessions:
+            raise ProtocolError("the session that the path is for is over")
+        self.joined.append(session)
         return self.streams
 
     def refused(self, error: QdsError) -> None:
@@ -287,6 +297,36 @@ class AcceptTests(HandshakeTestCase):
         self.successResultOf(primary.done)
         self.assertEqual(authority.sessions, [SESSION])
 
+    def test_compression_is_agreed_on_before_the_stream(self) -> None:
+        for wanted, agreed in (("zstd", "zstd"), ("lz4", "lz4"), ("none", "none"), ("new", "none")):
+            told: list[str] = []
+            self.authority = Authority()
+            primary, authority = self.shake(compression=wanted, agreed=told.append, paths=3)
+            self.successResultOf(primary.done)
+            self.assertEqual((told, authority.agreed), ([agreed], [(3, agreed)]))
+
+    def test_an_older_primary_says_nothing_of_compression_and_paths(self) -> None:
+        original = PrimaryHandshake._ask
+
+        def older(channel: Any, command: Any, *args: Any, **values: Any) -> Any:
+            for name in ("compression", "paths"):
+                values.pop(name, None)
+            return original(channel, command, *args, **values)
+
+        self.patch(PrimaryHandshake, "_ask", older)
+        primary, authority = self.shake()
+        self.successResultOf(primary.done)
+        self.assertEqual(authority.agreed, [(1, "none")])
+
+    def test_join(self) -> None:
+        self.authority.sessions.append(SESSION)
+        primary, authority = self.shake(joins=True)
+        stream = self.successResultOf(primary.done)
+        self.assertEqual((authority.joined, authority.sessions), ([SESSION], [SESSION]))
+        self.assertEqual((authority.mapped, authority.errors), ([], []))
+        self.assertEqual(stream.received, b"acks of the secondary")
+        self.assertEqual(authority.streams.built[0].received, b"frames of the primary")
+
     def test_many_ldsus(self) -> None:
         self.authority.ldsus = 300
         units = [UnitOffer(index, f"qds{index}", 4096) for index in range(300)]
@@ -348,6 +388,16 @@ class RefuseTests(HandshakeTestCase):
     def test_start_before_every_ldsu_is_mapped(self) -> None:
         primary, _ = self.shake(units=[UnitOffer(0, "qds0", 1)])
         self.assert_refused(primary, ProtocolError, "Start", "not allowed")
+
+    def test_join_of_a_session_that_is_over(self) -> None:
+        primary, _ = self.shake(joins=True)
+        self.assert_refused(primary, ProtocolError, "is over")
+
+    def test_join_without_the_secret(self) -> None:
+        self.authority.sessions.append(SESSION)
+        primary, authority = self.shake(joins=True, secret=bytes(32))
+        self.failureResultOf(primary.done, IdentityError)
+        self.assertEqual(authority.joined, [])
 
     def test_diverged(self) -> None:
         def decide(positions: list[UnitPosition]) -> Any:
@@ -716,6 +766,14 @@ class AttackTests(HandshakeTestCase):
             error = self.failureResultOf(primary.done, ProtocolError).value
             self.assertIn("malformed answer", error.message)
 
+    def test_compression_that_was_not_offered(self) -> None:
+        primary = PrimaryHandshake(offer(compression="lz4"), self.clock)
+        self.patch(handshake_remote, "known", lambda _name: "zstd")
+        self.remote = RemoteHandshake(self.authority, self.clock)
+        self.pump = self.join(self.client(primary), self.server(self.remote))
+        error = self.failureResultOf(primary.done, ProtocolError).value
+        self.assertIn("not offered", error.message)
+
     def test_secondary_that_knows_no_command(self) -> None:
         primary = self.rogue_secondary()
         self.failureResultOf(primary.done, ProtocolError)
@@ -855,6 +913,9 @@ class BoxTests(HandshakeTestCase):
             self.assertIsInstance(rogue.errors[0], ProtocolError)
             self.assertIsInstance(self.authority.errors[0], ProtocolError)
             self.assertEqual((self.authority.mapped, self.authority.rebased), ([], []))
+        self.assert_box_refused(
+            self.command(b"Join", session=SESSION), ProtocolError, "not allowed"
+        )
         self.assert_box_refused(
             self.command(b"Start", session=SESSION), ProtocolError, "not allowed"
         )

@@ -94,8 +94,13 @@ class LinkTests(SynchronousTestCase):
         self.clock.pump([PING_SECONDS] * 2)
         self.assertTrue(self.transport.aborted)
 
+    def test_what_was_sent_and_received_is_counted(self) -> None:
+        self.link.send(stream.pack_ack(7, 6))
+        self.link.dataReceived(stream.pack_ping())
+        self.assertEqual((self.link.sent_bytes, self.link.received_bytes), (24, 8))
+
     def test_frames_of_a_buffer_leave_together_and_the_last_asks_for_an_ack(self) -> None:
-        self.link.send_frames([memoryview(b"one"), memoryview(b"two"), memoryview(b"three")])
+        self.link.send(stream.pack_frames([b"one", b"two", b"three"], ack=True))
         self.assertEqual(
             [(m.type, m.flags, bytes(m.payload)) for m in self.messages()],
             [

@@ -16,12 +16,14 @@ from twisted.internet.defer import succeed
 
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.recovery import Recovery
+from qdsmirror.core.reorder import Reorder
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.answering import Answering
 from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import Attachment, DriverEnd
+from qdsmirror.groups.band import Band
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
@@ -29,6 +31,7 @@ from qdsmirror.groups.direct import answer_all
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.storage import journal as journal_module
@@ -408,12 +411,49 @@ def _frames_of_the_last_session_kept(patch: Patch) -> None:
     patch(Committing, "forget", forget)
 
 
+@mutation("PREFIX", seeds=200)
+def _frames_of_several_paths_taken_as_they_come(patch: Patch) -> None:
+    def take(reorder: Any) -> Any:
+        return reorder._waiting.pop(next(iter(reorder._waiting)))[1] if len(reorder) else None
+
+    patch(Reorder, "take", take)
+
+
+@mutation("PREFIX", seeds=200)
+def _frames_taken_twice(patch: Patch) -> None:
+    real = Reorder.put
+
+    def put(reorder: Any, first: int, count: int, item: Any) -> bool:
+        if first < reorder._next:
+            reorder._next = first
+        return bool(real(reorder, first, count, item))
+
+    patch(Reorder, "put", put)
+
+
+@mutation("PREFIX", seeds=200)
+def _what_a_lost_path_had_is_not_sent_again(patch: Patch) -> None:
+    patch(Band, "_again", lambda *_: None)
+
+
+@mutation("BOUND", seeds=200)
+def _taken_while_too_much_is_under_way(patch: Patch) -> None:
+    def give(session: Any) -> None:
+        paused, session._paused = session._paused, False
+        real(session)
+        session._paused = session._paused or paused
+
+    real = Session._give
+    patch(Session, "_give", give)
+
+
 @mutation("BOUND")
 def _window_not_heeded(patch: Patch) -> None:
     def pump(outbound: Any) -> None:
         outbound._in_flight_bytes = 0
         if outbound._link is not None:
-            outbound._link.can_send = True
+            for link in outbound._link._links:
+                link.can_send = True
 
     patch(Outbound, "pump", _wrapped(Outbound, "pump", before=pump))
 

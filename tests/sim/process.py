@@ -227,11 +227,13 @@ class Wire:
     """A connection; bytes move when it is stepped.
 
     :param local: a socket within a host: neither cut nor slow.
+    :param path: which way it goes, where there are several.
     """
 
-    def __init__(self, random: Random, local: bool) -> None:
+    def __init__(self, random: Random, local: bool, path: str = "") -> None:
         self.random = random
         self.local = local
+        self.path = path
         self.exported = random.randbytes(32)
         self.ends: list[End] = []
         self.room = random.choice((512, 4096, 65536))
@@ -296,7 +298,8 @@ class End:
     getHost = getPeer  # noqa: N815
 
     def write(self, data: bytes) -> None:
-        if self.lost or self._aborted:
+        # Behind a gap that a cut has made nothing arrives any more.
+        if self.lost or self._aborted or self.hears_end:
             return
         self.out += data
         if len(self.out) > self.wire.room and self._producer and not self._told_to_wait:

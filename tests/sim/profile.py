@@ -21,6 +21,8 @@ class Profile:
     :ivar checkpoint_hold: what becomes of a checkpoint when the journal fills.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar catch_up_entries: stands for the constant of that name.
+    :ivar paths: network paths between the sites.
+    :ivar inline: frames of more bytes are compressed by a worker.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
     """
 
@@ -49,6 +51,9 @@ class Profile:
     on_disconnect: str = "block"
     near_sync_entries: int = 2
     catch_up_entries: int = 4
+    paths: int = 1
+    compression: str = "none"
+    inline: int = 16 * KIB
 
     @classmethod
     def draw(cls, random: Random, aside: Random) -> Profile:
@@ -75,6 +80,12 @@ class Profile:
         own = Random(repr(random.getstate()))
         faults["checkpoint"] = own.choice((0, 0, 0, 60, 200))
         faults["mark"] = own.choice((0, 60, 200)) if faults["checkpoint"] else 0
+        other = Random(f"paths {aside.getstate()}")
+        paths = other.choice((1, 1, 1, 2, 3))
+        if paths > 1:
+            faults["cut path"] = other.choice((0, 30, 100))
+            faults["slow path"] = other.choice((0, 30, 100))
+            faults["hang path"] = other.choice((0, 0, 100))
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -98,6 +109,9 @@ class Profile:
             checkpoint_hold=own.choice(("release", "strict")),
             faults=faults,
             **cls._draw_operation(aside, faults),
+            paths=paths,
+            compression=other.choice(("none", "none", "lz4", "zstd:1")),
+            inline=other.choice((0, 16 * KIB)),
         )
 
     @staticmethod

@@ -18,6 +18,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
+from qdsmirror.configvalues import NetworkPath
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.errors import BrokenError, QdsError, UnreachableError
@@ -50,6 +51,7 @@ class Sites:
 
     :ivar trace: a running hash of everything that happened.
     :ivar serving: whether the driver has started; ``receiving``: whether the rmd has.
+    :ivar hanging: network paths on which nothing moves, though nobody is told.
     :ivar due: when which daemon is to be started.
     :ivar latched: devices that were made to fail.
     :ivar memory: what the driver's master remembers of them, until its site's power is cut.
@@ -73,6 +75,7 @@ class Sites:
         self.receiving = False
         self.wires: list[Wire] = []
         self.link_up = True
+        self.hanging: set[str] = set()
         self.counts: dict[str, int] = {}
         self.due: dict[str, float] = {}
         self.latched: set[str] = set()
@@ -109,6 +112,11 @@ class Sites:
                 send_window=profile.window,
                 auto_refresh=profile.auto_refresh,
                 checkpoint_hold=profile.checkpoint_hold,
+                compression=profile.compression,
+            ),
+            paths=tuple(
+                NetworkPath(f"10.{number}.0.1", f"10.{number}.0.2")
+                for number in range(profile.paths if profile.paths > 1 else 0)
             ),
             ldsus=tuple(
                 LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")
@@ -245,7 +253,7 @@ class Sites:
             listen=lambda *_: _Listener(),
             bind=lambda _path: _Bound(),
             attach=lambda _reactor, _path: self._attach(process),
-            endpoint=lambda *_: _Way(self, process),
+            endpoint=lambda *given: _Way(self, process, given[-1].remote),
             unapplied=Unapplied(self.profile.limit, 0),
             server_tls=lambda *_: None,
         )
@@ -418,16 +426,21 @@ class Sites:
         pmd.callLater(self.random.random() * 0.01, ask)
         return answered
 
-    def connect(self, pmd: Process, factory: Any) -> Deferred[Any]:
+    def passes(self, wire: Wire) -> bool:
+        """Tell whether anything moves on a wire."""
+        return wire.local or (self.link_up and wire.path not in self.hanging)
+
+    def connect(self, pmd: Process, factory: Any, path: str) -> Deferred[Any]:
         made: Deferred[Any] = Deferred()
 
         def reach() -> None:
             rmd = self.rmd
-            server = rmd.group.handshake() if rmd is not None and self.link_up else None
+            reaches = self.link_up and path not in self.hanging
+            server = rmd.group.handshake() if rmd is not None and reaches else None
             if rmd is None or server is None:
                 made.errback(ConnectionRefusedError())
                 return
-            wire = Wire(self.random, local=False)
+            wire = Wire(self.random, local=False, path=path)
             self.wires = [one for one in self.wires if not one.over]
             self.wires.append(wire)
             client = factory.buildProtocol(None)
@@ -488,12 +501,13 @@ class _Listener:
 class _Way:
     """The pmd's way to its secondary."""
 
-    def __init__(self, world: Sites, process: Process) -> None:
+    def __init__(self, world: Sites, process: Process, path: str) -> None:
         self._world = world
         self._process = process
+        self._path = path
 
     def connect(self, factory: Any) -> Deferred[Any]:
-        return self._world.connect(self._process, factory)
+        return self._world.connect(self._process, factory, self._path)
 
 
 def make_base(base: Path) -> Path:

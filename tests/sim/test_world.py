@@ -51,5 +51,7 @@ class SeedTests(SynchronousTestCase):
             "direct writes", "extend", "free", "corruption", "refused over corruption",
             "synchronous answers", "near-synchronous answers", "degraded answers", "degraded ended",
             "operation",
+            "cut path", "hang path", "slow path", "path joined", "stripes sent again",
+            "frames in order again", "messages unpacked",
         ):  # fmt: skip
             self.assertGreater(counts[what], 0, what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -12,21 +12,26 @@ from unittest import mock
 from twisted.logger import LogLevel, globalLogPublisher
 
 from qdsmirror.core import bitmap as bitmap_module
-from qdsmirror.core import stream
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
+from qdsmirror.core.reorder import Reorder
+from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.groups import answering as answering_module
+from qdsmirror.groups import band as band_module
 from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import compare as compare_module
 from qdsmirror.groups import outbound as outbound_module
+from qdsmirror.groups import primary as primary_module
+from qdsmirror.groups import session as session_module
+from qdsmirror.groups.band import Band
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
+from qdsmirror.groups.session import Session
 from qdsmirror.limits import KIB
 from qdsmirror.net.handshake import RebasePosition
-from qdsmirror.net.link import Link
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
 from tests.sim.clients import Clients
-from tests.sim.history import Written
+from tests.sim.history import Violation, Written
 from tests.sim.sites import Sites
 
 
@@ -58,15 +63,27 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
         patch(answering_module, "CATCH_UP_ENTRIES", profile.catch_up_entries)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
+        patch(primary_module, "STRIPE_BYTES", max(4 * KIB, profile.buffer // 4))
+        patch(band_module, "INLINE_BYTES_MAX", profile.inline)
+        patch(session_module, "INLINE_BYTES_MAX", profile.inline)
         patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:
             yield
             return
-        patch(Link, "send_frames", _watched_send_frames(world, Link.send_frames))
+        patch(Band, "send_frames", _watched_send_frames(world, Band.send_frames))
+        patch(Session, "_fail", _watched_fail(Session._fail))
+        patch(Session, "link_made", _counted(world, "path joined", Session.link_made, _joined))
+        patch(Band, "_again", _counted(world, "stripes sent again", Band._again, _any))
+        patch(Reorder, "put", _counted(world, "frames in order again", Reorder.put, _early))
+        patch(
+            session_module.compression,
+            "unpack",
+            _counted(world, "messages unpacked", session_module.compression.unpack, _any),
+        )
         patch(RemoteGroup, "rebase", _watched_rebase(world, RemoteGroup.rebase))
-        patch(Link, "send", _watched_send(world, Link.send))
         patch(Mirror, "hold", _watched_hold(world, Mirror.hold))
         patch(Mirror, "release", _watched_release(world, Mirror.release))
+        patch(Session, "acknowledge", _watched_acknowledge(world, Session.acknowledge))
         patch(Writelog, "write_superblock", _watched_superblock(world, Writelog.write_superblock))
         globalLogPublisher.addObserver(observe)
         stack.callback(globalLogPublisher.removeObserver, observe)
@@ -104,6 +121,38 @@ def _watched_frame(world: Sites, original: Any) -> Any:
     return frame
 
 
+def _watched_fail(original: Any) -> Any:
+    """Nothing that an honest primary does is refused in the middle of a session."""
+
+    def fail(session: Session, error: QdsError) -> None:
+        if not session._closed and not isinstance(error, DeviceFailedError):
+            Violation(f"PREFIX: a session ended over {error.message}")
+        original(session, error)
+
+    return fail
+
+
+def _counted(world: Sites, what: str, original: Any, when: Callable[..., bool]) -> Any:
+    def counted(*args: Any) -> Any:
+        if when(*args):
+            world.count(what)
+        return original(*args)
+
+    return counted
+
+
+def _any(*_: Any) -> bool:
+    return True
+
+
+def _joined(session: Session, _link: Any) -> bool:
+    return bool(session.links)
+
+
+def _early(reorder: Reorder[Any], first: int, *_: Any) -> bool:
+    return first > reorder._next
+
+
 def _watched_rebase(world: Sites, original: Any) -> Any:
     def rebase(group: RemoteGroup, positions: Sequence[RebasePosition]) -> Any:
         for one in positions:
@@ -122,23 +171,20 @@ def _essence(log: Writelog, writes: Any) -> list[Written]:
 
 
 def _watched_send_frames(world: Sites, original: Any) -> Any:
-    def send_frames(link: Link, sent: Sequence[memoryview]) -> None:
+    def send_frames(band: Band, sent: Sequence[memoryview]) -> None:
         for frame in sent:
             world.model.sent(frame)
-        original(link, sent)
+        original(band, sent)
 
     return send_frames
 
 
-def _watched_send(world: Sites, original: Any) -> Any:
-    def send(link: Link, data: bytes) -> None:
-        if data[0] == stream.ACK and isinstance(link._owner, RemoteGroup):
-            group = link._owner
-            ack = stream.parse_ack(data[stream.HEADER_BYTES :])
-            world.model.told(ack.committed, group.position(0).generation or b"")
-        original(link, data)
+def _watched_acknowledge(world: Sites, original: Any) -> Any:
+    def acknowledge(session: Session, committed: int, mirrored: int) -> None:
+        world.model.told(committed, session._owner.position(0).generation or b"")
+        original(session, committed, mirrored)
 
-    return send
+    return acknowledge
 
 
 def _watched_hold(world: Sites, original: Any) -> Any:

@@ -71,6 +71,8 @@ class World(Clients):
             self._slow_link()
         elif what == "stop":
             self._stop_driver()
+        elif whom == "path":
+            self._harm_path(what)
         elif kind == "hang link":
             self.count("hang link")
             self.link_up = not self.link_up
@@ -103,6 +105,20 @@ class World(Clients):
         until = self.clock.seconds() + self.random.choice((0.01, 0.3, 3.0))
         for wire in self.wires:
             wire.slow_until = until
+
+    def _harm_path(self, how: str) -> None:
+        """Cut, slow down, or hang one of several paths."""
+        path = self.random.choice(self.config.paths).remote
+        self.count(f"{how} path")
+        self.note(f"{how} {path}")
+        if how == "hang":
+            self.hanging ^= {path}
+        until = self.clock.seconds() + self.random.choice((0.3, 3.0, 60.0))
+        for wire in self.wires:
+            if wire.path == path and how == "cut":
+                wire.cut()
+            elif wire.path == path and how == "slow":
+                wire.slow_until = until
 
     def _stop_driver(self) -> None:
         """Stop the driver in order; its clients leave it first."""
@@ -247,7 +263,7 @@ class World(Clients):
                     to = starved if slow and worker.name.endswith(slow) else found
                     to.append((worker.name, worker.step))
             for end in process.ends:
-                if end.ready and (end.wire.local or self.link_up):
+                if end.ready and self.passes(end.wire):
                     found.append((process.name, lambda end=end: end.step(self._some())))
         if starved and (not found or self.random.random() < 0.1):
             return starved
@@ -290,6 +306,10 @@ class World(Clients):
                 raise Violation("BOUND: too much is received at the secondary")
             if group.unmirrored_bytes > 2 * profile.limit + received:
                 raise Violation("BOUND: too much waits for the mirror")
+            session = self.rmd.group._link
+            ahead = profile.window + profile.buffer + frame
+            if session is not None and session._ahead_bytes > ahead:
+                raise Violation("BOUND: too much came ahead of what can be taken")
 
     def advance(self) -> None:
         """Let time pass, up to the next thing that waits for it."""
@@ -312,6 +332,7 @@ class World(Clients):
     def _liveness(self) -> None:
         """Stop the faults; everything must be mirrored before long."""
         self.link_up = True
+        self.hanging.clear()
         for wire in self.wires:
             wire.slow_until = 0.0
         for process in self.processes():

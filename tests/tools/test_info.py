@@ -432,6 +432,26 @@ class ViewTests(TestCase):
         self.assertIn("in bypass (asked for), 4 KiB dirty", line)
         self.assertEqual(other, f"{group['name']}: earlier: y")
 
+    def test_compression_and_paths(self) -> None:
+        path = {"local": "10.1.0.1", "remote": "10.1.0.2", "port": 575, "state": "connected"}
+        down = {**path, "local": "10.2.0.1", "state": "connecting", "reason": "no route"}
+        wire = {"compression": "zstd:3", "wanted": "zstd:3", "paths": [path, down]}
+        wire |= {"frame_bytes": 4 << 20, "wire_bytes": 1 << 20}
+        link = {"pid": 1, "state": "connected"}
+        group = group_of(role="primary", refresh=None, pmd=link, ldsus=[], reason="", wire=wire)
+        name = group["name"]
+        self.assertEqual(
+            info_view.remarks(group)[:2],
+            [
+                f"{name}: zstd:3 made 1 MiB of 4 MiB",
+                f"{name}: path 10.2.0.1>10.1.0.2 connecting: no route",
+            ],
+        )
+        group["wire"] = {**wire, "compression": "none", "paths": [path]}
+        self.assertIn("not both hosts know zstd:3", info_view.remarks(group)[0])
+        group["wire"] |= {"wanted": "none"}
+        self.assertEqual(info_view.remarks(group), [])
+
     def test_bypass_names_the_way_out(self) -> None:
         for trusted, way in ((True, "qdsbypass off"), (False, "qdsmirror-architecture")):
             unit = {"name": "qds0", "errors": [], "writelog": {"trusted": trusted}}
