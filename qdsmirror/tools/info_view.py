@@ -187,7 +187,7 @@ def _synchronous_lines(group: Group) -> list[str]:
         )
     elif told.get("waiting") and group["rmd"]["state"] != "connected":
         lines.append(
-            f"{told['waiting']} answers wait for the secondary; to go on without it: "
+            f"answers that wait for the secondary: {told['waiting']}; to go on without it: "
             "qdsset on_disconnect=async"
         )
     elif told and not told["kept"]:

@@ -156,7 +156,7 @@ class ShownTests(SynchronousTestCase):
         self.assertEqual(self.remarks(operation="sync", synchronous=self.told()), "")
         away = {"pid": None, "state": "connecting"}
         text = self.remarks(operation="sync", synchronous=self.told(waiting=3), rmd=away)
-        self.assertIn("3 answers wait for the secondary", text)
+        self.assertIn("answers that wait for the secondary: 3", text)
         self.assertIn("not yet sync", self.remarks(operation="sync", synchronous=self.told(False)))
         degraded = {"since": 1790000000.0, "reason": "so"}
         text = self.remarks(operation="sync", synchronous=self.told(False), degraded=degraded)
