@@ -258,6 +258,10 @@ class Verify:
         ):
             return False
         log = unit.writelog
+        if log.free_bytes < 2 * log.ring.align:
+            # Space first, then the lock (rules.md 14).
+            self.group.checkpoints.want_space()
+            return False
         busy = (
             unit.waiting.any
             or unit.appending
@@ -345,15 +349,20 @@ class Verify:
         unit.when_free(partial(self._append, unit, part, rows))
 
     def _append(self, unit: DriverUnit, part: Part, rows: Sequence[Row]) -> None:
+        frame = None
         if self._goes_on and self.group.may_frame:
             frame = unit.append_verify(pack_rows(rows))
-            if frame is not None:
-                length = sum(row.length for row in rows)
-                self._advance(part, length)
-                self._flying[frame.gsn_last] = _Flight(part._replace(length=length))
-                hashed = VERIFY_CHUNK_BYTES if rows[0].digest == ZEROES else length
-                now = self.group.runtime.reactor.seconds()
-                self._due = max(self._due, now) + hashed / self.group.config.tunables.verify_rate
+        now = self.group.runtime.reactor.seconds()
+        if frame is None:
+            # It is hashed again, and not at once.
+            self._due = now + _LOOK_SECONDS
+        else:
+            length = sum(row.length for row in rows)
+            self._advance(part, length)
+            self._flying[frame.gsn_last] = _Flight(part._replace(length=length))
+            hashed = VERIFY_CHUNK_BYTES if rows[0].digest == ZEROES else length
+            rate = self.group.config.tunables.verify_rate
+            self._due = max(self._due, now) + hashed / rate
         self._release(unit)
 
     def _advance(self, part: Part, length: int) -> None:

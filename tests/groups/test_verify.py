@@ -260,6 +260,22 @@ class PaceTests(SynchronousTestCase):
         self.assertEqual(len(world.hashed), limits.VERIFY_FRAMES_MAX)
         self.assertEqual(world.to_the_end()["result"], "equal")
 
+    def test_without_room_in_the_log_nothing_is_hashed(self) -> None:
+        world = VerifyWorld(self, size=2 * MIB, log=MIB)
+        unit = world.begin_work()
+        number = 0
+        while len(world.client.done) == number:
+            number += 1
+            world.client.write(unit, number % 64 * BLOCK, unique(number))
+        world.verify()
+        reads = []
+        digests = unit.reading.digests
+        unit.reading.digests = lambda *how: reads.append(how) or digests(*how)  # type: ignore[func-returns-value, method-assign]
+        world.settle(5)
+        self.assertEqual((reads, world.hashed), ([], []))
+        world.commit()
+        self.assertEqual(world.to_the_end()["result"], "equal")
+
     def test_without_a_link_it_waits(self) -> None:
         world = VerifyWorld(self, size=8 * MIB, verify_rate=4 * MIB)
         world.begin_work()

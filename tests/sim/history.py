@@ -13,6 +13,7 @@ from qdsmirror.core.frames import (
     REFRESH,
     REFRESH_ZEROES,
     SWITCH,
+    VERIFY,
     VOID,
     Entry,
 )
@@ -22,7 +23,7 @@ SECTOR = 512
 TAG = 16
 _OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
 #: Frames that leave a mirror as it is: of a switch, until the refresh begins that it leads to.
-_CHANGING_NOTHING = frozenset((BREAK, SWITCH, VOID))
+_CHANGING_NOTHING = frozenset((BREAK, SWITCH, VERIFY, VOID))
 
 
 class Violation(Exception):

@@ -22,6 +22,7 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
+from qdsmirror.core.verify import Row, Verdict
 from tests.sim.disk import Disk
 from tests.sim.history import (
     SECTOR,
@@ -75,6 +76,8 @@ class Model:
         self.unlogged: set[int] = set()
         #: Whether a checkpoint holds: nothing may be written to a mirror (rules.md 22).
         self.is_held = False
+        #: By LDSU, the sectors of its mirror that somebody else has changed, and at which step.
+        self.damaged: list[dict[int, int]] = [{} for _ in mirrors]
         self._watch_disks()
         self.counts: dict[str, int] = {}
 
@@ -320,6 +323,7 @@ class Model:
         if self.is_held:
             raise Violation(f"PREFIX: mirror {ldsu} is written while a checkpoint holds")
         for at in range(0, len(data), SECTOR):
+            self.damaged[ldsu].pop(offset + at, None)
             tag = data[at : at + TAG]
             if tag != ZERO_TAG and not any(
                 self.is_journaled(made) for made in self.tags.get((ldsu, tag), ())
@@ -371,7 +375,7 @@ class Model:
         places = []
         for index, content in enumerate(contents):
             made = self._mirrored(index, generation, cursor.point(index))
-            if superblock.coherent and bytes(content) != made.mirrored():
+            if superblock.coherent and self.mended(index, content, made) != made.mirrored():
                 raise Violation(
                     f"PREFIX: mirror {index} says it is coherent and differs from the history's "
                     f"prefix up to {made.line()} at {first_difference(content, made.mirrored())}"
@@ -392,6 +396,60 @@ class Model:
         if made is None or made.sequence + 1 != point.sequence:
             raise Violation(f"PREFIX: the mirror of LDSU {ldsu} stands at a place that never was")
         return made
+
+    def mended(self, ldsu: int, content: bytes | bytearray, made: Made) -> bytes:
+        """Give a mirror's content without what somebody else has changed in it."""
+        found = bytearray(content)
+        if self.damaged[ldsu]:
+            right = made.mirrored()
+            for at in self.damaged[ldsu]:
+                found[at : at + SECTOR] = right[at : at + SECTOR]
+        return bytes(found)
+
+    def damage(self, ldsu: int, at: int, junk: bytes, step: int) -> bool:
+        """Change a sector of a mirror behind everybody's back, if nothing is on its way there."""
+        mirror = self.mirrors[ldsu]
+        if any(w.offset <= at < w.offset + len(w.data) for w in mirror.unsynced):
+            return False
+        mirror.seen[at : at + SECTOR] = mirror.durable[at : at + SECTOR] = junk
+        self.damaged[ldsu][at] = step
+        return True
+
+    def compared(
+        self, header: frames.FrameHeader, rows: Sequence[Row], found: Verdict, coherent: bool
+    ) -> None:
+        """LOUD, COHERENT: what differs is told, and nothing else.
+
+        :param coherent: what the mirror said of itself.
+        """
+        made = self.find(header.ldsu, header.generation, header.chain)
+        if made is None:
+            raise Violation("LOUD: hashes that were never made are compared")
+        self._count("hashes compared")
+        right, seen = made.content(), self.mirrors[header.ldsu].seen
+        told = {at for offset, size in found.differs for at in range(offset, offset + size, SECTOR)}
+        for offset, length, _ in rows:
+            sectors = range(offset, offset + length, SECTOR)
+            wrong = {at for at in sectors if seen[at : at + SECTOR] != right[at : at + SECTOR]}
+            if wrong - told:
+                raise Violation(f"LOUD: {made.line()}: not told of: {sorted(wrong)}")
+            if told & set(sectors) and not wrong:
+                raise Violation(f"COHERENT: a false alarm at {offset}: {made.line()}")
+            if coherent and wrong - self.damaged[header.ldsu].keys():
+                raise Violation(f"COHERENT: compared too early or too late: {made.line()}")
+            self._counted("differences", len(wrong))
+
+    def verified(self, began: int, equal: bool, dirty: Callable[[int], DirtyBitmap]) -> None:
+        """LOUD: a complete verify has found everything that differed when it began."""
+        self._count("verifies ended")
+        for ldsu, sectors in enumerate(self.damaged):
+            for at, step in sectors.items():
+                if step < began and (equal or not dirty(ldsu).is_marked(at)):
+                    raise Violation(f"LOUD: a verify has not found LDSU {ldsu} at {at}")
+
+    def _counted(self, name: str, number: int) -> None:
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + number
 
     def journal_recorded(self, before: Superblock, superblock: Superblock) -> None:
         """COHERENT: the mirror is called coherent only behind a refresh's end, all of it synced."""
@@ -419,6 +477,8 @@ class Model:
                 continue
             for at in range(0, len(content), SECTOR):
                 tag = bytes(mirror.durable[at : at + TAG])
+                if at in self.damaged[tip.ldsu]:
+                    continue
                 # In a replay the mirror may hold what comes later in the journal.
                 if tag != content[at : at + TAG] and not self._later(made, at, tag):
                     return f"mirror {tip.ldsu} holds {tag!r} at {at}"

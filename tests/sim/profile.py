@@ -19,6 +19,7 @@ class Profile:
     :ivar corruption: at how many power cuts a sector of a log is damaged, of 1.
     :ivar auto_refresh: whether the bypass of an overflow is left without an operator.
     :ivar checkpoint_hold: what becomes of a checkpoint when the journal fills.
+    :ivar verify_rate: bytes that a verify reads in a second; verify_every: seconds between two.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar catch_up_entries: stands for the constant of that name.
     :ivar paths: network paths between the sites.
@@ -37,6 +38,8 @@ class Profile:
     pool: int
     corruption: float
     auto_refresh: bool
+    verify_rate: int
+    verify_every: float
     metadata_entries: int
     metadata_seconds: float
     window: int
@@ -86,6 +89,8 @@ class Profile:
             faults["cut path"] = other.choice((0, 30, 100))
             faults["slow path"] = other.choice((0, 30, 100))
             faults["hang path"] = other.choice((0, 0, 100))
+        faults["verify"] = own.choice((0, 100, 300))
+        faults["damage"] = own.choice((0, 0, 0, 100)) if faults["verify"] else 0
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -106,6 +111,8 @@ class Profile:
             clients=choose((1, 1, 2)),
             eager=random.random(),
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
+            verify_rate=own.choice((256, 4096)) * KIB,
+            verify_every=own.choice((0.0, 0.0, 2.0)),
             checkpoint_hold=own.choice(("release", "strict")),
             faults=faults,
             **cls._draw_operation(aside, faults),

@@ -40,6 +40,8 @@ PROFILE = Profile(
     pool=1,
     corruption=0.0,
     auto_refresh=False,
+    verify_rate=1 << 20,
+    verify_every=0.0,
     metadata_entries=4096,
     metadata_seconds=1.0,
     window=1 << 20,
@@ -132,6 +134,11 @@ def _free(world: Script) -> None:
     world.change_group("free", "qds0", "")
 
 
+def _verify(world: Script) -> None:
+    """A verify begins, and ends if time passes."""
+    world.change_group("verify", "compare")
+
+
 #: Every operation that the product has; a new one is added here.
 OPERATIONS: dict[str, Callable[[Script], None]] = {
     "write": _write,
@@ -145,6 +152,7 @@ OPERATIONS: dict[str, Callable[[Script], None]] = {
     "checkpoint": _checkpoint,
     "wrap": _wrap,
     "refresh": _refresh,
+    "verify": _verify,
     "bypass on": _bypass_on,
     "extend": _extend,
     "free": _free,

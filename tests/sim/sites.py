@@ -81,6 +81,8 @@ class Sites:
         self.latched: set[str] = set()
         self.memory = FailureMemory()
         self.numbers = 0
+        #: By id, the step at which each verify was asked for.
+        self.verifies: dict[bytes, int] = {}
         self.logged: list[Any] = []
         #: By path the first superblock of each writelog: its UUID and its bitmap's place stay.
         self._writelogs: dict[str, Superblock] = {}
@@ -113,6 +115,8 @@ class Sites:
                 auto_refresh=profile.auto_refresh,
                 checkpoint_hold=profile.checkpoint_hold,
                 compression=profile.compression,
+                verify_rate=profile.verify_rate,
+                verify_every=profile.verify_every,
             ),
             paths=tuple(
                 NetworkPath(f"10.{number}.0.1", f"10.{number}.0.2")
@@ -189,6 +193,12 @@ class Sites:
         if bitmap.damaged:
             raise Violation(f"NO-HIDDEN: the dirty bitmap of LDSU {index} is damaged")
         return bitmap
+
+    def known_dirty(self, index: int) -> DirtyBitmap:
+        """Give an LDSU's dirty bitmap as the driver has it."""
+        assert self.driver is not None
+        dirty: DirtyBitmap = self.driver.group.units[index].dirty
+        return dirty
 
     def _goes_direct(self) -> bool:
         """Tell whether a writelog's failure is on record, so that writes may go past it."""

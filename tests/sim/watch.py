@@ -12,8 +12,11 @@ from unittest import mock
 from twisted.logger import LogLevel, globalLogPublisher
 
 from qdsmirror.core import bitmap as bitmap_module
+from qdsmirror.core import verify as core_verify
+from qdsmirror.core.frames import FrameHeader
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
 from qdsmirror.core.reorder import Reorder
+from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.groups import answering as answering_module
 from qdsmirror.groups import band as band_module
@@ -22,12 +25,15 @@ from qdsmirror.groups import compare as compare_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import session as session_module
+from qdsmirror.groups import verify as group_verify
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
+from qdsmirror.groups.verifying import Verifying
 from qdsmirror.limits import KIB
 from qdsmirror.net.handshake import RebasePosition
+from qdsmirror.storage import verify as storage_verify
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
 from tests.sim.clients import Clients
@@ -66,6 +72,9 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(primary_module, "STRIPE_BYTES", max(4 * KIB, profile.buffer // 4))
         patch(band_module, "INLINE_BYTES_MAX", profile.inline)
         patch(session_module, "INLINE_BYTES_MAX", profile.inline)
+        for module in (core_verify, storage_verify, group_verify):
+            patch(module, "VERIFY_CHUNK_BYTES", 4 * KIB)
+        patch(group_verify, "VERIFY_READ_BYTES", 8 * KIB)
         patch(Framing, "make", _watched_frame(world, Framing.make))
         if not watching:
             yield
@@ -84,6 +93,8 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(Mirror, "hold", _watched_hold(world, Mirror.hold))
         patch(Mirror, "release", _watched_release(world, Mirror.release))
         patch(Session, "acknowledge", _watched_acknowledge(world, Session.acknowledge))
+        patch(Mirror, "_compare", _watched_compare(world, Mirror._compare))
+        patch(Verifying, "ended", _watched_end(world, Verifying.ended))
         patch(Writelog, "write_superblock", _watched_superblock(world, Writelog.write_superblock))
         globalLogPublisher.addObserver(observe)
         stack.callback(globalLogPublisher.removeObserver, observe)
@@ -201,6 +212,29 @@ def _watched_release(world: Sites, original: Any) -> Any:
         original(mirror)
 
     return release
+
+
+def _watched_compare(world: Sites, original: Any) -> Any:
+    def compare(mirror: Mirror, header: FrameHeader, control: bytes) -> Verdict:
+        coherent = mirror.journal.superblock.coherent
+        found: Verdict = original(mirror, header, control)
+        if not found.skipped:
+            world.model.compared(header, core_verify.parse_rows(control), found, coherent)
+        return found
+
+    return compare
+
+
+def _watched_end(world: Sites, original: Any) -> Any:
+    def ended(verifying: Verifying) -> None:
+        original(verifying)
+        run = verifying.run
+        assert run is not None
+        began = world.verifies.get(run.id)
+        if began is not None and run.result != "ended":
+            world.model.verified(began, run.result == "equal", world.known_dirty)
+
+    return ended
 
 
 def _watched_superblock(world: Clients, original: Any) -> Any:

@@ -17,7 +17,7 @@ from qdsmirror.core.records import BoundUnit
 from qdsmirror.errors import QdsError
 from qdsmirror.limits import KIB
 from tests.sim.clients import Clients
-from tests.sim.history import Violation
+from tests.sim.history import SECTOR, Violation, payload
 from tests.sim.process import Fuse, Process
 from tests.sim.watch import installed
 
@@ -46,6 +46,8 @@ class World(Clients):
                 self._begin_anew(early=True)
             self._safety()
             self._liveness()
+            if not self.latched and (any(self.model.damaged) or self.profile.faults.get("verify")):
+                self._verify_in_the_end()
             if not self.latched and self.random.random() < ANEW_CHANCE:
                 self._begin_anew()
         return self
@@ -84,6 +86,10 @@ class World(Clients):
             self._refresh(self.random.choice(("auto", "dirty", "smart", "full")))
         elif what == "bypass":
             self.switch_bypass()
+        elif what == "verify":
+            self.verify(self.random.choice(("compare", "compare", "repair", "stop")))
+        elif what == "damage":
+            self._damage()
         elif what in ("extend", "free"):
             self._change_log(what)
         elif what == "checkpoint":
@@ -154,6 +160,31 @@ class World(Clients):
         self.note(f"{kind} refresh")
         begun = maybeDeferred(self.driver.group.refresh, kind)
         begun.addErrback(lambda failure: failure.trap(QdsError))
+
+    def verify(self, how: str) -> None:
+        """Begin a verify, or end it; what is not possible now is refused."""
+        if not self.serving or self.driver is None:
+            return
+        self.note(f"verify {how}")
+        step = self.steps
+
+        def begun(status: Any) -> None:
+            self.count(f"verify {how}")
+            self.verifies.setdefault(bytes.fromhex(status["id"]), step)
+
+        asked = maybeDeferred(self.driver.group.verify, how)
+        asked.addCallbacks(begun, lambda failure: failure.trap(QdsError))
+
+    def _damage(self) -> None:
+        """Somebody writes to a mirror device."""
+        if self.latched:
+            return
+        ldsu = self.random.randrange(self.profile.ldsus)
+        for _ in range(self.random.choice((1, 1, 5))):
+            at = self.random.randrange(self.profile.size // SECTOR) * SECTOR
+            if self.model.damage(ldsu, at, payload(self._number(), SECTOR), self.steps):
+                self.count("damage")
+                self.note(f"damage mirror {ldsu} at {at}")
 
     def switch_bypass(self) -> None:
         """Enter bypass, or leave it; what is not possible now is refused."""
@@ -373,6 +404,8 @@ class World(Clients):
                     self.switch_bypass()
                 if not alone and self.model.is_held:
                     self.switch_checkpoint()
+                if not alone and self._differs():
+                    self._refresh("auto")
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
 
@@ -382,6 +415,49 @@ class World(Clients):
         if bypass is None or bypass.phase != "on":
             return False
         return not (self.profile.auto_refresh and bypass.state.get("overflow"))
+
+    def _differs(self) -> bool:
+        """Tell whether a verify has found the mirror to differ, and nobody mends it."""
+        group = self.driver.group if self.driver is not None and self.serving else None
+        return (
+            group is not None
+            and group.bypass.phase == "off"
+            and group.coherence.tracked
+            and not group.coherent
+            and group.refresh_job is None
+            and (group.verifying.run is None or group.verifying.run.over)
+        )
+
+    _ENDINGS = ("kill driver", "kill pmd", "kill rmd", "cut alpha", "cut beta", "cut link")
+
+    def _verify_in_the_end(self) -> None:
+        """A complete verify finds, and mends, all that differs: also what differs only now."""
+        self._until(self._is_verify_over, "a verify's end")
+        for _ in range(self.random.choice((0, 1, 3))):
+            self._damage()
+        self.verify(self.random.choice(("compare", "repair")))
+        for _ in range(self.random.choice((0, 50, 200))):
+            if self.random.random() < 0.01:
+                self._fault(self.random.choice(self._ENDINGS))
+            if self.serving and self.random.random() < 0.05:
+                self.ask()
+                self._after()
+            self.step()
+        self._until(lambda: self._is_verify_over() and self._at_rest(), "a verify and its repair")
+        assert self.driver is not None
+        self.verify("repair")
+        run = self.driver.group.verifying.run
+        self._until(lambda: self._is_verify_over() and self._at_rest(), "the last verify")
+        assert self.driver is not None
+        if self.driver.group.verifying.run is not run or run.result != "equal":
+            raise Violation(f"LOUD: the last verify has not mended all: {self._state()}")
+        if any(self.model.damaged):
+            raise Violation(f"LOUD: not found by a verify: {self.model.damaged}")
+        self._check_equal()
+
+    def _is_verify_over(self) -> bool:
+        group = self.driver.group if self.driver is not None and self.serving else None
+        return group is not None and (group.verifying.run is None or group.verifying.run.over)
 
     def _begin_anew(self, early: bool = False) -> None:
         """Initialise the writelogs again: the secondary keeps its old history until a refresh.
@@ -465,9 +541,15 @@ class World(Clients):
     def _check_equal(self) -> None:
         self.check_mirror()
         for index, ldsu in enumerate(self.config.ldsus):
-            tip = self.model.tips[index].content()
-            for path in (ldsu.data_device, ldsu.mirror_device):
-                if bytes(self.disks[path].seen) != tip:
+            made = self.model.tips[index]
+            tip = made.content()
+            found = {
+                path: bytes(self.disks[path].seen)
+                for path in (ldsu.data_device, ldsu.mirror_device)
+            }
+            found[ldsu.mirror_device] = self.model.mended(index, found[ldsu.mirror_device], made)
+            for path, content in found.items():
+                if content != tip:
                     raise Violation(f"PREFIX: at rest, {path} differs from the history")
         assert self.rmd is not None
         if not self.rmd.group.mirror.journal.superblock.coherent:
