@@ -15,6 +15,7 @@ from unittest import mock
 from twisted.internet.defer import succeed
 
 from qdsmirror.core.bitmap import DirtyBitmap
+from qdsmirror.core.frames import VERIFY
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.core.reorder import Reorder
 from qdsmirror.groups import direct as direct_module
@@ -34,6 +35,8 @@ from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
+from qdsmirror.groups.verify import Verify
+from qdsmirror.groups.verifying import Verifying
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
@@ -586,6 +589,43 @@ def _end_of_refresh_without_sync(patch: Patch) -> None:
 def _chunk_read_without_what_is_pending(patch: Patch) -> None:
     patch(DriverUnit, "lock", lambda *_: None)
     patch(DriverUnit, "unlock", lambda *_: None)
+
+
+# -- verify ---------------------------------------------------------------------------------------
+
+
+@mutation("COHERENT")
+def _hashes_compared_in_a_replay(patch: Patch) -> None:
+    def sure(mirror: Any) -> None:
+        mirror._unsure_gsn = 0
+
+    patch(Mirror, "replay", _wrapped(Mirror, "replay", before=sure))
+
+
+@mutation("COHERENT")
+def _hash_appended_without_the_lock(patch: Patch) -> None:
+    def found(_verify: Any, unit: Any, *_: Any) -> None:
+        unit.unlock()
+
+    patch(Verify, "_found_hole", _wrapped(Verify, "_found_hole", after=found))
+
+
+@mutation("COHERENT")
+def _hashes_compared_before_the_writes_are_applied(patch: Patch) -> None:
+    real = Mirror.apply
+
+    def apply(mirror: Any, changes: Any) -> Any:
+        return real(mirror, sorted(changes, key=lambda change: change.header.kind != VERIFY))
+
+    patch(Mirror, "apply", apply)
+
+
+@mutation("COHERENT")
+def _difference_counted_before_it_is_durable(patch: Patch) -> None:
+    def differs(_verifying: Any, _unit: Any, _ranges: Any, then: Any) -> None:
+        then()
+
+    patch(Verifying, "differs", differs)
 
 
 __all__ = ["MUTATIONS", "Mutation", "journal_module"]
