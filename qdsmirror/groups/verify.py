@@ -221,6 +221,8 @@ class Verify:
             return "the group is in bypass"
         if group.backfresh.coming or group.backfresh.reason:
             return group.backfresh.reason or "a backfresh is running"
+        if group.backfresh.stops_framing:
+            return "a backfresh is in progress"
         if group.refresh_job is not None and not mending:
             return "a refresh is in progress"
         if not group.coherence.tracked:
