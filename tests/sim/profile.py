@@ -89,8 +89,9 @@ class Profile:
             faults["cut path"] = other.choice((0, 30, 100))
             faults["slow path"] = other.choice((0, 30, 100))
             faults["hang path"] = other.choice((0, 0, 100))
-        faults["verify"] = own.choice((0, 100, 300))
-        faults["damage"] = own.choice((0, 0, 0, 100)) if faults["verify"] else 0
+        last = Random(f"verify {aside.getstate()}")
+        faults["verify"] = last.choice((0, 100, 300))
+        faults["damage"] = last.choice((0, 0, 0, 100)) if faults["verify"] else 0
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -111,8 +112,8 @@ class Profile:
             clients=choose((1, 1, 2)),
             eager=random.random(),
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
-            verify_rate=own.choice((256, 4096)) * KIB,
-            verify_every=own.choice((0.0, 0.0, 2.0)),
+            verify_rate=last.choice((256, 4096)) * KIB,
+            verify_every=last.choice((0.0, 0.0, 2.0)),
             checkpoint_hold=own.choice(("release", "strict")),
             faults=faults,
             **cls._draw_operation(aside, faults),
