@@ -17,6 +17,7 @@ from twisted.python import usage
 from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror import errors
+from qdsmirror.core.states import REFUSALS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAN = ROOT / "man"
@@ -265,6 +266,16 @@ class ModesPageTests(TestCase):
         self.assertEqual(made["PAGE"], page_path("qdsmirror-modes", 7))
         text = page_path("qdsmirror-modes", 7).read_text()
         self.assertEqual(text, made["render"](), "make man")
+
+    def test_ways_out_exist(self) -> None:
+        """What a refusal names as the next command is one."""
+        named = {
+            word
+            for one in REFUSALS
+            for word in re.findall(r"\b(?:qds|launch|kill)[a-z]+\b", one.hint)
+        }
+        self.assertGreater(len(named), 5)
+        self.assertEqual(named - set(commands()), set())
 
     def test_pictures_fit(self) -> None:
         """A terminal of 80 columns shows them without breaking lines."""
