@@ -14,10 +14,12 @@ from unittest import mock
 
 from twisted.internet.defer import succeed
 
+from qdsmirror.core import states as states_module
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.frames import VERIFY
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.core.reorder import Reorder
+from qdsmirror.core.states import Event
 from qdsmirror.groups import direct as direct_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
@@ -167,6 +169,26 @@ def _failed_sync_taken_for_good(patch: Patch) -> None:
         real(syncing, count, result, None)
 
     patch(Syncing, "_committed", committed)
+
+
+@mutation("LOUD")
+def _end_of_a_refresh_that_is_not_shown(patch: Patch) -> None:
+    _without_ways(patch, Event.REFRESH_ENDED)
+
+
+@mutation("LOUD", seeds=300)
+def _bypass_that_is_not_shown(patch: Patch) -> None:
+    _without_ways(patch, Event.BYPASS_BEGUN)
+
+
+@mutation("LOUD")
+def _lost_link_that_is_not_shown(patch: Patch) -> None:
+    _without_ways(patch, Event.LINK_DOWN)
+
+
+def _without_ways(patch: Patch, event: Event) -> None:
+    ways = tuple(way for way in states_module.TRANSITIONS if way.event is not event)
+    patch(states_module, "TRANSITIONS", ways)
 
 
 @mutation("TAIL")

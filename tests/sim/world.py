@@ -18,6 +18,7 @@ from qdsmirror.errors import QdsError
 from qdsmirror.limits import KIB
 from tests.sim.clients import Clients
 from tests.sim.history import SECTOR, Violation, payload
+from tests.sim.modes import check_modes
 from tests.sim.process import Fuse, Process
 from tests.sim.watch import installed
 
@@ -313,6 +314,8 @@ class World(Clients):
                 else:
                     self.kill(name)
         self._check_bounds()
+        if self.driver is not None and self.serving:
+            check_modes(self.driver.group)
         if Violation.seen:
             raise Violation.seen[0]
         if self.logged:
