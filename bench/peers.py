@@ -28,12 +28,16 @@ Rates = dict[str, dict[str, list[float]]]
 
 
 class Target(NamedTuple):
-    """A ratio that is aimed at (first and goal), from one job, to one peer."""
+    """A ratio that is aimed at (first and goal), from one job, to one peer.
+
+    :ivar of: whose rate is divided by the peer's.
+    """
 
     job: str
     peer: str
     first: float
     goal: float
+    of: str = Lab.name
 
 
 TARGETS = (
@@ -42,6 +46,7 @@ TARGETS = (
     Target("4k write, depth 32", "qemu background", 3, 10),
     Target("1M seq. write, depth 4", "nbdkit file", 0.3, 0.8),
     Target("4k read, depth 32", "nbdkit file", 0.8, 1.2),
+    Target("4k write, depth 32", "qemu write-blocking", 2, 5, f"{Lab.name} sync"),
 )
 DRAIN_TARGET = REFRESH_TARGET = (0.5, 0.9)
 MEMORY_TARGET_MIB = (150, 80)
@@ -63,9 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        choices=("peers", "drain", "refresh", "memory"),
+        choices=("peers", "sync", "drain", "refresh", "memory"),
         action="append",
-        help="measure only this; may be repeated",
+        help="measure only this; may be repeated (sync: of the peers those that answer only once "
+        "the mirror has it)",
     )
     parser.add_argument("--directory", default="/dev/shm", help="where files go (default: tmpfs)")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
@@ -127,9 +133,10 @@ def print_targets(rates: Rates) -> None:
     row("qdsmirror divided by", "ratio", "first", "goal", "")
     for target in TARGETS:
         present = rates[target.job]
-        if Lab.name in present and target.peer in present:
-            value = ratio(rates, target.job, Lab.name, target.peer)
-            judged(f"{target.peer}, {target.job}", value, target.first, target.goal)
+        if target.of in present and target.peer in present:
+            value = ratio(rates, target.job, target.of, target.peer)
+            what = "" if target.of == Lab.name else target.of.removeprefix(Lab.name)[1:] + " "
+            judged(f"{what}{target.peer}, {target.job}", value, target.first, target.goal)
 
 
 def judged(what: str, value: float, first: float, goal: float) -> None:
@@ -149,15 +156,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_peers(options: argparse.Namespace, directory: Path) -> Rates:
-    """Run the comparison and print its tables."""
+def measure_peers(options: argparse.Namespace, directory: Path, synchronous: bool = False) -> Rates:
+    """Run the comparison and print its tables.
+
+    :param synchronous: only of those that answer once the mirror has it.
+    """
     size = options.size * MIB
     makers: list[Callable[[], System]] = [
         lambda: Nbdkit(directory, size),
         lambda: QemuMirror(directory, size, "background"),
         lambda: QemuMirror(directory, size, "write-blocking"),
         lambda: Lab(directory, size, options.writelog * MIB),
+        lambda: Lab(directory, size, options.writelog * MIB, "lab-sync", mode="sync"),
     ]
+    if synchronous:
+        makers = [makers[2], makers[4]]
     with running(makers) as systems:
         if not systems:
             return {}
@@ -241,8 +254,8 @@ def main() -> int:
         directory = Path(name)
         for what in chosen:
             try:
-                if what == "peers":
-                    figures[what] = measure_peers(options, directory)
+                if what in ("peers", "sync"):
+                    figures[what] = measure_peers(options, directory, what == "sync")
                 elif what == "memory":
                     figures[what] = measure_memory(options, directory)
                 else:

@@ -169,6 +169,7 @@ class Lab:
 
     :param writelog: bytes; a benchmark that fills it measures the drain rate.
     :param overflow: what a full writelog leads to, ``block`` or ``bypass``.
+    :param mode: its operation: ``async``, ``sync`` or ``near-sync``.
     """
 
     name = "qdsmirror"
@@ -180,7 +181,10 @@ class Lab:
         writelog: int,
         name: str = "lab",
         overflow: str = "block",
+        mode: str = "async",
     ) -> None:
+        if mode != "async":
+            self.name = f"{Lab.name} {mode}"
         self.directory = directory / name
         self.primary = self.directory / "primary"
         self.secondary = self.directory / "secondary"
@@ -189,7 +193,7 @@ class Lab:
             raise MissingError("no qdslab beside this Python (make venv)")
         sizes = {"--size": size, "--writelog": writelog, "--journal": max(writelog, 128 * MIB)}
         options = [text for key, value in sizes.items() for text in (key, f"{value // MIB}M")]
-        options += ["--overflow", overflow]
+        options += ["--overflow", overflow, "--mode", mode]
         self.tool("qdslab", "create", str(self.directory), *options)
         self.uri = ""
 
