@@ -42,6 +42,10 @@ SETTINGS: Mapping[str, Setting] = {
     "metadata_entries": Setting(_TUNABLES, ("driver", "rmd")),
     "metadata_seconds": Setting(_TUNABLES, ("driver", "rmd")),
     "auto_refresh": Setting(_TUNABLES, ("driver",)),
+    "verify_every": Setting(_TUNABLES, ("driver",)),
+    "verify_rate": Setting(_TUNABLES, ("driver",)),
+    "checkpoint_hold": Setting(_TUNABLES, ("rmd",)),
+    "compression": Setting(_TUNABLES, ("pmd",)),
     "send_window": Setting(_TUNABLES, ("pmd",)),
     "reconnect_max": Setting(_TUNABLES, ("pmd",)),
 }

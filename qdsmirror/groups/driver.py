@@ -373,6 +373,7 @@ class DriverGroup:
             unit.pump()
             unit.direct.go_on()
         self.bypass.heal()
+        self.verifying.set_due()
         return self.answering.settled()
 
     def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:

@@ -145,6 +145,12 @@ class PrimaryGroup:
     def _go_by_settings(self) -> None:
         tunables = self.config.tunables
         self._retry.longest_seconds = tunables.reconnect_max
+        method = Method.of(tunables.compression)
+        if method != self._method:
+            self._method, self._wire.wanted = method, str(method)
+            if self._link is not None:
+                # It is agreed upon when a session begins.
+                self._link.close("the compression was changed")
         if self._outbound is not None:
             self._outbound.window = tunables.send_window
             self._outbound.pump()

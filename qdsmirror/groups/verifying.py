@@ -44,7 +44,7 @@ class Verifying:
         """Take up what the superblocks, by LDSU, say."""
         if any(state is not None for state in states):
             self.run = Verify.resumed(self._group, states)
-            self._set_due()
+            self.set_due()
 
     def stop(self) -> None:
         """Do nothing more: the driver stops."""
@@ -135,7 +135,7 @@ class Verifying:
         """Learn that the newest verify is over."""
         run = self.run
         assert run is not None
-        self._set_due()
+        self.set_due()
         self.log.info(
             "{group}: verify has ended: {result} {reason}",
             group=self._group.name, result=run.result, reason=run.reason,
@@ -144,7 +144,7 @@ class Verifying:
 
     # -- the schedule -----------------------------------------------------------------------------
 
-    def _set_due(self) -> None:
+    def set_due(self) -> None:
         """Count from the last end; where the clock was set back meanwhile, from now (rules.md 26).
 
         One that was ended early is tried again before long.

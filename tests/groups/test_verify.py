@@ -607,7 +607,7 @@ class ScheduleTests(SynchronousTestCase):
             finished = world.status()["finished"]
             world.start()
             world.group.runtime.wall = partial(float, finished + jump)
-            world.group.verifying._set_due()
+            world.group.verifying.set_due()
             self.assertAlmostEqual(
                 world.group.verifying._due - world.reactor.seconds(), due, delta=1
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.config import load_group
+from qdsmirror.config import Tunables, load_group
 from qdsmirror.configlive import SETTINGS, changed, differing, parse_settings, values
 from qdsmirror.errors import DegradedError, UsageError
 from qdsmirror.limits import MIB
@@ -54,6 +55,12 @@ class TableTests(TestCase):
             error = self.assertRaises(UsageError, parse_settings, words)
             self.assertIn(told, error.message, words)
             self.assertTrue(error.hint)
+
+    def test_every_tunable_can_be_set(self) -> None:
+        """One that cannot change while the daemons run is named here."""
+        fixed: set[str] = set()
+        tunables = {field.name for field in dataclasses.fields(Tunables)}
+        self.assertEqual(tunables - set(SETTINGS), fixed)
 
     def test_each_has_a_daemon_that_goes_by_it(self) -> None:
         config = load_group(host_root(self, "alpha"), 0)
