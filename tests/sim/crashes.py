@@ -148,7 +148,9 @@ class Recoverer:
         hasher = blake3()
         for path in sorted(content):
             hasher.update(self._digest_of(content[path]))
-        hasher.update(repr((moment.acked, [made.sequence for made in moment.held])).encode())
+        hasher.update(
+            repr((moment.acked, moment.promised, [made.sequence for made in moment.held])).encode()
+        )
         for sectors in moment.sectors:
             hasher.update(sectors.fingerprint())
         return hasher.digest(16)
@@ -288,6 +290,11 @@ class Recoverer:
             raise Violation(
                 f"DURABLE: the secondary acknowledged GSN {moment.acked}, and after a power cut "
                 f"holds {mirror.applied.gsn - 1}"
+            )
+        if mirror.applied.gsn - 1 < moment.promised:
+            raise Violation(
+                f"SYNC: GSN {moment.promised} was answered synchronously, and after a power cut "
+                f"the secondary holds {mirror.applied.gsn - 1}"
             )
         script.model.check_places(mirror.applied, mirror.journal.superblock, contents, moment.tips)
         process.kill()

@@ -125,6 +125,11 @@ def _bypass_on(world: Script) -> None:
     world.change_group("switch_bypass", "on")
 
 
+def _synchronous(world: Script) -> None:
+    """From now on answers wait for the secondary."""
+    world.change_group("set_live", '{"operation": "sync"}')
+
+
 def _extend(world: Script) -> None:
     """The first LDSU's writelog is chained to the pool's device."""
     world.change_group("extend", "qds0", "")
@@ -160,6 +165,13 @@ OPERATIONS: dict[str, Callable[[Script], None]] = {
 }
 
 
+#: Behind this one only those that it may make a difference to.
+SYNCHRONOUS = "synchronous"
+_SYNCHRONOUSLY = (
+    "write", "overlapping write", "FUA write", "write to another", "flush", "trim", "ack",
+    "bypass on", "refresh", "power cut",
+)  # fmt: skip
+
 Sequence = tuple[int, tuple[str, ...]]
 
 
@@ -169,6 +181,10 @@ def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
     for length in range(1, LENGTH_MAX + 1):
         for names in itertools.product(OPERATIONS, repeat=length):
             yield number % schedules, names
+            number += 1
+    for length in range(1, LENGTH_MAX):
+        for names in itertools.product(_SYNCHRONOUSLY, repeat=length):
+            yield number % schedules, (SYNCHRONOUS, *names)
             number += 1
 
 
@@ -189,6 +205,7 @@ class Moment(NamedTuple):
     :ivar safe: by LDSU, the sectors' newest promised writes (at the primary).
     :ivar held: by LDSU, the last frame that the secondary had durably.
     :ivar acked: the GSN up to which the secondary had acknowledged.
+    :ivar promised: that up to which synchronous operation had answered.
     """
 
     site: str
@@ -197,6 +214,7 @@ class Moment(NamedTuple):
     tips: tuple[Made, ...]
     held: tuple[Made, ...]
     acked: int
+    promised: int
 
 
 class Script(World):
@@ -253,7 +271,7 @@ class Script(World):
         return AllButTheFirst()
 
     def _operate(self, name: str) -> None:
-        OPERATIONS[name](self)
+        (_synchronous if name == SYNCHRONOUS else OPERATIONS[name])(self)
         self.run_ready()
         self.done += 1
 
@@ -331,5 +349,6 @@ class Script(World):
                 tuple(self.model.tips),
                 tuple(self.model.held),
                 self.acked,
+                self.synchrony.answered_gsn,
             )
         )

@@ -25,11 +25,13 @@ class Synchrony:
     """Looks at every answer of a change in the moment in which it is given.
 
     :ivar near: answered by near-synchronous operation and, when last looked at, not committed.
+    :ivar answered_gsn: the last GSN of what was answered, and committed by then.
     :ivar owed: answered while the group was durably degraded, each with the last GSN by then.
     """
 
     def __init__(self, world: Clients) -> None:
         self._world = world
+        self.answered_gsn = 0
         self.near: list[Asked] = []
         self.owed: list[tuple[Asked, int]] = []
         self._is_degraded = False
@@ -50,6 +52,8 @@ class Synchrony:
             return
         if self._is_committed(asked, 0):
             world.count("synchronous answers")
+            frames = [made.gsn_last for made in self._frames(asked)]
+            self.answered_gsn = max([self.answered_gsn, *frames])
             return
         if self._degraded_durably():
             world.count("degraded answers")
