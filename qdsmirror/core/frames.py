@@ -71,8 +71,10 @@ ZEROES = 2
 TRIM = 3
 REFRESH = 4
 REFRESH_ZEROES = 5
+#: A write of zeroes that says so instead of having a payload; it is applied as a write.
+ZERO_WRITE = 6
 WITH_PAYLOAD = frozenset((WRITE, REFRESH))
-_ENTRY_KINDS = frozenset((WRITE, ZEROES, TRIM, REFRESH, REFRESH_ZEROES))
+_ENTRY_KINDS = frozenset((WRITE, ZEROES, TRIM, REFRESH, REFRESH_ZEROES, ZERO_WRITE))
 
 # magic version kind flags ldsu entry_count payload_bytes generation sequence gsn_first gsn_count
 # durable_gsn time_ns body_crc

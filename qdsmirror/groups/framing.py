@@ -105,7 +105,9 @@ class Framing:
         )
         frame = UnitFrame(unit, placement.end, self.sequence, chain, first + count - 1)
         frame.entries = entries
-        frame.weight = placement.record_bytes
+        # What is applied counts, though it takes no room in the log.
+        zeroes = sum([e[1] for e in entries if e[2] == frames.ZERO_WRITE])
+        frame.weight = placement.record_bytes + zeroes
         self.sequence += 1
         self.chain = chain
         size = HEADER_BYTES + sum(map(len, body))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.frames import Entry
 from qdsmirror.core.nbd import Request
+from qdsmirror.core.zeroes import is_zero
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.limits import ZERO_ENTRY_BYTES_MAX
 
@@ -118,7 +119,10 @@ class WaitingRequests:
                     if not take:
                         break
                 piece = payload if take == request.length else payload[done : done + take]
-                entries.append(Entry(request.offset + done, take, frames.WRITE, piece))
+                if is_zero(piece):
+                    entries.append(Entry(request.offset + done, take, frames.ZERO_WRITE, None))
+                else:
+                    entries.append(Entry(request.offset + done, take, frames.WRITE, piece))
                 room -= take
             taken.append((request, done))
             if take == length:

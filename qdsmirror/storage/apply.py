@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qdsmirror.core.frames import TRIM, Buffer, Entry
+from qdsmirror.core.frames import TRIM, ZERO_WRITE, Buffer, Entry
 from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.limits import FRAME_PAYLOAD_BYTES_MAX
+
+_ZEROES = memoryview(bytes(FRAME_PAYLOAD_BYTES_MAX))
 
 
 def apply_entries(device: IBlockDevice, entries: Iterable[Entry]) -> None:
@@ -16,6 +19,8 @@ def apply_entries(device: IBlockDevice, entries: Iterable[Entry]) -> None:
     run: list[Buffer] = []
     start = end = 0
     for offset, length, kind, payload in entries:
+        if kind == ZERO_WRITE and length <= len(_ZEROES):
+            payload = _ZEROES[:length]
         if payload is not None:
             if run and offset == end:
                 run.append(payload)

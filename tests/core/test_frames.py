@@ -52,7 +52,7 @@ ENTRY = st.one_of(
     st.builds(
         lambda offset, kind, length: Entry(offset, length, kind, None),
         OFFSETS,
-        st.sampled_from([frames.ZEROES, frames.TRIM, frames.REFRESH_ZEROES]),
+        st.sampled_from([frames.ZEROES, frames.TRIM, frames.REFRESH_ZEROES, frames.ZERO_WRITE]),
         st.integers(1, ZERO_ENTRY_BYTES_MAX),
     ),
 )

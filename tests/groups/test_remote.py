@@ -44,6 +44,9 @@ class FakeLink:
 
     method = "none"
 
+    def paths_status(self) -> list[dict[str, Any]]:
+        return []
+
     def acknowledge(self, committed: int, mirrored: int) -> None:
         self.acks.append(stream.Ack(committed, mirrored))
 

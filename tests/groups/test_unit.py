@@ -208,6 +208,22 @@ class ApplyTests(SynchronousTestCase):
         self.assertLessEqual(self.unit.writelog.used_bytes - used, 3 * BLOCK)
         self.assertEqual(len(client.done), 4)
 
+    def test_a_write_of_zeroes_carries_no_payload(self) -> None:
+        client = self.world.client
+        client.write(self.unit, 0, unique(1, 64 * KIB))
+        self.world.settle()
+        used = self.unit.writelog.used_bytes
+        client.write(self.unit, 4 * KIB, bytes(32 * KIB))
+        self.assertEqual(client.read(self.unit, 8 * KIB, 4 * KIB), bytes(4 * KIB))
+        almost = bytes(3 * KIB) + b"x" + bytes(KIB - 1)
+        client.write(self.unit, 40 * KIB, almost)
+        self.world.settle()
+        expected = bytearray(unique(1, 64 * KIB))
+        expected[4 * KIB : 36 * KIB] = bytes(32 * KIB)
+        expected[40 * KIB : 44 * KIB] = almost
+        self.assertEqual(self.world.data().content()[: 64 * KIB], bytes(expected))
+        self.assertLessEqual(self.unit.writelog.used_bytes - used, 3 * BLOCK)
+
     def test_block_status_lays_what_is_pending_over_the_device(self) -> None:
         client = self.world.client
         client.write(self.unit, 0, unique(1))

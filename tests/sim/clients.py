@@ -17,6 +17,9 @@ from tests.sim.profile import Profile
 from tests.sim.sites import Sites
 from tests.sim.synchrony import Synchrony
 
+#: One write of so many is of zeroes.
+_ZEROES_EACH = 13
+
 
 @implementer(INbdConnection)
 class Client:
@@ -66,15 +69,19 @@ class Asked:
     """A request that a client waits for.
 
     :ivar expected: of a read, the newest answered write of each sector.
+    :ivar zeroes: whether a write is of zeroes.
     :ivar since: the last GSN by the time of the request.
     :ivar answer: when a write was answered, or a flush asked for; in the order of numbers.
     """
 
-    def __init__(self, number: int, ldsu: int, request: Request, since: int) -> None:
+    def __init__(
+        self, number: int, ldsu: int, request: Request, since: int, zeroes: bool = False
+    ) -> None:
         self.number = number
         self.ldsu = ldsu
         self.request = request
         self.since = since
+        self.zeroes = zeroes
         self.expected: dict[int, int] = {}
         self.answer = 0
 
@@ -133,10 +140,23 @@ class Clients(Sites):
         length = random.choice((1, 1, 2, 8, min(blocks, 64 * KIB // block)))
         length = min(length, blocks)
         offset = random.randrange(blocks - length + 1)
-        return self.submit(client, ldsu, command, offset * block, length * block)
+        # So short that it is one entry: zeroes do not tell whose they are.
+        zeroes = not self.numbers % _ZEROES_EACH and length * block <= 16 * KIB
+        return self.submit(client, ldsu, command, offset * block, length * block, zeroes)
 
-    def submit(self, client: Client, ldsu: int, command: int, offset: int, length: int) -> Asked:
-        """Make a request and know it; the caller hands it to the LDSU."""
+    def submit(
+        self,
+        client: Client,
+        ldsu: int,
+        command: int,
+        offset: int,
+        length: int,
+        zeroes: bool = False,
+    ) -> Asked:
+        """Make a request and know it; the caller hands it to the LDSU.
+
+        :param zeroes: what a write has for its payload.
+        """
         number = self._number()
         flags = 0
         data: bytes | None = None
@@ -144,14 +164,16 @@ class Clients(Sites):
         if command in (nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES):
             if self.random.random() < 0.15:
                 flags |= nbd.CMD_FLAG_FUA
-            if command == nbd.CMD_WRITE:
+            if command == nbd.CMD_WRITE and not zeroes:
                 data = payload(number, length)
             elif command == nbd.CMD_WRITE_ZEROES and self.random.random() < 0.5:
                 flags |= nbd.CMD_FLAG_NO_HOLE
             sectors.write(number, offset, length, data)
+            if command == nbd.CMD_WRITE and zeroes:
+                data = bytes(length)
         request = Request(client, bytes(8), command, flags, offset, length, data)
         since = max(tip.gsn_last for tip in self.model.tips)
-        asked = Asked(number, ldsu, request, since)
+        asked = Asked(number, ldsu, request, since, zeroes)
         if command == nbd.CMD_READ:
             asked.expected = sectors.expect(offset, length)
         elif command == nbd.CMD_FLUSH:

@@ -195,8 +195,10 @@ class Model:
         if self.goes_direct():
             return
         unlogged = [at for at in range(0, len(data), SECTOR) if not self._logged(ldsu, data, at)]
-        if not any(data) and not self._zeroed(ldsu, offset, len(data)):
-            unlogged = list(range(0, len(data), SECTOR))
+        if not any(data):
+            # One write may be of several entries that follow each other.
+            sectors = range(0, len(data), SECTOR)
+            unlogged = [at for at in sectors if not self._zeroed(ldsu, offset + at, SECTOR)]
         if not unlogged:
             return
         self._count("direct writes")

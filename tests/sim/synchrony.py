@@ -116,7 +116,7 @@ class Synchrony:
         """Give the frames that hold a request, each once or more."""
         model = self._world.model
         request = asked.request
-        if request.command == nbd.CMD_WRITE:
+        if request.command == nbd.CMD_WRITE and not asked.zeroes:
             first = asked.number << 20
             for n in range(request.length // SECTOR):
                 yield from self._wrote(asked.ldsu, first + n)
@@ -145,7 +145,7 @@ class Synchrony:
         :param gsn: of one that has gone past the writelogs, the last one before it.
         """
         request = asked.request
-        if request.command == nbd.CMD_WRITE:
+        if request.command == nbd.CMD_WRITE and not asked.zeroes:
             first = asked.number << 20
             made = [self._wrote(asked.ldsu, first + n) for n in range(request.length // SECTOR)]
         else:

@@ -14,7 +14,7 @@ from tests.storage.logworld import write
 
 SIZE = 8192
 BYTE = st.integers(1, 255)
-KINDS = [frames.ZEROES, frames.TRIM, frames.REFRESH_ZEROES]
+KINDS = [frames.ZEROES, frames.TRIM, frames.REFRESH_ZEROES, frames.ZERO_WRITE]
 ENTRY = st.tuples(st.integers(0, 15), st.integers(1, 4), BYTE, st.sampled_from([0, 0, *KINDS])).map(
     lambda t: (
         Entry(512 * t[0], min(512 * t[1], SIZE - 512 * t[0]), t[3], None)
@@ -58,6 +58,14 @@ class ApplyTests(SynchronousTestCase):
         device.zero = lambda offset, length, unmap: seen.append(unmap)  # type: ignore[method-assign]
         apply_entries(device, [Entry(0, 512, kind, None) for kind in KINDS])
         self.assertEqual(seen, [False, True, False])
+
+    def test_a_write_of_zeroes_is_a_write(self) -> None:
+        device = MemoryDevice(SIZE, content=b"x" * SIZE)
+        zeroes = Entry(512, 512, frames.ZERO_WRITE, None)
+        apply_entries(device, [write(0, b"a" * 512), zeroes, write(1024, b"b" * 512)])
+        self.assertEqual([(w.offset, len(w.data)) for w in device.unsynced], [(0, 1536)])
+        content = b"a" * 512 + bytes(512) + b"b" * 512
+        self.assertEqual(device.content()[:1536], content)
 
     def test_an_error_leaves_what_came_before(self) -> None:
         device = MemoryDevice(SIZE)
