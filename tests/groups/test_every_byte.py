@@ -64,8 +64,8 @@ class EveryByteTests(SynchronousTestCase):
     def test_cut_behind_every_byte(self) -> None:
         """Nothing is lost or doubled, and in the end all is mirrored."""
         seed = int(os.environ.get("QDS_SEED") or Random().randrange(1 << 32))
-        drawn = Profile.draw(Random(seed))
-        profile = replace(drawn, faults={}, steps=0, ldsus=2, eager=1.0)
+        drawn = Profile.draw(Random(seed), Random(f"operation of {seed}"))
+        profile = replace(drawn, faults={}, steps=0, ldsus=2, eager=1.0, paths=1)
         knife = Knife()
         self.patch(End, "step", knife.stepped())
         in_stream = 0
