@@ -102,6 +102,8 @@ VERIFY_TURN_SECONDS = 0.25
 VERIFY_REPORT_SECONDS = 1.0
 #: Of the ranges that differ, so many are kept of each LDSU; their bytes are counted on.
 VERIFY_RANGES_MAX = 8
+#: Of those that a secondary has found, it keeps so many, to tell of them again.
+VERIFY_KEPT_MAX = 16
 #: A scheduled run that was ended before its end is tried again this late at most.
 VERIFY_RETRY_SECONDS_MAX = 3600.0
 VERIFY_RATE_BYTES_MIN = 64 * KIB

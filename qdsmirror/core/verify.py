@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 from qdsmirror.core.frames import NUMBERS_END, VERIFY_ROW, Buffer
 from qdsmirror.errors import CorruptError, ProtocolError
-from qdsmirror.limits import VERIFY_CHUNK_BYTES, VERIFY_RANGES_MAX, VERIFY_ZERO_BYTES_MAX
+from qdsmirror.limits import (
+    VERIFY_CHUNK_BYTES,
+    VERIFY_KEPT_MAX,
+    VERIFY_RANGES_MAX,
+    VERIFY_ZERO_BYTES_MAX,
+)
 
 #: In place of a hash: nothing but zeroes.  (No content has this hash that anybody could find.)
 ZEROES = bytes(32)
@@ -35,20 +40,28 @@ class Row(NamedTuple):
 class Verdict(NamedTuple):
     """What a secondary found when it came to a VERIFY frame.
 
-    :ivar gsn: the frame's.
+    :ivar gsn: the frame's; where what was found before is told again, the last one applied.
+    :ivar ldsu: index of the LDSU.
     :ivar differs: what differs, or cannot be read.
     :ivar skipped: why nothing was compared; empty where it was.
+    :ivar more: more was found before than can be told again.
     """
 
     gsn: int
+    ldsu: int
     differs: Sequence[Range] = ()
     skipped: str = ""
+    more: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Give the form in which it travels back."""
-        return {"gsn": self.gsn, "differs": [list(one) for one in self.differs]} | (
-            {"skipped": self.skipped} if self.skipped else {}
-        )
+        told: dict[str, Any] = {"gsn": self.gsn, "ldsu": self.ldsu}
+        told["differs"] = [list(one) for one in self.differs]
+        if self.skipped:
+            told["skipped"] = self.skipped
+        if self.more:
+            told["more"] = True
+        return told
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Verdict:
@@ -57,14 +70,14 @@ class Verdict(NamedTuple):
         :raises ProtocolError: it is of another form.
         """
         try:
-            gsn, skipped = body["gsn"], body.get("skipped", "")
+            gsn, ldsu, skipped = body["gsn"], body["ldsu"], body.get("skipped", "")
             differs = [(offset, length) for offset, length in body["differs"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a report on a verify is of another form: {error!r}") from error
-        numbers = [gsn, *(number for one in differs for number in one)]
+        numbers = [gsn, ldsu, *(number for one in differs for number in one)]
         if type(skipped) is not str or any(type(n) is not int or n < 0 for n in numbers):
             raise ProtocolError("a report on a verify is of another form")
-        return cls(gsn, differs, skipped)
+        return cls(gsn, ldsu, differs, skipped, body.get("more") is True)
 
 
 def rows_of(offset: int, length: int, digests: bytes) -> list[Row]:
@@ -104,6 +117,43 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
         else:
             found.append((offset, length))
     return found
+
+
+class Kept:
+    """What a secondary keeps of the differences that it found, until a refresh has ended.
+
+    The primary may not have learned of them: they are told again on each new link.
+
+    :param state: as :meth:`to_json` gave it.
+    :ivar ranges: by LDSU index; the first of them.
+    :ivar more: whether there are others.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None) -> None:
+        self.ranges: dict[int, list[Range]] = {}
+        self.more = bool(state and state["more"])
+        for ldsu, offset, length in state["ranges"] if state else ():
+            self.ranges.setdefault(ldsu, []).append((offset, length))
+
+    def add(self, ldsu: int, found: Sequence[Range]) -> None:
+        """Take what was found of an LDSU."""
+        before = self.ranges.get(ldsu, [])
+        ranges = joined([*before, *found])
+        count = sum(map(len, self.ranges.values())) - len(before) + len(ranges)
+        if count > VERIFY_KEPT_MAX:
+            self.more = True
+        else:
+            self.ranges[ldsu] = ranges
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the form that stands in a journal's superblock."""
+        rows = [[ldsu, *one] for ldsu, ranges in self.ranges.items() for one in ranges]
+        return {"ranges": rows, "more": self.more}
+
+    def verdicts(self, gsn: int) -> list[Verdict]:
+        """Give what is told again, by one who has applied everything up to ``gsn``."""
+        told = [Verdict(gsn, ldsu, ranges) for ldsu, ranges in self.ranges.items()]
+        return [*told, Verdict(gsn, 0, more=True)] if self.more else told
 
 
 class Found:

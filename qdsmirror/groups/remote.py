@@ -98,6 +98,8 @@ class RemoteGroup:
         self.wire = Wire(str(Method.of(config.tunables.compression)))
         self._handshakes = 0
         self._paused = False
+        #: Whether the primary may not know on this link what verifies have found.
+        self._untold = False
 
     @property
     def mirror(self) -> Mirror | None:
@@ -336,6 +338,7 @@ class RemoteGroup:
         self.wire.compression = link.method
         self._say("connected", "")
         self.log.info("{group}: connected", group=self.name)
+        self._untold = True
         self.committing.acknowledge()
         self.holding.report()
 
@@ -368,6 +371,11 @@ class RemoteGroup:
     # -- what is received ---------------------------------------------------------------------
 
     def _acknowledge(self, committed: int, mirrored: int) -> None:
+        if self._untold and committed == mirrored and self.mirror is not None:
+            # While more is under way, it may mend that.
+            self._untold = False
+            for verdict in self.mirror.found_before():
+                self.report({"about": VERIFY, **verdict.to_json()})
         if self._link is not None:
             self._link.acknowledge(committed, mirrored)
 

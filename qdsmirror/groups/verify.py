@@ -388,14 +388,15 @@ class Verify:
 
     # -- what the secondary says ----------------------------------------------------------------
 
-    def reported(self, verdict: Verdict) -> None:
+    def reported(self, verdict: Verdict) -> bool:
         """Learn what the secondary has found at a frame.
 
+        :returns: whether that is what this verify waits for.
         :raises ProtocolError: it was not asked about that.
         """
         flight = self._flying.get(verdict.gsn)
-        if flight is None or not self._goes_on:
-            return
+        if flight is None or flight.part.unit != verdict.ldsu or not self._goes_on:
+            return False
         part = flight.part
         end = part.offset + part.length
         if any(at < part.offset or not size or at + size > end for at, size in verdict.differs):
@@ -408,6 +409,7 @@ class Verify:
             self.group.verifying.differs(unit, verdict.differs, partial(self._settle, verdict.gsn))
         else:
             self._settle(verdict.gsn)
+        return True
 
     def _settle(self, gsn: int) -> None:
         """Count a part as verified: what was found in it is durable."""
@@ -425,11 +427,13 @@ class Verify:
     # -- the end --------------------------------------------------------------------------------
 
     def _ended_phase(self) -> None:
-        if self.phase == COMPARE and self.differing_bytes and self.repair:
+        # It may be known to have differed where it does not any more, and is marked so.
+        differs = bool(self.differing_bytes) or not self.group.coherent
+        if self.phase == COMPARE and differs and self.repair:
             self._begin_phase(MEND)
             self.group.verifying.record(self.poke)
         else:
-            self._finish(DIFFERS if self.differing_bytes else EQUAL)
+            self._finish(DIFFERS if differs else EQUAL)
 
     def _begin_phase(self, phase: str) -> None:
         self.phase = phase

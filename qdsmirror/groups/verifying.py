@@ -11,7 +11,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from qdsmirror.core.verify import VERIFY, Range, Verdict
-from qdsmirror.errors import DegradedError, QdsError, UsageError
+from qdsmirror.errors import DegradedError, ProtocolError, QdsError, UsageError
+from qdsmirror.groups.coverage import DIRTY
 from qdsmirror.groups.verify import ENDED, Verify
 from qdsmirror.limits import VERIFY_RETRY_SECONDS_MAX
 from qdsmirror.storage.bitmap import write_blocks
@@ -177,9 +178,23 @@ class Verifying:
     # -- what the secondary says ------------------------------------------------------------------
 
     def _reported(self, report: dict[str, Any]) -> None:
+        """Take what the secondary has found, also at frames that nobody here knows any more.
+
+        :raises ProtocolError: it is about what does not exist.
+        """
         verdict = Verdict.from_json(report)
-        if self.run is not None:
-            self.run.reported(verdict)
+        group = self._group
+        if verdict.ldsu >= len(group.units):
+            raise ProtocolError(f"a report on a verify of LDSU {verdict.ldsu}, which is not there")
+        unit = group.units[verdict.ldsu]
+        if any(not size or at + size > unit.size for at, size in verdict.differs):
+            raise ProtocolError(f"a report on a verify is about what {unit.name} does not have")
+        if self.run is not None and self.run.reported(verdict):
+            return
+        if verdict.differs:
+            self.differs(unit, verdict.differs, lambda: None)
+        elif verdict.more and group.coherent:
+            group.coherence.lose("a verify has found that the mirror differs in many places")
 
     def differs(self, unit: DriverUnit, ranges: Sequence[Range], then: Callable[[], None]) -> None:
         """Record that a mirror differs; ``then`` is called when that is durable (COHERENT, LOUD).
@@ -194,6 +209,10 @@ class Verifying:
             group.note_error(reason)
             self._unrecorded = True
         changed = unit.dirty.mark(ranges)
+        job = group.refresh_job
+        if changed and job is not None and job.kind == DIRTY:
+            # It may be past that already; the next one is not.
+            group.coherence.kill_refresh().addErrback(self._note)
 
         def marked(_result: None, error: BaseException | None) -> None:
             if error is not None:

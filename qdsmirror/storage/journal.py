@@ -32,7 +32,7 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.held import Held, mark_name
 from qdsmirror.core.records import Cursor, Generation
-from qdsmirror.core.verify import Verdict, parse_rows
+from qdsmirror.core.verify import Kept, Range, Verdict, parse_rows
 from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
@@ -333,17 +333,36 @@ class Mirror:
         """Compare what a mirror device holds here with what the LDSU held (LOUD)."""
         superblock = self.journal.superblock
         if superblock.refresh is not None:
-            return Verdict(header.gsn_first, skipped="the secondary's mirror lacks a refresh's end")
-        found = differing(self.devices[header.ldsu], parse_rows(control))
-        if found and superblock.coherent:
-            name = self.config.ldsus[header.ldsu].name
-            where = ranges_text([(offset, offset + length) for offset, length in found])
-            self.journal.update(
-                both=True,
-                coherent=False,
-                reason=f"a verify has found that the mirror of {name} differs ({where})",
+            return Verdict(
+                header.gsn_first,
+                header.ldsu,
+                skipped="the secondary's mirror lacks a refresh's end",
             )
-        return Verdict(header.gsn_first, found)
+        found = differing(self.devices[header.ldsu], parse_rows(control))
+        if found:
+            self._keep_found(header.ldsu, found)
+        return Verdict(header.gsn_first, header.ldsu, found)
+
+    def _keep_found(self, ldsu: int, found: Sequence[Range]) -> None:
+        """Record, in both slots, that the mirror differs, and where."""
+        superblock = self.journal.superblock
+        kept = Kept(superblock.verify)
+        kept.add(ldsu, found)
+        changes: dict[str, Any] = {"verify": kept.to_json()}
+        if superblock.coherent:
+            name = self.config.ldsus[ldsu].name
+            where = ranges_text([(offset, offset + length) for offset, length in found])
+            reason = f"a verify has found that the mirror of {name} differs ({where})"
+            changes |= {"coherent": False, "reason": reason}
+        if superblock.coherent or changes["verify"] != superblock.verify:
+            self.journal.update(both=True, **changes)
+
+    def found_before(self) -> list[Verdict]:
+        """Give what verifies have found here, if it still holds where the mirror stands."""
+        superblock = self.journal.superblock
+        if superblock.coherent or superblock.refresh is not None or superblock.verify is None:
+            return []
+        return Kept(superblock.verify).verdicts(self.applied.gsn - 1)
 
     def mark_incoherent(self, refresh_id: bytes, **changes: Any) -> None:
         """Record, in both slots, that a refresh has begun to change the mirror."""
@@ -379,7 +398,7 @@ class Mirror:
             return
         for device in self.devices:
             device.fdatasync()
-        self.journal.update(both=True, coherent=True, reason="", refresh=None)
+        self.journal.update(both=True, coherent=True, reason="", refresh=None, verify=None)
 
     def checkpoint(self, upto: Cursor, durable: Cursor, **changes: Any) -> None:
         """Sync the mirror devices and free the journal up to a place that is applied.

@@ -126,9 +126,10 @@ def _judge(verify: dict[str, Any]) -> QdsError | None:
         return None
     if verify["result"] == "differs":
         size = info_view.size_text(verify["differing_bytes"])
-        return BrokenError(
-            f"{name}: {size} of the mirror differ", hint=f"qdsverify --repair -g {verify['group']}"
-        )
+        text = f"{size} of the mirror differ"
+        if not verify["differing_bytes"]:
+            text = "the mirror differed, and is marked so; it does not differ any more"
+        return BrokenError(f"{name}: {text}", hint=f"qdsverify --repair -g {verify['group']}")
     return DegradedError(f"{name}: the verify was ended: {verify['reason']}")
 
 

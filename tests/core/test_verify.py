@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from qdsmirror.core.frames import NUMBERS_END, VERIFY_ROW
 from qdsmirror.core.verify import (
     ZEROES,
     Found,
+    Kept,
     Row,
     Verdict,
     joined,
@@ -21,6 +24,7 @@ from qdsmirror.core.verify import (
 from qdsmirror.errors import CorruptError, ProtocolError
 from qdsmirror.limits import (
     VERIFY_CHUNK_BYTES,
+    VERIFY_KEPT_MAX,
     VERIFY_RANGES_MAX,
     VERIFY_ROWS_MAX,
     VERIFY_ZERO_BYTES_MAX,
@@ -60,25 +64,48 @@ class RowTests(SynchronousTestCase):
 class VerdictTests(SynchronousTestCase):
     def test_round_trip(self) -> None:
         for verdict in (
-            Verdict(7, []),
-            Verdict(8, [(0, 512), (4096, 4096)]),
-            Verdict(9, [], "a reason"),
+            Verdict(7, 0, []),
+            Verdict(8, 3, [(0, 512), (4096, 4096)]),
+            Verdict(9, 0, [], "a reason"),
+            Verdict(9, 0, [], more=True),
         ):
             self.assertEqual(Verdict.from_json(verdict.to_json()), verdict)
 
     def test_another_form_is_refused(self) -> None:
         for body in (
             {},
-            {"gsn": "1", "differs": []},
-            {"gsn": 1, "differs": [[1]]},
-            {"gsn": 1, "differs": [[1, -2]]},
-            {"gsn": True, "differs": []},
-            {"gsn": 1, "differs": 5},
-            {"gsn": 1, "differs": [["a", "b"]]},
-            {"gsn": 1, "differs": [], "skipped": 1},
+            {"gsn": 1, "differs": []},
+            {"gsn": 1, "ldsu": -1, "differs": []},
+            {"ldsu": 0, "gsn": "1", "differs": []},
+            {"ldsu": 0, "gsn": 1, "differs": [[1]]},
+            {"ldsu": 0, "gsn": 1, "differs": [[1, -2]]},
+            {"ldsu": 0, "gsn": True, "differs": []},
+            {"ldsu": 0, "gsn": 1, "differs": 5},
+            {"ldsu": 0, "gsn": 1, "differs": [["a", "b"]]},
+            {"ldsu": 0, "gsn": 1, "differs": [], "skipped": 1},
         ):
             with self.assertRaises(ProtocolError):
                 Verdict.from_json(body)
+
+
+class KeptTests(SynchronousTestCase):
+    def test_what_was_found_is_told_again(self) -> None:
+        kept = Kept(None)
+        self.assertEqual(kept.verdicts(5), [])
+        kept.add(1, [(4096, 512)])
+        kept.add(0, [(0, 512)])
+        kept.add(1, [(4608, 512)])
+        again = Kept(json.loads(json.dumps(kept.to_json())))
+        self.assertEqual(
+            again.verdicts(5), [Verdict(5, 1, [(4096, 1024)]), Verdict(5, 0, [(0, 512)])]
+        )
+
+    def test_that_there_is_more_than_can_be_kept(self) -> None:
+        kept = Kept(None)
+        for number in range(VERIFY_KEPT_MAX + 3):
+            kept.add(number % 2, [(number * 1024, 512)])
+        self.assertEqual(len(kept.to_json()["ranges"]), VERIFY_KEPT_MAX)
+        self.assertEqual(Kept(kept.to_json()).verdicts(5)[-1], Verdict(5, 0, more=True))
 
 
 class FoundTests(SynchronousTestCase):

@@ -37,6 +37,7 @@ class VerifyWorld(DriverWorld):
 
     :ivar model: by LDSU what it holds at this place of the order.
     :ivar hashed: (GSN, LDSU, rows) of the frames with hashes, in order.
+    :ivar told: what :meth:`answer` has reported on, the last GSN.
     :ivar wrong: what of them is not what the LDSU holds at their place.
     """
 
@@ -58,6 +59,7 @@ class VerifyWorld(DriverWorld):
     def start(self) -> DriverUnit:
         self.hashed: list[tuple[int, int, list[Row]]] = []
         self.wrong: list[Range] = []
+        self.told = 0
         unit = super().start()
         for one in self.group.units:
             one.framing.make = self._watched(one)  # type: ignore[method-assign]
@@ -94,13 +96,16 @@ class VerifyWorld(DriverWorld):
     # -- the secondary --------------------------------------------------------------------------
 
     def report(self, gsn: int, differs: Sequence[Range] = (), **more: Any) -> None:
-        body = {"about": "verify", "gsn": gsn, "differs": [list(one) for one in differs], **more}
+        ldsu = next((ldsu for at, ldsu, _ in self.hashed if at == gsn), 0)
+        body = {"about": "verify", "gsn": gsn, "ldsu": ldsu, **more}
+        body["differs"] = [list(one) for one in differs]
         self.pmd.dataReceived(watermark.pack_json(watermark.REPORT, body))
 
     def answer(self, differs: Differs = nowhere) -> None:
         """Report on what is durable, and commit it."""
         for gsn, ldsu, rows in list(self.hashed):
-            if gsn <= self.group.durable_gsn:
+            if self.told < gsn <= self.group.durable_gsn:
+                self.told = gsn
                 self.report(gsn, differs(ldsu, rows))
         self.commit()
 
@@ -463,6 +468,74 @@ class FoundTests(SynchronousTestCase):
             status = world.status()
             self.assertEqual((status["id"], status["result"]), (identity, "equal"), seconds)
             self.assertEqual(status["repaired_bytes"], CHUNK)
+            self.assertTrue(world.group.coherent)
+            world.close()
+
+
+class ToldAgainTests(SynchronousTestCase):
+    """What the secondary has found and the driver did not hear of (the link, or a crash)."""
+
+    def test_it_is_taken_whatever_is_known_of_the_verify(self) -> None:
+        world = VerifyWorld(self, ldsus=2, size=MIB)
+        world.begin_work()
+        world.report(7, [(CHUNK, CHUNK)], ldsu=1)
+        world.settle(0.1)
+        group = world.group
+        self.assertFalse(group.coherent)
+        self.assertTrue(group.coherence.tracked)
+        self.assertTrue(group.units[1].dirty.is_marked(CHUNK))
+        self.assertIsNone(group.status()["verify"])
+        world.crash(nothing)
+        world.start()
+        self.assertFalse(world.group.coherent)
+        self.assertTrue(world.group.units[1].dirty.is_marked(CHUNK))
+
+    def test_a_verify_that_finds_nothing_any_more_does_not_call_the_mirror_equal(self) -> None:
+        world = VerifyWorld(self, size=MIB)
+        world.begin_work()
+        world.verify()
+        world.report(0, [(0, CHUNK)])
+        status = world.to_the_end()
+        self.assertEqual((status["result"], status["differing_bytes"]), ("differs", 0))
+        world.verify("repair")
+        self.assertEqual(world.to_the_end()["result"], "equal")
+        self.assertTrue(world.group.coherent)
+
+    def test_more_than_could_be_kept_needs_another_refresh_than_a_dirty_one(self) -> None:
+        world = VerifyWorld(self, size=MIB)
+        world.begin_work()
+        world.report(1, more=True)
+        world.settle(0.1)
+        self.assertFalse(world.group.coherent or world.group.coherence.tracked)
+
+    def test_a_dirty_refresh_that_may_be_past_it_does_not_make_the_mirror_coherent(self) -> None:
+        world = VerifyWorld(self, size=4 * MIB, log=MIB)
+        world.begin_work()
+        for number in range(40):
+            world.report(number, [(number * CHUNK, CHUNK)])
+        world.settle(0.1)
+        begun = world.group.refresh("dirty")
+        world.settle(0.2)
+        self.successResultOf(begun)
+        self.assertIsNotNone(world.group.refresh_job)
+        world.report(99, [(60 * CHUNK, CHUNK)])
+        for _ in range(50):
+            world.settle(0.1)
+            world.commit()
+        self.assertFalse(world.group.coherent)
+        self.assertTrue(world.group.coherence.tracked)
+        world.group.refresh("dirty")
+        for _ in range(50):
+            world.settle(0.1)
+            world.commit()
+        self.assertTrue(world.group.coherent)
+
+    def test_what_does_not_exist_cuts_the_pmd_off(self) -> None:
+        for ldsu, wrong in ((5, []), (0, [(MIB, CHUNK)]), (0, [(0, 0)])):
+            world = VerifyWorld(self, size=MIB)
+            world.begin_work()
+            world.report(1, wrong, ldsu=ldsu)
+            self.assertTrue(world.pmd.transport.disconnecting or world.pmd.transport.disconnected)
             self.assertTrue(world.group.coherent)
             world.close()
 

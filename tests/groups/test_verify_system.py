@@ -184,6 +184,29 @@ class VerifyTests(TestCase):
         )
 
     @inlineCallbacks
+    def test_what_the_link_lost_is_told_on_the_next_one(self) -> None:
+        sites = VerifySites(self)
+        yield sites.mirrored()
+        sites.damage(1, 3 * CHUNK)
+        driver, rmd = sites.driver, sites.rmd
+        assert driver is not None and rmd is not None
+        report = rmd.report
+        rmd.report = lambda _: None  # type: ignore[method-assign]
+        yield driver.verify("compare")
+        yield sites.until(lambda: not rmd.status()["coherent"], "the secondary to find it")
+        yield driver.verify("stop")
+        self.assertTrue(driver.coherent)
+        rmd.report = report  # type: ignore[method-assign]
+        sites.cable.cut()
+        yield sites.until(lambda: not driver.coherent, "the driver to be told")
+        self.assertEqual(driver.units[1].dirty.dirty_bytes(), CHUNK)
+        yield driver.refresh("auto")
+        yield sites.until(lambda: driver.coherent, "the refresh to end")
+        yield sites.drained()
+        sites.assert_equal()
+        self.assertTrue(rmd.status()["coherent"])
+
+    @inlineCallbacks
     def test_a_sparse_device_costs_little(self) -> Steps:
         sites = VerifySites(self, size=64 * MIB)
         yield sites.start()

@@ -425,7 +425,6 @@ class World(Clients):
         return (
             group is not None
             and group.bypass.phase == "off"
-            and group.coherence.tracked
             and not group.coherent
             and group.refresh_job is None
             and (group.verifying.run is None or group.verifying.run.over)

@@ -365,13 +365,19 @@ class ReplayTests(SynchronousTestCase):
         self.assertTrue(mirror.journal.superblock.coherent)
         site.devices["/mirror1"].pwritev([b"x"], 700)
         gsn = site.maker.gsn
-        self.assertEqual(apply(verify(before)), [Verdict(gsn, [(512, 512)])])
+        self.assertEqual(apply(verify(before)), [Verdict(gsn, 1, [(512, 512)])])
         self.assertFalse(site.superblock.coherent)
         self.assertIn("mirror of qds1 differs (bytes 512 to 1023)", site.superblock.reason)
+        mirror.applied = Cursor(0, site.maker.gsn)
+        self.assertEqual(mirror.found_before(), [Verdict(gsn, 1, [(512, 512)])])
         begin = site.maker.make(0, kind=REFRESH_BEGIN, control=ONE)
         skipped = apply(begin, verify(before))
         self.assertIn("lacks a refresh's end", skipped[0].skipped)
         self.assertEqual(skipped[0].differs, ())
+        self.assertEqual(mirror.found_before(), [])
+        apply(site.maker.make(0, kind=REFRESH_END, control=ONE))
+        self.assertTrue(site.superblock.coherent)
+        self.assertIsNone(site.superblock.verify)
 
     def test_a_mirror_that_cannot_be_synced_is_not_called_coherent(self) -> None:
         site, _ = filled()
