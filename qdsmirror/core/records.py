@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Any, NamedTuple
 
+from blake3 import blake3
 from crc32c import crc32c
 
 from qdsmirror.core.bitmap import BitmapArea, bitmap_area
@@ -539,9 +540,9 @@ def after_loss(superblock: Superblock, gsn: int) -> Superblock:
     """Give the superblock of a log whose memory was lost, with all that it held.
 
     The log goes on empty, where nothing of it was before: at a position and with a local sequence
-    that it cannot have reached.  (Between two superblocks, which tell the durable tail, it takes
-    no more than its ring holds.)  The tail keeps its GSN: of what came later, everything is in the
-    dirty bitmap.  Extensions are given back.
+    that it cannot have reached, and under a chain of its own.  (Between two superblocks, which tell
+    the durable tail, it takes no more than its ring holds.)  The tail keeps its GSN: of what came
+    later, everything is in the dirty bitmap.  Extensions are given back.
 
     :param gsn: the next one, above any that the group can have given.
     """
@@ -550,7 +551,8 @@ def after_loss(superblock: Superblock, gsn: int) -> Superblock:
     points = {}
     for unit in superblock.units:
         sequence, chain = superblock.head.point(unit.index)
-        points[unit.index] = Point(sequence + ring.size // ring.align + 1, chain)
+        other = blake3(chain + b"lost" + gsn.to_bytes(8, "big")).digest(len(chain))
+        points[unit.index] = Point(sequence + ring.size // ring.align + 1, other)
     here = Cursor(position, gsn, points)
     own = Ring(ring.start, ring.own_bytes, ring.align)
     return replace(

@@ -306,16 +306,22 @@ class RemoteGroup:
             first.next_gsn,
             {p.index: Point(p.next_sequence, p.chain) for p in positions},
         )
-        yield self._in_thread(
-            lambda: mirror.begin_anew(
-                first.refresh_id,
-                generations=(Generation(first.generation, first.next_gsn),),
-                tail=cursor,
-                applied=cursor,
-                head=cursor,
-                durable_gsn=first.next_gsn - 1,
+        try:
+            yield self._in_thread(
+                lambda: mirror.begin_anew(
+                    first.refresh_id,
+                    generations=(Generation(first.generation, first.next_gsn),),
+                    tail=cursor,
+                    applied=cursor,
+                    head=cursor,
+                    durable_gsn=first.next_gsn - 1,
+                )
             )
-        )
+        except (OSError, DeviceFailedError) as error:
+            committing.fail(f"another history cannot be begun: {error}", error)
+            raise DeviceFailedError(
+                committing.failed, hint="see qdsinfo on the secondary"
+            ) from error
         committing.stand_at(cursor)
         self.epoch += 1
 

@@ -266,6 +266,7 @@ def _go_on_past(
     state = {**state, "reason": f"{reasons}: new writelogs and a full refresh are needed"}
     _record_failures(group, failed, latch)
     group.failures.resume(failed)
+    taken = take_memory([one for one in opened if one.untrusted is None])
     for unit in group.units:
         if not unit.log_failed:
             unit.writelog.update(
@@ -275,6 +276,7 @@ def _go_on_past(
                 refresh=None,
                 coherent=group.coherence.coherent,
                 reason=group.coherence.reason,
+                **taken.get(unit.index, {}),
                 **group.checkpoints.cursors(unit),
             )
     group.bypass.begin(state)

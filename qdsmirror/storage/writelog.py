@@ -197,8 +197,11 @@ class Writelog:
     def stand_at(self, superblock: Superblock) -> None:
         """Go by another superblock, which is not durable before the next :meth:`update`.
 
-        To be called before anything is placed: the memory with all that the log held was lost.
+        To be called before anything is placed.  Extensions that it does not name are let go.
         """
+        named = {e.number for e in superblock.extensions}
+        self.extensions = {n: one for n, one in self.extensions.items() if n in named}
+        self._unsynced &= named
         self.superblock = superblock
         self.ring = superblock.ring
         self.head = superblock.head.position

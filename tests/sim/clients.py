@@ -194,6 +194,8 @@ class Clients(Sites):
         else:
             self.synchrony.answered(asked)
             sectors.answered(asked.number, request.offset, request.length)
+            if request.payload is not None:
+                self.model.check_answered(ldsu, request.offset, request.payload)
             if request.flags & nbd.CMD_FLAG_FUA or self.profile.durability == "always":
                 safe = [asked]
             else:

@@ -85,7 +85,7 @@ class Corruption:
         if superblock.bitmap is not None and random.random() < 0.2:
             area = superblock.bitmap
             return area.start + random.randrange(area.size // SECTOR) * SECTOR, SECTOR
-        if random.random() < 0.3 or head == tail:
+        if random.random() < 0.3 or head == tail or superblock.memory is not None:
             slot = random.randrange(2) * superblock.slot_bytes
             return slot + random.randrange(4096 // SECTOR) * SECTOR, SECTOR
         number, offset = ring.physical(random.randrange(tail, head) // ring.align * ring.align)

@@ -129,6 +129,22 @@ class Disk:
             self._memory = None
 
 
+class Memory(Disk):
+    """What the driver's master holds: it outlives the driver, not the master, nor a power cut."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.seen[offset : offset + len(data)] = data
+
+    def sync(self) -> None:
+        """There is nothing to sync."""
+
+    def drop_cache(self) -> None:
+        """There is nothing else."""
+
+    def power_cut(self, choose: Choice = nothing) -> None:
+        raise AssertionError("memory is made anew")
+
+
 @implementer(IBlockDevice)
 class SimDevice:
     """A disk as one process has it open."""

@@ -17,6 +17,7 @@ from qdsmirror.core.frames import (
     VOID,
     Entry,
 )
+from qdsmirror.core.records import Point
 from tests.fakes import Unsynced
 
 SECTOR = 512
@@ -50,6 +51,11 @@ def payload(number: int, length: int) -> bytes:
     return b"".join([b"%015x|" % (first + n) * (SECTOR // TAG) for n in range(length // SECTOR)])
 
 
+def payload_number(tag: bytes) -> int:
+    """Give the number of the write that a sector is of; later ones have larger numbers."""
+    return int(tag[:-1], 16) >> 20
+
+
 def tag_of(sector: bytes | bytearray | memoryview) -> bytes:
     return bytes(sector[:TAG])
 
@@ -70,13 +76,14 @@ class Made:
     :ivar control: a control frame's payload: the id of a refresh or bypass.
     :ivar durable: seen on the writelog's platters.
     :ivar skipped: the secondary's history has begun behind it.
+    :ivar is_loss: it is no frame, but stands for those that were lost with a writelog's memory.
     :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
     """
 
     __slots__ = (
         "_content", "begins_with", "chain", "control", "copies", "durable", "end", "entries",
-        "generation", "gsn_first", "gsn_last", "journaled", "kind", "ldsu", "parent", "sequence",
-        "skipped", "writes",
+        "generation", "gsn_first", "gsn_last", "is_loss", "journaled", "kind", "ldsu", "parent",
+        "sequence", "skipped", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -104,7 +111,7 @@ class Made:
         self.writes = writes
         self.control = b""
         self.begins_with: bytes | None = None
-        self.durable = self.journaled = self.skipped = False
+        self.durable = self.journaled = self.skipped = self.is_loss = False
         self.copies: list[tuple[int, bytes]] = []
         self._content: bytes | None = None
 
@@ -112,6 +119,18 @@ class Made:
     def root(cls, ldsu: int, generation: bytes, content: bytes) -> Made:
         made = cls(ldsu, None, generation, 0, GENESIS, 0, (0, 0), (), 0, ())
         made.durable = made.journaled = True
+        made._content = content
+        return made
+
+    @classmethod
+    def lost(
+        cls, tip: Made, generation: bytes, point: Point, gsn_last: int, content: bytes
+    ) -> Made:
+        """Give the place behind frames that were lost with a writelog's memory."""
+        gsns = (tip.gsn_last + 1, gsn_last)
+        sequence, chain = point.sequence - 1, point.chain
+        made = cls(tip.ldsu, tip, generation, sequence, chain, VOID, gsns, (), 0, ())
+        made.durable = made.journaled = made.is_loss = True
         made._content = content
         return made
 
@@ -140,7 +159,7 @@ class Made:
         Behind a switch it is what it was before the bypass, until the refresh has ended.
         """
         at = self
-        while at.kind in _CHANGING_NOTHING:
+        while at.kind in _CHANGING_NOTHING and not at.is_loss:
             assert at.parent is not None
             at = at.parent
         return at.content()

@@ -34,6 +34,7 @@ from tests.sim.history import (
     Violation,
     Written,
     first_difference,
+    payload_number,
 )
 
 _OF_REFRESH = frozenset((REFRESH, REFRESH_ZEROES))
@@ -68,8 +69,12 @@ class Model:
         self._ends: dict[bytes, list[Made]] = {}
         #: Tells whether writes go past the writelogs for good: one has failed, durably recorded.
         self.goes_direct: Callable[[], bool] = lambda: False
+        #: Tells whether the secondary's journal calls its mirror coherent.
+        self.is_coherent: Callable[[], bool] = lambda: False
         #: Gives an LDSU's dirty bitmap as it is on the platters.
         self.dirty: Callable[[int], DirtyBitmap]
+        #: Whether the writelogs are in memory; whether that was lost since the driver's last start.
+        self.in_memory = self.memory_lost = False
         #: LDSUs whose data device has failed: nothing waits for it any more (rules.md 16).
         self.dead: set[int] = set()
         #: LDSUs whose writelog has failed: writes go past it, its end may be lost (rules.md 13).
@@ -166,14 +171,50 @@ class Model:
         return tip.content()
 
     def is_durable(self, made: Made) -> bool:
-        """Tell whether the writelog's platters hold a frame."""
-        if not made.durable:
+        """Tell whether the writelog's platters hold a frame.
+
+        Of one in memory: whether the data device's do, what it wrote or what came later.
+        """
+        if not made.durable and self.in_memory:
+            made.durable = made.ldsu in self.dead or self._undurable_at(made) is None
+        elif not made.durable:
             made.durable = all(
                 self.disks[path].durable[at : at + len(w)] == w for path, at, w in made.writes
             )
             if made.durable:
                 made.writes = ()
         return made.durable
+
+    def _undurable_at(self, made: Made) -> int | None:
+        """Give a sector that a frame wrote, and that the data device's platters do not hold."""
+        platters = self.data[made.ldsu].durable
+        for offset, length, _, data in made.entries:
+            if data is None:
+                # Zeroes do not tell whose they are, here as below.
+                continue
+            for at in range(offset, offset + length, SECTOR):
+                tag = bytes(platters[at : at + TAG])
+                want = bytes(data[at - offset : at - offset + TAG])
+                if ZERO_TAG not in (tag, want) and payload_number(tag) < payload_number(want):
+                    return at
+        return None
+
+    def check_marked(self, ldsu: int, offset: int, length: int) -> None:
+        """NO-HIDDEN: of writelogs in memory, what is written is durably known by its bits."""
+        dirty = self.dirty(ldsu)
+        for at in range(offset, offset + length, SECTOR):
+            if not dirty.is_marked(at):
+                raise Violation(f"NO-HIDDEN: LDSU {ldsu} is written, and has no bit for {at}")
+
+    def check_answered(self, ldsu: int, offset: int, data: bytes) -> None:
+        """NO-HIDDEN: of writelogs in memory, so is an answered write, unless it is committed."""
+        if not self.in_memory or self.unlogged:
+            return
+        dirty = self.dirty(ldsu)
+        for at in range(offset, offset + len(data), SECTOR):
+            made = self.tags.get((ldsu, data[at - offset : at - offset + TAG]), ())
+            if not dirty.is_marked(at) and not any(map(self.is_journaled, made)):
+                raise Violation(f"NO-HIDDEN: answered, and LDSU {ldsu} has no bit for {at}")
 
     def is_safe(self, ldsu: int, number: int, offset: int, length: int) -> bool:
         """Tell whether the platters of writelog or data device hold a write, or a later one."""
@@ -193,6 +234,10 @@ class Model:
         """NO-HIDDEN: what is written to a data device is durable in its writelog, or its bitmap."""
         self._count("data writes")
         if self.goes_direct():
+            return
+        if self.in_memory:
+            self._count("direct writes")
+            self.check_marked(ldsu, offset, len(data))
             return
         unlogged = [at for at in range(0, len(data), SECTOR) if not self._logged(ldsu, data, at)]
         if not any(data):
@@ -269,10 +314,10 @@ class Model:
             raise Violation("GENERATION: the secondary is to begin at a place that never was")
         self.held[ldsu] = made
         self._journal_gsn = next_gsn
-        self.acked = next_gsn - 1
-        while not made.journaled:
+        # It may crash before that is durable.
+        self.acked = min(self.acked, next_gsn - 1)
+        while made.parent is not None and (made.is_loss or not made.journaled):
             made.journaled = made.skipped = True
-            assert made.parent is not None
             made = made.parent
 
     @staticmethod
@@ -491,6 +536,9 @@ class Model:
     def writelog_recorded(self, superblock: Superblock) -> None:
         """TAIL: what a writelog's superblock calls applied or free is."""
         index = superblock.units[0].index
+        if self.memory_lost:
+            # Where it goes on is judged once it does.
+            return
         if not self.lineage.knows(superblock.generation):
             return
         self._count("superblocks")
@@ -521,7 +569,7 @@ class Model:
             assert made.parent is not None
             made = made.parent
         last = made
-        while made is not done and made.parent is not None:
+        while made is not done and made.parent is not None and not made.is_loss:
             check(made)
             made = made.parent
         return last if last.end >= done.end else done
@@ -576,8 +624,14 @@ class Model:
         self._count("recoveries")
         if not self.lineage.begin(generation):
             raise Violation("GENERATION: the driver found another generation")
+        lost = self._stand_behind_loss(generation, points, next_gsn, direct)
+        self.memory_lost = False
         for index, point in enumerate(points):
             found = bytes(self.data[index].durable)
+            if lost:
+                self.sectors[index].check_survived(found, f"LDSU {index}")
+                self.sectors[index].recovered(found, self.data[index].unsynced)
+                continue
             tip = self._stand_at(index, point)
             if index not in self.dead and not self.unlogged:
                 self.check_content(tip, found, generation, self.dirty(index) if direct else None)
@@ -586,6 +640,61 @@ class Model:
             self.sectors[index].recovered(found, self.data[index].unsynced)
         if not self.unlogged and next_gsn != 1 + max(tip.gsn_last for tip in self.tips):
             raise Violation(f"RECOVER: GSNs go on at {next_gsn}")
+
+    def _stand_behind_loss(
+        self, generation: bytes, points: Sequence[Point], next_gsn: int, direct: bool
+    ) -> bool:
+        """Go on where writelogs in memory were lost; tell whether it is so.
+
+        GENERATION: where a frame was made that the secondary may not have, nothing may go on as if
+        it were not so.
+        """
+        known = [self.find(i, generation, point.chain) for i, point in enumerate(points)]
+        if not self.memory_lost:
+            return False
+        if self.unlogged:
+            # With a failed one among them nothing is sent any more: only the numbers go on.
+            for index, made in enumerate(known):
+                if made is None:
+                    found = bytes(self.data[index].durable)
+                    self._stand_behind(index, generation, points[index], next_gsn, found)
+            return False
+        if None not in known:
+            gone = [i for i, made in enumerate(known) if made is not self.tips[i]]
+            if gone:
+                raise Violation(f"GENERATION: of LDSU {gone[0]} frames are lost without a word")
+            return False
+        self._count("memories lost")
+        if not direct:
+            raise Violation("GENERATION: writelogs in memory are lost, and framing goes on")
+        for index, (made, point) in enumerate(zip(known, points, strict=True)):
+            found = bytes(self.data[index].durable)
+            self._check_covered(index, found)
+            if made is None:
+                self._stand_behind(index, generation, point, next_gsn, found)
+            else:
+                # An orderly stop had left this one empty.
+                self._stand_at(index, point)
+        return True
+
+    def _stand_behind(
+        self, index: int, generation: bytes, point: Point, next_gsn: int, found: bytes
+    ) -> None:
+        made = Made.lost(self.tips[index], generation, point, next_gsn - 1, found)
+        self.made[index, generation, point.chain] = self.tips[index] = made
+        self._applied_checked[index] = self._tail_checked[index] = made
+
+    def _check_covered(self, ldsu: int, found: bytes) -> None:
+        """NO-HIDDEN: where a device differs from a coherent mirror, a bit says so."""
+        if not self.is_coherent() or ldsu in self.dead:
+            return
+        held, dirty = self.held[ldsu].mirrored(), self.dirty(ldsu)
+        for at in range(0, len(found), SECTOR):
+            if found[at : at + SECTOR] != held[at : at + SECTOR] and not dirty.is_marked(at):
+                raise Violation(
+                    f"NO-HIDDEN: data device {ldsu} differs from what the secondary holds at {at}, "
+                    "and no dirty bit says so"
+                )
 
     def _stand_at(self, index: int, point: Point) -> Made:
         """Take the place in a history that a recovered driver goes on from."""

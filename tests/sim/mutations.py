@@ -31,6 +31,7 @@ from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
 from qdsmirror.groups.direct import answer_all
+from qdsmirror.groups.memory import Cover, MemoryLogs, MemorySyncing
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.remote import RemoteGroup
@@ -47,6 +48,7 @@ from qdsmirror.storage.bitmap import empty_bitmap
 from qdsmirror.storage.journal import Applied, Mirror
 from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
+from tests.sim import profile as profile_module
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -402,6 +404,64 @@ def _skipped_by_a_new_history_taken_for_committed(patch: Patch) -> None:
 @mutation("SYNC", seeds=200)
 def _bypass_answers_at_once(patch: Patch) -> None:
     patch(Answering, "may_go_past", property(lambda _self: True))
+
+
+# -- writelogs in memory --------------------------------------------------------------------------
+
+
+def _in_memory(patch: Patch) -> None:
+    patch(profile_module, "MEMORY_CHANCE", 1.0)
+
+
+@mutation("NO-HIDDEN")
+def _answered_before_the_bit_is_durable(patch: Patch) -> None:
+    _in_memory(patch)
+    real = Cover.around
+
+    def around(cover: Any, entries: Any, append: Any) -> Any:
+        job = real(cover, entries, lambda: None)
+        late = partial(cover._unit.run_on_bitmap, job, _ignore)
+        cover._unit.group.runtime.reactor.callLater(0, late)
+        return append
+
+    patch(Cover, "around", around)
+
+
+@mutation("NO-AHEAD")
+def _sent_before_the_data_device_is_synced(patch: Patch) -> None:
+    _in_memory(patch)
+
+    def early(syncing: Any) -> None:
+        unit = syncing._unit
+        was, unit.durable_end = unit.durable_end, unit.writelog.head
+        if unit.group.pmd.end is not None:
+            unit.group.pmd.end.durable(unit.group.next_gsn - 1, unit)
+        unit.durable_end = was
+
+    patch(MemorySyncing, "_begin", _wrapped(MemorySyncing, "_begin", before=early))
+
+
+@mutation("NO-HIDDEN", seeds=200)
+def _bits_cleared_before_the_secondary_has_it(patch: Patch) -> None:
+    _in_memory(patch)
+
+    def early(cover: Any) -> None:
+        cover._epoch_gsn = 0
+
+    patch(Cover, "settle", _wrapped(Cover, "settle", before=early))
+
+
+@mutation("NO-HIDDEN", seeds=200)
+def _bits_cleared_in_bypass(patch: Patch) -> None:
+    _in_memory(patch)
+    patch(MemoryLogs, "may_settle", property(lambda logs: logs._group.coherent))
+
+
+@mutation("GENERATION")
+def _lost_memory_keeps_the_generation(patch: Patch) -> None:
+    _in_memory(patch)
+    real = recovery_module.loss_of
+    patch(recovery_module, "loss_of", lambda *of: real(*of)._replace(lost=False))
 
 
 # -- between the sites ----------------------------------------------------------------------------

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
+from qdsmirror.limits import KIB, MEMORY_LOG_BYTES_MIN, WRITELOG_BYTES_MIN
 from tests.sim.history import SECTOR
+
+#: How many runs have their writelogs in memory.
+MEMORY_CHANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Profile:
     :ivar paths: network paths between the sites.
     :ivar inline: frames of more bytes are compressed by a worker.
     :ivar faults: of each kind, one in so many steps on the average; 0: never.
+    :ivar memory: whether the writelogs are in memory.
     """
 
     steps: int
@@ -57,6 +61,7 @@ class Profile:
     paths: int = 1
     compression: str = "none"
     inline: int = 16 * KIB
+    memory: bool = False
 
     @classmethod
     def draw(cls, random: Random, aside: Random) -> Profile:
@@ -92,6 +97,11 @@ class Profile:
         last = Random(f"verify {aside.getstate()}")
         faults["verify"] = last.choice((0, 100, 300))
         faults["damage"] = last.choice((0, 0, 0, 100)) if faults["verify"] else 0
+        apart = Random(f"memory {aside.getstate()}")
+        memory = apart.random() < MEMORY_CHANCE
+        if memory:
+            faults["kill master"] = apart.choice((0, 100, 300, 800))
+            log = max(log, MEMORY_LOG_BYTES_MIN)
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -120,6 +130,7 @@ class Profile:
             paths=paths,
             compression=other.choice(("none", "none", "lz4", "zstd:1")),
             inline=other.choice((0, 16 * KIB)),
+            memory=memory,
         )
 
     @staticmethod

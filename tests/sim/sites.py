@@ -21,20 +21,24 @@ from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
 from qdsmirror.configvalues import NetworkPath
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.records import BoundUnit, Generation, Superblock
-from qdsmirror.errors import BrokenError, QdsError, UnreachableError
+from qdsmirror.errors import BrokenError, CorruptError, QdsError, UnreachableError
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unapplied import Unapplied
+from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import KIB
 from qdsmirror.paths import Paths
 from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.latch import FailureLatch, FailureMemory
+from qdsmirror.storage.memory import absent_memory
+from qdsmirror.storage.memorylog import MemoryLogDevice
+from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.storage.writelog import Writelog
-from tests.fakes import Choice, Unsynced, at_random, everything, nothing
+from tests.fakes import Choice, MemoryDevice, Unsynced, at_random, everything, nothing
 from tests.sim.corruption import Corruption
-from tests.sim.disk import Disk
+from tests.sim.disk import Disk, Memory
 from tests.sim.history import Violation, payload
 from tests.sim.model import Model
 from tests.sim.process import Process, Wire
@@ -43,7 +47,16 @@ from tests.sim.profile import Profile
 #: Of each extension device.
 POOL_BYTES = 192 * KIB
 
+#: Of a writelog in memory.
+BITMAP_DEVICE_BYTES = 64 * KIB
+MEMORY = "/near/memory"
+
 _EPOCH = 1_790_000_000.0
+
+
+def is_memory(path: str) -> bool:
+    """Tell a writelog's memory from a disk."""
+    return path.startswith(MEMORY)
 
 
 class Sites:
@@ -86,6 +99,7 @@ class Sites:
         self.logged: list[Any] = []
         #: By path the first superblock of each writelog: its UUID and its bitmap's place stay.
         self._writelogs: dict[str, Superblock] = {}
+        self._old_memory: list[Disk] = []
         self._make_sites()
 
     # -- the sites ----------------------------------------------------------------------------
@@ -122,10 +136,7 @@ class Sites:
                 NetworkPath(f"10.{number}.0.1", f"10.{number}.0.2")
                 for number in range(profile.paths if profile.paths > 1 else 0)
             ),
-            ldsus=tuple(
-                LdsuConfig(i, f"qds{i}", f"/near/data{i}", f"/near/log{i}", f"/far/mirror{i}")
-                for i in range(profile.ldsus)
-            ),
+            ldsus=tuple(map(self._ldsu, range(profile.ldsus))),
         )
         self.disks: dict[str, Disk] = {}
         self.host = {
@@ -134,6 +145,12 @@ class Sites:
         self.paths = {name: Paths.of(self.base / name) for name in ("alpha", "beta")}
         for paths in self.paths.values():
             paths.state_file(0).unlink(missing_ok=True)
+
+    def _ldsu(self, i: int) -> LdsuConfig:
+        log, place = f"/near/log{i}", (f"qds{i}", f"/near/data{i}")
+        if not self.profile.memory:
+            return LdsuConfig(i, *place, log, f"/far/mirror{i}")
+        return LdsuConfig(i, *place, f"memory:{self.profile.log}", f"/far/mirror{i}", log)
 
     def _make_disks(self) -> None:
         """Make the state after a first full mirror."""
@@ -149,13 +166,16 @@ class Sites:
                 self.disks[path] = Disk(path, profile.size, content)
             unit = BoundUnit(ldsu.index, ldsu.name, profile.size, ldsu.data_device)
             units.append(unit)
-            self._make_log(ldsu.writelog_device, profile.log, "writelog", [unit], [generation])
+            self._make_writelog(ldsu, unit, generation)
+        self._make_memory()
         for path in self.config.pool:
             disk = self.disks[path] = Disk(path, POOL_BYTES)
             device = Process("qdswlinit", self.clock, self.random).open(disk, "extension", 512)
             PoolDevice.initialise(device, 0)
             device.close()
-        self._make_log(self.config.journal_device, profile.journal, "journal", units, [])
+        # A secondary that has committed nothing yet cannot be told from one that lost its journal.
+        begun = [generation] if profile.memory else []
+        self._make_log(self.config.journal_device, profile.journal, "journal", units, begun)
         self.model = Model(
             generation,
             contents,
@@ -168,7 +188,7 @@ class Sites:
         self.corruption = {
             "alpha": Corruption(
                 self.disks,
-                [ldsu.writelog_device for ldsu in ldsus],
+                [ldsu.log_device for ldsu in ldsus],
                 [ldsu.data_device for ldsu in ldsus],
                 self.random,
             ),
@@ -179,12 +199,14 @@ class Sites:
                 self.random,
             ),
         }
+        self.model.in_memory = profile.memory
         self.model.goes_direct = self._goes_direct
         self.model.dirty = partial(self.dirty_bitmap, self.disks)
+        self.model.is_coherent = self._is_coherent
 
     def dirty_bitmap(self, disks: Mapping[str, Disk], index: int) -> DirtyBitmap:
         """Read an LDSU's dirty bitmap from the platters."""
-        path = self.config.ldsus[index].writelog_device
+        path = self.config.ldsus[index].log_device
         superblock = self._writelogs[path]
         area = superblock.bitmap
         assert area is not None
@@ -200,6 +222,14 @@ class Sites:
         dirty: DirtyBitmap = self.driver.group.units[index].dirty
         return dirty
 
+    def _is_coherent(self) -> bool:
+        disk = self.disks[self.config.journal_device]
+        stored = MemoryDevice(disk.size, content=bytes(disk.durable))
+        try:
+            return read_superblock(stored).coherent
+        except CorruptError:
+            return False
+
     def _goes_direct(self) -> bool:
         """Tell whether a writelog's failure is on record, so that writes may go past it."""
         if not any(path.startswith(("/near/log", "/near/pool")) for path in self.latched):
@@ -207,11 +237,34 @@ class Sites:
         state = self.paths["alpha"].state_file(0)
         return state.exists() and any(path in state.read_text() for path in self.latched)
 
+    def _make_writelog(self, ldsu: LdsuConfig, unit: BoundUnit, generation: bytes) -> None:
+        size = BITMAP_DEVICE_BYTES if self.profile.memory else self.profile.log
+        memory = absent_memory(ldsu) if self.profile.memory else None
+        self._make_log(ldsu.log_device, size, "writelog", [unit], [generation], memory)
+
+    def _make_memory(self) -> None:
+        """Give the driver's master memory, with nothing in it; who has the old one keeps it."""
+        if not self.profile.memory:
+            return
+        for ldsu in self.config.ldsus:
+            path = f"{MEMORY}{ldsu.index}"
+            if path in self.disks:
+                self._old_memory.append(self.disks[path])
+            self.disks[path] = Memory(path, ldsu.memory_bytes)
+
     def _make_log(
-        self, path: str, size: int, role: str, units: list[BoundUnit], ids: list[bytes]
+        self,
+        path: str,
+        size: int,
+        role: str,
+        units: list[BoundUnit],
+        ids: list[bytes],
+        memory: IBlockDevice | None = None,
     ) -> None:
         disk = self.disks[path] = Disk(path, size)
-        device = Process("qdswlinit", self.clock, self.random).open(disk, role, 512)
+        device: Any = Process("qdswlinit", self.clock, self.random).open(disk, role, 512)
+        if memory is not None:
+            device = MemoryLogDevice(device, memory)
         log = Writelog.initialise(
             device,
             role=role,
@@ -282,7 +335,15 @@ class Sites:
             latch = FailureLatch(
                 self.paths[site].state_file(0), partial(memory.of, 0), partial(memory.remember, 0)
             )
-            process.group = DriverGroup(*common, -1, runtime=runtime, latch=latch)
+            process.group = DriverGroup(
+                *common,
+                -1,
+                runtime=runtime,
+                latch=latch,
+                open_memory=lambda ldsu: process.open(
+                    self.disks[f"{MEMORY}{ldsu.index}"], "memory", 512
+                ),
+            )
         elif name == "pmd":
             process.group = PrimaryGroup(*common, runtime=runtime)
         else:
@@ -394,13 +455,28 @@ class Sites:
         near = "/far/" if site == "beta" else "/near/"
         choose = self._choice()
         for path, disk in self.disks.items():
-            if path.startswith(near):
+            if path.startswith(near) and not is_memory(path):
                 disk.power_cut(choose)
+        if site == "alpha":
+            self._lose_memory()
         if self.random.random() < self.profile.corruption and not self.corruption[site].any:
             struck = self.corruption[site].strike()
             if struck:
                 self.count("corruption")
                 self.note(struck)
+
+    def kill_master(self) -> None:
+        """kill -9 of the driver's master: its child ends, and the memory is gone."""
+        self.note("kill master")
+        self.count("kill master")
+        self.memory = FailureMemory()
+        if self.driver is not None:
+            self.kill("driver")
+        self._lose_memory()
+
+    def _lose_memory(self) -> None:
+        self._make_memory()
+        self.model.memory_lost = self.profile.memory
 
     def _choice(self) -> Choice:
         match self.random.randrange(6):
@@ -429,7 +505,7 @@ class Sites:
                 answered.errback(error)
                 return
             pmd.adoptable[end] = driver.ends[-1].wire
-            disks = {disk.inode: disk for disk in self.disks.values()}
+            disks = {disk.inode: disk for disk in (*self._old_memory, *self.disks.values())}
             pmd.descriptors += [(fd, disks[os.fstat(fd).st_ino]) for fd in descriptors]
             answered.callback((json.loads(json.dumps(info)), descriptors, end))
 
@@ -468,7 +544,7 @@ class Sites:
         """Free what the disks take."""
         for process in self.processes():
             process.kill()
-        for disk in self.disks.values():
+        for disk in (*self._old_memory, *self.disks.values()):
             disk.discard()
 
 

@@ -190,7 +190,7 @@ class Synchrony:
 
     def _says_degraded(self, index: int) -> bool:
         world = self._world
-        content = bytes(world.disks[world.config.ldsus[index].writelog_device].durable)
+        content = bytes(world.disks[world.config.ldsus[index].log_device].durable)
         device = MemoryDevice(len(content), content=content)
         return read_superblock(device).degraded is not None
 

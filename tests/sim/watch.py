@@ -22,6 +22,7 @@ from qdsmirror.groups import answering as answering_module
 from qdsmirror.groups import band as band_module
 from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import compare as compare_module
+from qdsmirror.groups import memory as memory_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import session as session_module
@@ -65,6 +66,7 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(committing_module, "RECEIVED_BYTES_MAX", profile.limit)
         patch(committing_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
         patch(bitmap_module, "BITMAP_CHUNK_BYTES_MIN", 4 * KIB)
+        patch(memory_module, "MEMORY_SETTLE_SECONDS", 0.2)
         patch(compare_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
         patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
         patch(answering_module, "CATCH_UP_ENTRIES", profile.catch_up_entries)

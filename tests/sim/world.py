@@ -15,11 +15,12 @@ from twisted.internet.defer import maybeDeferred
 
 from qdsmirror.core.records import BoundUnit
 from qdsmirror.errors import QdsError
-from qdsmirror.limits import KIB
+from qdsmirror.limits import KIB, SILENT_PEER_SECONDS
 from tests.sim.clients import Clients
 from tests.sim.history import SECTOR, Violation, payload
 from tests.sim.modes import check_modes
 from tests.sim.process import Fuse, Process
+from tests.sim.sites import is_memory
 from tests.sim.watch import installed
 
 #: After the faults have ended everything must be mirrored within so many simulated seconds.
@@ -66,7 +67,9 @@ class World(Clients):
 
     def _fault(self, kind: str) -> None:
         what, _, whom = kind.partition(" ")
-        if what == "kill":
+        if kind == "kill master":
+            self.kill_master()
+        elif what == "kill":
             self.kill(whom)
         elif kind == "cut link":
             self._cut_link()
@@ -253,7 +256,7 @@ class World(Clients):
     def _spoil(self) -> None:
         if self.latched:
             return
-        path = self.random.choice(sorted(self.disks))
+        path = self.random.choice([one for one in sorted(self.disks) if not is_memory(one)])
         method = self.random.choice(("fdatasync", "pwritev"))
         self.latched.add(path)
         self.disks[path].faults[method] = 1
@@ -375,7 +378,8 @@ class World(Clients):
             disk.faults.clear()
         if self.latched:
             # With a failed device there is nothing to wait for, but for somebody to say so.
-            deadline = self.clock.seconds() + 10.0
+            # A peer whose power was cut is found out by its silence.
+            deadline = self.clock.seconds() + SILENT_PEER_SECONDS + 10.0
             self._until(lambda: self._at_rest() or self.clock.seconds() > deadline, "a moment")
             if not self._at_rest():
                 self._check_told()
@@ -505,9 +509,9 @@ class World(Clients):
     def _initialise_writelogs(self) -> bytes:
         generation = secrets.token_bytes(16)
         for ldsu in self.config.ldsus:
-            self.disks[ldsu.writelog_device].discard()
+            self.disks[ldsu.log_device].discard()
             unit = BoundUnit(ldsu.index, ldsu.name, self.profile.size, ldsu.data_device)
-            self._make_log(ldsu.writelog_device, self.profile.log, "writelog", [unit], [generation])
+            self._make_writelog(ldsu, unit, generation)
         return generation
 
     def _at_rest(self) -> bool:
