@@ -103,7 +103,7 @@ class Verifying:
         run = self.run = Verify(group, repair)
         if before is not None:
             run.last = before.summary()
-        if group.coherent:
+        if group.coherent and not group.memory.used:
             # They tell of an earlier bypass.  From now on they are what differs.
             stale = [unit for unit in group.units if unit.dirty.dirty_bytes()]
             yield gatherResults([unit.direct.clear_dirty() for unit in stale])
@@ -221,7 +221,7 @@ class Verifying:
             self._durable.append(then)
             self._record_divergence()
 
-        unit.run_on_log(
+        unit.run_on_bitmap(
             partial(
                 write_blocks, unit.writelog.device, unit.dirty.area, unit.dirty.blocks(changed)
             ),
