@@ -21,9 +21,13 @@ class OneToManyTests(TestCase):
 
     timeout = 400
 
-    def begin(self) -> Fleet:
+    def begin(self, children: int | None = None) -> Fleet:
         fleet = Fleet(self, "--groups", "4", "--ldsus", "2", "--secondaries", "2")
         fleet.create()
+        if children is not None:
+            for site in fleet.lab.sites:
+                with (fleet.root(site) / "etc" / "qds.cfg").open("a") as file:
+                    file.write(f"children = {children}\n")
         fleet.start()
         fleet.write()
         return fleet
@@ -143,6 +147,39 @@ class OneToManyTests(TestCase):
             fleet.wait_for(number, "connected")
         watch.end()
         fleet.end_writing()
+        fleet.drain()
+
+    @in_thread
+    def test_misconfigured_groups_beside_others_in_one_process(self) -> None:
+        """A group that is started anew and cannot be leaves those alone that share its child."""
+        fleet = self.begin(children=1)
+        self.assertEqual(len({fleet.group(number)["driver"]["pid"] for number in range(4)}), 1)
+        self.assertEqual(len({fleet.group(number, 1)["rmd"]["pid"] for number in (0, 2)}), 1)
+        watch = Watch(fleet, (2, 3))
+        mirror = fleet.device_of(0, "qds0.mirror")
+        with mirror.open("r+b") as file:
+            file.truncate(1 << 20)
+        secret = fleet.root("secondary2") / "etc" / "dsgrp001.secret"
+        known = secret.read_text()
+        secret.write_text(secrets.token_hex(32) + "\n")
+        # A changed file has its group started anew.
+        for number, site in ((0, "secondary"), (1, "secondary2")):
+            changed = "[tunables]\nmetadata_entries = 999\n[ldsus]"
+            fleet.edit(fleet.config(site, number), "[ldsus]", changed)
+            fleet.at(site, "qdsconfigtool", "apply")
+        fleet.refused(0, EXIT_CONFIG, str(mirror), part=1)
+        fleet.refused(1, EXIT_IDENTITY, "did not prove the secret")
+        fleet.go_on(0, 1, 2, 3)
+        with mirror.open("r+b") as file:
+            file.truncate(2 << 20)
+        secret.write_text(known)
+        for site in ("secondary", "secondary2", "primary"):
+            fleet.at(site, "qdsconfigtool", "apply")
+        for number in (0, 1):
+            fleet.wait_for(number, "connected")
+        watch.end()
+        fleet.end_writing()
+        fleet.drain()
 
 
 class CrossedTests(TestCase):
