@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +23,27 @@ BLOCK = 4096
 CUTS = 6
 
 
-class Write(threading.Thread):
-    """A write that may have to wait."""
+class Thread(threading.Thread):
+    """Something that may have to wait."""
 
-    def __init__(self, client: NbdClient, offset: int, data: bytes) -> None:
+    def __init__(self, job: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self._job: Callable[[], None] = lambda: client.write(offset, data)
+        self._job = job
         self.start()
 
     def run(self) -> None:
         self._job()
 
     @property
-    def answered(self) -> bool:
+    def ended(self) -> bool:
         return not self.is_alive()
+
+
+class Write(Thread):
+    """A write to an LDSU."""
+
+    def __init__(self, client: NbdClient, offset: int, data: bytes) -> None:
+        super().__init__(lambda: client.write(offset, data))
 
 
 class PowerTests(TestCase):
@@ -126,7 +134,7 @@ class DaemonTests(TestCase):
 
     def ended(self, write: Write) -> None:
         write.join(30)
-        self.assertTrue(write.answered)
+        self.assertTrue(write.ended)
 
     @in_thread
     def test_writes_wait_while_the_secondary_is_away(self) -> None:
@@ -140,11 +148,11 @@ class DaemonTests(TestCase):
         world.until(lambda: world.info()["state"] == "accumulating", "the loss to be seen")
         write = Write(client, BLOCK, b"b" * BLOCK)
         world.until(lambda: self.waiting(world) == 1, "the write to wait")
-        self.assertFalse(write.answered)
+        self.assertFalse(write.ended)
         # Reads do not wait.
         reader = self.connect(world)
         self.assertEqual(reader.read(BLOCK, BLOCK), b"b" * BLOCK)
-        self.assertFalse(write.answered)
+        self.assertFalse(write.ended)
         world.start("secondary")
         self.ended(write)
         client.flush()
@@ -258,7 +266,15 @@ class FileSystemTests(TestCase):
         world.run([*mkfs, str(device)])
         place = world.mount(device)
         data = random.Random(1).randbytes(50_000)
-        self.write_synced(place / "synced", data)
+        self.write_synced(place / "other", data)
+        # It does not return before the secondary has it.
+        world.kill("dsgrp000.rmd", signal.SIGSTOP)
+        write = Thread(lambda: self.write_synced(place / "synced", data))
+        world.until(lambda: world.info()["synchronous"]["waiting"], "the write to wait")
+        self.assertFalse(write.ended)
+        world.kill("dsgrp000.rmd", signal.SIGCONT)
+        write.join(60)
+        self.assertTrue(write.ended)
         # Renamed into its place, as careful programs do.
         self.write_synced(place / "new", data[::-1])
         (place / "new").rename(place / "renamed")
