@@ -225,14 +225,22 @@ def lines(
         name, now, progress = group["name"], clock(), _progress(group, of)
         if progress and now - last.get(name, now - LINE_SECONDS) >= LINE_SECONDS:
             last[name] = now
-            write(f"{name}: {info_view.progress_text(of, progress)}")
+            write(f"{name}: {_text(of, progress)}")
 
     return show
 
 
+def _text(of: str, progress: dict[str, Any]) -> str:
+    return (
+        info_view.verify_text(progress) if of == "verify" else info_view.progress_text(of, progress)
+    )
+
+
 def _progress(group: Group, of: str) -> dict[str, Any] | None:
     progress: dict[str, Any] | None = group[of]
-    return progress if progress is not None and "done_bytes" in progress else None
+    if progress is None or "done_bytes" not in progress or progress.get("phase") == "over":
+        return None
+    return progress
 
 
 @contextlib.contextmanager

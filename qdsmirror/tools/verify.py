@@ -15,13 +15,8 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import LINE_SECONDS, REFUSED_LOOKS, Look, looking
+from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, Show, display, looking
 from qdsmirror.tools.status import Group, raise_failure
-
-POLL_SECONDS = 0.2
-
-#: Shows a group's progress.
-Show = Callable[[Group], None]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What was refused is told before the others are waited for.
     code = cli.report_all(failed, arguments.json)
     ids = {one["group"]: one["id"] for one in begun}
-    show = _nothing if arguments.json else lines()
-    ended, broken = follow([c for c in configs if c.number in ids], ids, looking(paths), show)
+    with display(arguments.json, "verify") as show:
+        ended, broken = follow([c for c in configs if c.number in ids], ids, looking(paths), show)
     if not arguments.json:
         for one in ended:
             _tell_result(one)
@@ -147,22 +142,3 @@ def _tell_result(verify: dict[str, Any]) -> None:
         text = f", after {info_view.size_text(repaired)} were repaired" if repaired else ""
         print(f"{name}: the mirror is equal{text}")
     sys.stdout.flush()
-
-
-def _nothing(_group: Group) -> None:
-    """Show nothing: the result is enough."""
-
-
-def lines(
-    clock: Callable[[], float] = time.monotonic, write: Callable[[str], None] = print
-) -> Show:
-    """Give what writes a line of progress per group, at most one each LINE_SECONDS."""
-    last: dict[str, float] = {}
-
-    def show(group: Group) -> None:
-        name, now, verify = group["name"], clock(), group["verify"]
-        if verify["phase"] != "over" and now - last.get(name, now - LINE_SECONDS) >= LINE_SECONDS:
-            last[name] = now
-            write(f"{name}: {info_view.verify_text(verify)}")
-
-    return show

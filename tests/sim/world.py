@@ -181,7 +181,8 @@ class World(Clients):
 
     def _damage(self) -> None:
         """Somebody writes to a mirror device."""
-        if self.latched:
+        if self.latched or self.corruption["beta"].any:
+            # (Who refuses a damaged journal must leave the mirror as it is.)
             return
         ldsu = self.random.randrange(self.profile.ldsus)
         for _ in range(self.random.choice((1, 1, 5))):
