@@ -163,12 +163,17 @@ def after(superblock: Superblock, state: BackfreshState) -> dict[str, Any]:
 
 def _continued(superblock: Superblock, state: BackfreshState) -> tuple[Generation, ...]:
     known = superblock.generations
+    new = (Generation(state.discard, state.gsn),)
+    if not state.generation:
+        # The mirror's history is yet to begin.
+        return new
     kept = next(
         (known[: i + 1] for i, one in enumerate(known) if one.id == state.generation),
         (Generation(state.generation, state.gsn),),
     )
-    # In bypass nothing is framed: leaving it begins a generation.
-    new = () if superblock.bypass is not None else (Generation(state.discard, state.gsn),)
+    if superblock.bypass is not None:
+        # Nothing is framed: leaving it begins a generation.
+        return kept
     # What leaves a full list is only of use to a secondary that stands further back.
     return (*kept, *new)[-GENERATIONS_MAX:]
 

@@ -35,9 +35,13 @@ def ask_standings(group: DriverGroup) -> Deferred[list[Standing]]:
 
 
 def has_all(group: DriverGroup, standings: Sequence[Standing]) -> bool:
-    """Tell whether the mirror stands where the group's own history ends."""
+    """Tell whether the mirror stands where the group's own history ends.
+
+    A secondary to which nothing has come yet has no history, and stands at the beginning of any.
+    """
     return all(
-        standing.place == (group.generation, group.next_gsn, unit.framed_point)
+        standing.generation in (group.generation, b"")
+        and (standing.gsn, standing.point) == (group.next_gsn, unit.framed_point)
         for unit, standing in zip(group.units, standings, strict=True)
     )
 

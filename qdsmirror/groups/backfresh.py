@@ -498,6 +498,9 @@ class Backfresh:
         yield group.checkpoints.record_everywhere(**{key: change(key) for key in made[0]})
         self._states = {}
         group.coherence.became_equal()
+        if discarded:
+            # Numbers are given anew.
+            group.answering.begin()
         if discarded and not in_bypass and len(made[0]["generations"]) > 1:
             yield group.bypass.begin_generation(made[0]["generations"])
         assert self.job is not None

@@ -256,6 +256,7 @@ class Coherence:
         """Learn that the data devices are what the mirror is, durably: a backfresh has ended."""
         self.coherent = self.tracked = True
         self.reason = ""
+        self._group.answering.mirror_is_whole()
 
     def give_up(self, reason: str, **changes: Any) -> Deferred[None]:
         """Record that the mirror is no copy of the data devices, which are gone on with.

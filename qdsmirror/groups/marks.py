@@ -56,7 +56,9 @@ class Marks:
         unit = group.units[0]
 
         def turn() -> None:
-            ours = group.is_serving and group.bypass.phase == OFF
+            ours = (
+                group.is_serving and group.bypass.phase == OFF and not group.backfresh.stops_framing
+            )
             made.callback(unit.append_control(MARK, payload, reserve=False) if ours else None)
 
         unit.when_free(turn)
@@ -78,6 +80,11 @@ class Marks:
     def _check(self) -> None:
         group = self._group
         group.failures.check_logs("mark")
+        if group.backfresh.stops_framing:
+            raise DegradedError(
+                f"{group.name}: a backfresh is running, and nothing is written",
+                hint=f"wait until it has ended: qdsinfo -g {group.number}",
+            )
         if group.bypass.phase != OFF:
             raise DegradedError(
                 f"{group.name} is in bypass: nothing is in order behind what is written",

@@ -456,7 +456,8 @@ class DriverUnit:
         :param reason: what whoever asks is told.
         """
         self.closed = reason
-        for request in (*self.waiting.drop(), *self.direct.drop()):
+        late = self.group.answering.drop(self)
+        for request in (*late, *self.waiting.drop(), *self.direct.drop()):
             request.connection.answer_error(request, errno.EIO, reason)
         for connection in list(self.connections):
             connection.abandon([])

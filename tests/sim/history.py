@@ -201,6 +201,11 @@ class Lineage:
             self.newest = generation
         return generation == self.newest
 
+    def go_back(self, generation: bytes) -> None:
+        """Take one before the newest for it: what came after is given up."""
+        if generation in self.before(self.newest):
+            self.newest = generation
+
     def before(self, generation: bytes) -> list[bytes]:
         """Give those before one, newest first."""
         found = []

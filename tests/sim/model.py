@@ -8,7 +8,7 @@ are compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from qdsmirror.core import frames
@@ -23,6 +23,7 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
 from qdsmirror.core.verify import Row, Verdict
+from tests.sim.backfreshes import Backfreshes
 from tests.sim.disk import Disk
 from tests.sim.history import (
     SECTOR,
@@ -71,6 +72,7 @@ class Model:
         self.goes_direct: Callable[[], bool] = lambda: False
         #: Tells whether the secondary's journal calls its mirror coherent.
         self.is_coherent: Callable[[], bool] = lambda: False
+        self.backfreshes: Backfreshes
         #: Gives an LDSU's dirty bitmap as it is on the platters.
         self.dirty: Callable[[int], DirtyBitmap]
         #: Whether the writelogs are in memory; whether that was lost since the driver's last start.
@@ -233,6 +235,9 @@ class Model:
     def _data_write(self, ldsu: int, offset: int, data: bytes) -> None:
         """NO-HIDDEN: what is written to a data device is durable in its writelog, or its bitmap."""
         self._count("data writes")
+        if self.backfreshes.fetching:
+            self.backfreshes.check_overwriting(ldsu)
+            return
         if self.goes_direct():
             return
         if self.in_memory:
@@ -539,7 +544,7 @@ class Model:
         if self.memory_lost:
             # Where it goes on is judged once it does.
             return
-        if not self.lineage.knows(superblock.generation):
+        if not self.lineage.knows(superblock.generation) or self.backfreshes.ending:
             return
         self._count("superblocks")
         tip = self.tips[index]
@@ -615,13 +620,24 @@ class Model:
     # -- recovery of the primary ----------------------------------------------------------------
 
     def recovered(
-        self, generation: bytes, points: Sequence[Point], next_gsn: int, direct: bool
+        self,
+        generation: bytes,
+        points: Sequence[Point],
+        next_gsn: int,
+        direct: bool,
+        lacking: Collection[int] = (),
     ) -> None:
         """DURABLE, NO-AHEAD, NO-HIDDEN, RECOVER: what the driver found.
 
         :param direct: writes may have gone past the writelogs.
+        :param lacking: LDSUs that are closed: a backfresh is to make their data devices whole.
         """
         self._count("recoveries")
+        ended = self.backfreshes.ending and not lacking
+        self.backfreshes.ending = False
+        if ended:
+            self._count("backfreshes ended by a restart")
+            self.lineage.go_back(generation)
         if not self.lineage.begin(generation):
             raise Violation("GENERATION: the driver found another generation")
         lost = self._stand_behind_loss(generation, points, next_gsn, direct)
@@ -633,6 +649,10 @@ class Model:
                 self.sectors[index].recovered(found, self.data[index].unsynced)
                 continue
             tip = self._stand_at(index, point)
+            if index in lacking:
+                continue
+            if ended:
+                self.sectors[index].recovered(found, ())
             if index not in self.dead and not self.unlogged:
                 self.check_content(tip, found, generation, self.dirty(index) if direct else None)
             if index not in self.dead:

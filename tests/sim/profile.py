@@ -102,6 +102,9 @@ class Profile:
         if memory:
             faults["kill master"] = apart.choice((0, 100, 300, 800))
             log = max(log, MEMORY_LOG_BYTES_MIN)
+        if not faults["damage"] and not memory:
+            # (A mirror that was damaged unnoticed is what it would make the data devices.)
+            faults["backfresh"] = Random(f"backfresh {faults}").choice((0, 0, 0, 60, 150))
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),

@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 
 from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
 from qdsmirror.configvalues import NetworkPath
+from qdsmirror.core.backfresh import INTERRUPTED
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.errors import BrokenError, CorruptError, QdsError, UnreachableError
@@ -37,6 +38,7 @@ from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import Choice, MemoryDevice, Unsynced, at_random, everything, nothing
+from tests.sim.backfreshes import Backfreshes
 from tests.sim.corruption import Corruption
 from tests.sim.disk import Disk, Memory
 from tests.sim.history import Violation, payload
@@ -185,6 +187,8 @@ class Sites:
             self.disks[self.config.journal_device],
         )
         ldsus = self.config.ldsus
+        logs = [ldsu.writelog_device for ldsu in ldsus]
+        self.model.backfreshes = Backfreshes(self.model, logs, Random(f"backfresh {self.seed}"))
         self.corruption = {
             "alpha": Corruption(
                 self.disks,
@@ -361,6 +365,7 @@ class Sites:
                 [unit.framed_point for unit in group.units],
                 group.next_gsn,
                 direct=group.bypass.phase != "off",
+                lacking={u.index for u in group.units if u.closed or INTERRUPTED in u.dead},
             )
             self.serving = True
             self.corruption["alpha"].heal()

@@ -19,15 +19,20 @@ from qdsmirror.core.reorder import Reorder
 from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.groups import answering as answering_module
+from qdsmirror.groups import backfresh as backfresh_module
 from qdsmirror.groups import band as band_module
 from qdsmirror.groups import committing as committing_module
 from qdsmirror.groups import compare as compare_module
+from qdsmirror.groups import fetching as fetching_module
 from qdsmirror.groups import memory as memory_module
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import session as session_module
 from qdsmirror.groups import verify as group_verify
+from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.coherence import Coherence
+from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.framing import Framing
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
@@ -37,6 +42,7 @@ from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.storage import verify as storage_verify
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
+from tests.sim import backfreshes
 from tests.sim.clients import Clients
 from tests.sim.history import Violation, Written
 from tests.sim.sites import Sites
@@ -69,6 +75,11 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(memory_module, "MEMORY_SETTLE_SECONDS", 0.2)
         patch(compare_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
         patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
+        patch(fetching_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
+        patch(fetching_module, "COMPARE_SPAN_BYTES", 8 * KIB)
+        patch(fetching_module, "BACKFRESH_READ_BYTES", 4 * KIB)
+        patch(fetching_module, "BACKFRESH_SPANS_MAX", 2)
+        patch(backfresh_module, "BACKFRESH_RECORD_SECONDS", 0.05)
         patch(answering_module, "CATCH_UP_ENTRIES", profile.catch_up_entries)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
         patch(primary_module, "STRIPE_BYTES", max(4 * KIB, profile.buffer // 4))
@@ -98,9 +109,19 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(Mirror, "_compare", _watched_compare(world, Mirror._compare))
         patch(Verifying, "ended", _watched_end(world, Verifying.ended))
         patch(Writelog, "write_superblock", _watched_superblock(world, Writelog.write_superblock))
+        _watch_backfreshes(world, patch)
         globalLogPublisher.addObserver(observe)
         stack.callback(globalLogPublisher.removeObserver, observe)
         yield
+
+
+def _watch_backfreshes(world: Sites, patch: Any) -> None:
+    overwrite = backfreshes.watched_overwrite(world, fetching_module._overwrite)
+    patch(fetching_module, "_overwrite", overwrite)
+    patch(Backfresh, "_fetch", backfreshes.watched_fetch(world, Backfresh._fetch))
+    patch(DriverGroup, "stand_at", backfreshes.watched_stand_at(world, DriverGroup.stand_at))
+    became_equal = backfreshes.watched_became_equal(world, Coherence.became_equal)
+    patch(Coherence, "became_equal", became_equal)
 
 
 def _watched_frame(world: Sites, original: Any) -> Any:
@@ -242,6 +263,8 @@ def _watched_end(world: Sites, original: Any) -> Any:
 def _watched_superblock(world: Clients, original: Any) -> Any:
     def write_superblock(log: Writelog, superblock: Superblock, **kw: Any) -> None:
         before = log.superblock
+        if superblock.role == "writelog" and hasattr(world, "model"):
+            world.model.backfreshes.superblock(superblock)
         if superblock.role == "writelog" and len(superblock.generations) > 1:
             world.model.leaves_bypass(superblock.generation)
         original(log, superblock, **kw)

@@ -96,6 +96,8 @@ class World(Clients):
             self._damage()
         elif what in ("extend", "free"):
             self._change_log(what)
+        elif what == "backfresh":
+            self._backfresh()
         elif what == "checkpoint":
             self.switch_checkpoint()
         elif what == "mark":
@@ -225,6 +227,29 @@ class World(Clients):
         marked = maybeDeferred(self.driver.group.mark, f"m{self._number()}")
         marked.addCallback(lambda _: self.count("mark"))
         marked.addErrback(lambda failure: failure.trap(QdsError))
+
+    def _backfresh(self) -> None:
+        """Begin a backfresh, or a dry run of one, or end it; what cannot be now is refused."""
+        if not self.serving or self.driver is None:
+            return
+        group = self.driver.group
+        if group.backfresh.phase == "on":
+            if self.random.random() < 0.3:
+                self.note("kill backfresh")
+                killed = maybeDeferred(group.kill_backfresh, "")
+                killed.addCallback(lambda _: self.count("kill backfresh"))
+                killed.addErrback(lambda failure: failure.trap(QdsError))
+            return
+        options = self.random.choice(("", "", "discard", "dry-run"))
+        self.begin_backfresh(options)
+
+    def begin_backfresh(self, options: str) -> None:
+        """Begin a backfresh."""
+        assert self.driver is not None
+        self.note(f"backfresh {options}")
+        begun = maybeDeferred(self.driver.group.begin_backfresh, options, "")
+        begun.addCallback(lambda _: self.count(f"backfresh {options}".strip()))
+        begun.addErrback(lambda failure: failure.trap(QdsError))
 
     def _change_log(self, how: str) -> None:
         """Chain a device of the pool to a writelog, or take one back."""
@@ -410,6 +435,10 @@ class World(Clients):
             else:
                 if not alone and self._needs_operator():
                     self.switch_bypass()
+                if not alone and self._needs_backfresh():
+                    assert self.driver is not None
+                    gives_up = self.driver.group.backfresh.gives_up
+                    self.begin_backfresh("discard" if gives_up else "")
                 if not alone and self.model.is_held:
                     self.switch_checkpoint()
                 if not alone and self._differs():
@@ -466,6 +495,13 @@ class World(Clients):
         group = self.driver.group if self.driver is not None and self.serving else None
         return group is not None and (group.verifying.run is None or group.verifying.run.over)
 
+    def _needs_backfresh(self) -> bool:
+        """Tell whether data devices lack what a killed backfresh has not fetched."""
+        if self.driver is None or not self.serving:
+            return False
+        backfresh = self.driver.group.backfresh
+        return backfresh.phase == "off" and bool(backfresh.reason)
+
     def _begin_anew(self, early: bool = False) -> None:
         """Initialise the writelogs again: the secondary keeps its old history until a refresh.
 
@@ -521,6 +557,8 @@ class World(Clients):
         group = self.driver.group
         return (
             group.bypass.phase == "off"
+            and group.backfresh.phase == "off"
+            and not group.backfresh.reason
             and group.pmd.mirrored_gsn == group.next_gsn - 1
             and group.all_applied
             and group.refresh_job is None
