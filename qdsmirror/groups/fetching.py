@@ -269,6 +269,8 @@ class Fetching:
         asked.addErrback(partial(self._fail, part))
 
     def _hashed(self, part: _Range, theirs: bytes) -> None:
+        if self._stopped:
+            return
         device = part.unit.device
 
         def compare() -> list[Span]:
@@ -289,6 +291,9 @@ class Fetching:
         self._go_on(part)
 
     def _fetched(self, part: _Range, span: Span, data: bytes) -> None:
+        if self._stopped:
+            # Whoever has stopped us relies on that nothing is written any more.
+            return
         self.touched = True
         unit = part.unit
         job = partial(_overwrite, unit.device, unit.index, span[0], data, self._keep)

@@ -6,7 +6,7 @@ from then on, until its durable end, nobody relies on what a data device holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ class Backfreshes:
         self._random = random
         self.fetching = False
         self.ending = False
+        #: Told when a history is given up.
+        self.given_up: Callable[[], None] = lambda: None
 
     def begun(self, number: int) -> bool:
         """Let somebody else have written to the data devices; tell whether it was so."""
@@ -152,7 +154,7 @@ def watched_fetch(world: Any, original: Any) -> Any:
 def watched_stand_at(world: Any, original: Any) -> Any:
     def stand_at(group: Any, places: Sequence[Cursor]) -> None:
         world.model.backfreshes.stands_at(places)
-        world.synchrony.forget()
+        world.model.backfreshes.given_up()
         original(group, places)
 
     return stand_at

@@ -105,6 +105,7 @@ class Clients(Sites):
     def driver_began(self) -> None:
         self.answered_writes = [[] for _ in self.config.ldsus]
         self.synchrony.recovered()
+        self.model.backfreshes.given_up = self.synchrony.forget
         self.clients = [Client(self, n) for n in range(self.profile.clients)]
 
     def driver_ended(self) -> None:

@@ -637,6 +637,7 @@ class Model:
         self.backfreshes.ending = False
         if ended:
             self._count("backfreshes ended by a restart")
+            self.backfreshes.given_up()
             self.lineage.go_back(generation)
         if not self.lineage.begin(generation):
             raise Violation("GENERATION: the driver found another generation")

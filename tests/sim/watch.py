@@ -115,7 +115,7 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         yield
 
 
-def _watch_backfreshes(world: Sites, patch: Any) -> None:
+def _watch_backfreshes(world: Clients, patch: Any) -> None:
     overwrite = backfreshes.watched_overwrite(world, fetching_module._overwrite)
     patch(fetching_module, "_overwrite", overwrite)
     patch(Backfresh, "_fetch", backfreshes.watched_fetch(world, Backfresh._fetch))

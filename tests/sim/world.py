@@ -437,7 +437,9 @@ class World(Clients):
                     self.switch_bypass()
                 if not alone and self._needs_backfresh():
                     assert self.driver is not None
-                    gives_up = self.driver.group.backfresh.gives_up
+                    group = self.driver.group
+                    # What was given up once, also by bypass, is given up again.
+                    gives_up = group.backfresh.gives_up or group.bypass.phase == "on"
                     self.begin_backfresh("discard" if gives_up else "")
                 if not alone and self.model.is_held:
                     self.switch_checkpoint()
