@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -24,6 +25,7 @@ from twisted.logger import Logger
 from twisted.python.threadable import isInIOThread
 
 from qdsmirror import errors, limits
+from qdsmirror.config import load_group
 from qdsmirror.daemons import logs, memory
 from qdsmirror.daemons.channel import Channel
 from qdsmirror.daemons.hosting import Factory, GroupParts, Hosting
@@ -197,6 +199,19 @@ def _descriptors(text: str) -> dict[str, int]:
     return {name: int(number) for name, _, number in pairs}
 
 
+def _niceness(role: str, groups: Iterable[int], paths: Paths) -> int:
+    """Give how far a child stands back for others.
+
+    Not at all where an application waits for the secondary.
+    """
+    for number in groups:
+        # (A file that cannot be read is told of when the group is started.)
+        with suppress(errors.QdsError):
+            if load_group(paths, number).operation != "async":
+                return 0
+    return _NICE[role]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of a child's command line; only masters write it."""
     parser = argparse.ArgumentParser(prog="qdsmirror.daemons.child")
@@ -225,7 +240,8 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     protection = memory.protect() if arguments.role in ("driver", "pmd") else None
     logs.begin(arguments.role)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-    os.nice(_NICE[arguments.role])
+    paths = Paths.of(arguments.root)
+    os.nice(_niceness(arguments.role, arguments.groups, paths))
     _keep_large_buffers()
     if protection is not None and protection.refused:
         _log.info(
@@ -234,7 +250,6 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
             why="; ".join(protection.refused),
         )
     groups = {number: arguments.fds.get(str(number)) for number in arguments.groups}
-    paths = Paths.of(arguments.root)
     child = _Child(
         arguments.role,
         paths,

@@ -18,15 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 from twisted.logger import Logger
 
 from qdsmirror.core.allowance import Allowance, CatchUp
+from qdsmirror.core.nbd import CMD_FLUSH
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.bypass import OFF, ON
 from qdsmirror.groups.direct import abandon_all, answer_all
-from qdsmirror.limits import CATCH_UP_ENTRIES, STOP_ANSWER_SECONDS
+from qdsmirror.limits import CATCH_UP_ENTRIES, FAILURE_REASON_CHARS_MAX, STOP_ANSWER_SECONDS
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
@@ -69,6 +71,7 @@ class Answering:
         self._catch_up: CatchUp | None = None
         self._held: list[_Held] = []
         self._skipped: list[_Held] = []
+        self._gone: WeakSet[INbdConnection] = WeakSet()
         self._arrived = 0
         self._skipping = False
         self._recording = False
@@ -92,6 +95,9 @@ class Answering:
         if not group.coherent:
             # Perhaps a refresh was to bring what counts as committed.
             self._numbers.skip(0)
+        if self._numbers.uncommitted:
+            for unit in group.units:
+                unit.last_number = self._numbers.framed
         self._begun = True
         self.look()
 
@@ -166,9 +172,9 @@ class Answering:
         upto = self._numbers.answerable(limit)
         now: list[Request] = []
         for request in requests:
-            if request.state <= upto and not self._numbers.is_skipped(request.state):
+            if request.state <= upto and not self._awaits_refresh(request):
                 now.append(request)
-            else:
+            elif request.connection not in self._gone:
                 self._hold(unit, request)
         answer_all(self._noted(now))
         if len(now) == len(requests):
@@ -178,12 +184,19 @@ class Answering:
         else:
             self._judge()
 
+    def _awaits_refresh(self, request: Request) -> bool:
+        """Tell whether a change comes to the secondary with a refresh only.
+
+        A flush does not wait for that: it would, long, where nothing is written meanwhile.
+        """
+        return request.command != CMD_FLUSH and self._numbers.is_skipped(request.state)
+
     def _hold(self, unit: DriverUnit, request: Request) -> None:
         # Its payload is in the writelog: others may have the room that it took.
         request.connection.release(request)
         self._arrived += 1
         held = (request.state, self._arrived, unit, request)
-        if self._numbers.is_skipped(request.state):
+        if self._awaits_refresh(request):
             self._skipped.append(held)
         else:
             heappush(self._held, held)
@@ -210,7 +223,8 @@ class Answering:
             answer_all(self._noted(free))
 
     def forget(self, connection: INbdConnection) -> None:
-        """Drop the answers of a client that is gone."""
+        """Drop the answers of a client that is gone, also those that are yet to be given here."""
+        self._gone.add(connection)
         if self._held or self._skipped:
             self._keep(lambda one: one[-1].connection is not connection)
 
@@ -247,8 +261,8 @@ class Answering:
 
     def _skip(self, committed_before: int) -> None:
         self._numbers.skip(committed_before)
-        self._skipped += [one for one in self._held if self._numbers.is_skipped(one[0])]
-        self._held = [one for one in self._held if not self._numbers.is_skipped(one[0])]
+        self._skipped += [one for one in self._held if self._awaits_refresh(one[-1])]
+        self._held = [one for one in self._held if not self._awaits_refresh(one[-1])]
         heapify(self._held)
 
     def mirror_is_whole(self) -> None:
@@ -293,7 +307,8 @@ class Answering:
         if self.degraded is None:
             why = self._why_degraded()
             if why:
-                self._record({"since": self._group.runtime.wall(), "reason": why})
+                now = self._group.runtime.wall()
+                self._record({"since": now, "reason": why[:FAILURE_REASON_CHARS_MAX]})
         elif self.operation == ASYNC or self._is_caught_up:
             self._record(None)
 

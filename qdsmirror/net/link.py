@@ -72,6 +72,10 @@ class Link(Protocol):
     def connectionMade(self) -> None:  # noqa: N802
         """See :class:`Protocol`."""
         self._heard = self._reactor.seconds()
+        plain = self._socket()
+        if plain is not None:
+            # The end of a frame must not wait for the acknowledgement of the one before.
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.transport.registerProducer(self, True)
         self._pinger.start(PING_SECONDS, now=False)
         self._owner.link_made(self)
@@ -84,11 +88,15 @@ class Link(Protocol):
 
     def keep_unsent_short(self) -> None:
         """Have the kernel take no more than it can send soon: another path may be quicker."""
-        # Below TLS.
-        connection: Any = getattr(self.transport, "transport", None)
-        plain: socket.socket | None = getattr(connection, "socket", None)
+        plain = self._socket()
         if plain is not None:
             plain.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, PATH_UNSENT_BYTES_MAX)
+
+    def _socket(self) -> socket.socket | None:
+        """Give the socket below TLS, where there is one."""
+        connection: Any = getattr(self.transport, "transport", None)
+        plain: socket.socket | None = getattr(connection, "socket", None)
+        return plain
 
     @property
     def peer(self) -> str:

@@ -129,6 +129,16 @@ class SynchronousTests(AnsweringTestCase):
             unit.detach(client)
         self.assertEqual(world.group.answering.status()["synchronous"]["waiting"], 0)
 
+    def test_a_client_that_is_gone_before_its_write_is_durable(self) -> None:
+        world = self.world(stepped=True)
+        unit = world.group.units[0]
+        unit.attach(world.client)
+        self.write(world, 1, fua=True)
+        world.step("qds0 writelog")
+        unit.detach(world.client)
+        world.settle()
+        self.assertEqual(world.group.answering.status()["synchronous"]["waiting"], 0)
+
     def test_writes_wait_while_disconnected(self) -> None:
         world = self.world()
         asked = self.write(world, 1)
@@ -158,6 +168,18 @@ class SynchronousTests(AnsweringTestCase):
         self.assertEqual(list(world.client.errors), asked)
         self.connect(world)
         world.commit()
+
+    def test_a_flush_after_a_restart_waits_for_what_was_before(self) -> None:
+        world = self.world("async")
+        self.write(world, 1)
+        world.config = replace(world.config, operation="sync")
+        world.kill()
+        world.start()
+        self.connect(world)
+        flush = world.client.flush(world.group.units[0])
+        self.assertFalse(world.client.answered(flush))
+        world.commit()
+        self.assertTrue(world.client.answered(flush))
 
     def test_after_a_restart_nothing_is_known_to_be_committed(self) -> None:
         world = self.world()
@@ -293,6 +315,14 @@ class DegradedTests(AnsweringTestCase):
         self.assertEqual(self.answered(world, asked), [False])
         self.link(world, "connecting")
         self.assertEqual(self.answered(world, asked), [True])
+
+    def test_a_long_reason_fits_the_superblocks(self) -> None:
+        world = self.world(on_disconnect="async")
+        world.attach()
+        self.link(world, "refused", reason="so " * 10_000)
+        asked = self.write(world, 1)
+        self.assertEqual(self.answered(world, asked), [True])
+        self.assertLess(len(self.superblocks(world)[0]["reason"]), 300)
 
     def test_survives_a_crash(self) -> None:
         world = self.world(on_disconnect="async", ldsus=2)
@@ -476,6 +506,14 @@ class NewHistoryTests(AnsweringTestCase):
         world.group.coherence.coherent = True
         world.group.answering.mirror_is_whole()
         self.assertEqual(self.answered(world, asked), [True, True])
+
+    def test_a_flush_does_not_wait_for_its_end(self) -> None:
+        world = self.world()
+        self.write(world, 1)
+        flushes = [world.client.flush(world.group.units[0])]
+        self.rebase(world)
+        flushes.append(world.client.flush(world.group.units[0]))
+        self.assertEqual(self.answered(world, flushes), [True, True])
 
     def test_near_synchronous_answers_no_more_meanwhile(self) -> None:
         world = self.world("near-sync", near=2)
