@@ -304,6 +304,45 @@ class GroupTests(RootedTestCase):
                 self.assertEqual(problems[0].line, text.split("\n").index(f"{name} = {value}") + 1)
                 self.assertLess(len(str(problems[0])), 300)
 
+    def test_writelogs_in_memory(self) -> None:
+        for value, size in (
+            ("memory:192K", 192 * limits.KIB),
+            ("memory:128M", 128 * limits.MIB),
+            ("memory:1024G", 1024 * limits.GIB),
+            ("memory:200001", 196608),
+        ):
+            ldsu = self.group(self.in_memory(value)).ldsus[0]
+            self.assertEqual((ldsu.memory_bytes, ldsu.log_device), (size, "/dev/b0"))
+        plain = self.group(GROUP)
+        self.assertEqual((plain.in_memory, plain.ldsus[0].log_device), (False, "/dev/w0"))
+        self.assertEqual(plain.ldsus[0].memory_bytes, 0)
+
+    def in_memory(self, value: str, bitmap: str = "bitmap_device = /dev/b0\n") -> str:
+        return GROUP.replace("writelog_device = /dev/w0\n", f"writelog_device = {value}\n{bitmap}")
+
+    def test_wrong_writelogs_in_memory(self) -> None:
+        for text, key, wrong in (
+            (self.in_memory("memory:128M", ""), "writelog_device", "needs a bitmap_device"),
+            (self.in_memory("memory:191K"), "writelog_device", "191K is not from 192K to 1024G"),
+            (self.in_memory("memory:1025G"), "writelog_device", "is not from 192K to 1024G"),
+            (self.in_memory("memory:lots"), "writelog_device", "is not a size"),
+            (self.in_memory("memory:"), "writelog_device", "is not a size"),
+            (self.in_memory("Memory:1M"), "writelog_device", "is not memory:SIZE"),
+            (self.in_memory("memory 1M"), "writelog_device", "is not an absolute path"),
+            (self.in_memory("memory:1M", "bitmap_device = b0\n"), "bitmap_device", "absolute"),
+            (self.in_memory("/dev/w0"), "bitmap_device", "only a writelog in memory has one"),
+            (self.in_memory("memory:1M").replace("b0", "d0"), "bitmap_device", "/dev/d0 is"),
+            (
+                self.in_memory("memory:1M")
+                + "[[qds1]]\ndata_device = /1\nwritelog_device = /2\nmirror_device = /3\n",
+                "writelog_device",
+                "have all of a group's there, or none",
+            ),
+        ):
+            (problem,) = self.problems(text)
+            self.assertIn(wrong, problem.message)
+            self.assertEqual(problem.key.split(".")[-1], key)
+
     def test_edges_of_ranges(self) -> None:
         for name, value, given_value in (
             ("metadata_entries", 1, "1"),
@@ -907,6 +946,8 @@ class SpecTests(TestCase):
         ):
             convert_any: Any = convert
             self.assertEqual(tuple(map(convert_any, bounds(key))), expected, key)
+        least, most = limits.MEMORY_LOG_BYTES_MIN // 1024, limits.MEMORY_LOG_BYTES_MAX >> 30
+        self.assertIn(f"writelog_device = writelog({least}K, {most}G)", text)
         self.assertIn(f"paths = network_paths({limits.PATHS_MAX}, ", text)
         self.assertIn(f"compression = compression(1, {limits.ZSTD_LEVEL_MAX}, ", text)
 

@@ -111,6 +111,20 @@ class BitmapTests(SynchronousTestCase):
         self.assertEqual(bitmap.dirty_bytes(first), dirty)
         self.assertEqual(bitmap.dirty_bytes(size), 0)
 
+    @settings(max_examples=50, deadline=None)
+    @given(
+        st.sets(st.integers(0, CHUNKS - 1), max_size=50),
+        st.sets(st.integers(0, CHUNKS - 1), max_size=50),
+    )
+    def test_keep_what_another_has(self, ours: set[int], other: set[int]) -> None:
+        bitmap, young = self.bitmap(), self.bitmap()
+        bitmap.mark([(n * CHUNK, 1) for n in ours])
+        young.mark([(n * CHUNK, 1) for n in other])
+        changed = bitmap.keep(young)
+        self.assertEqual(marks(bitmap, self.CHUNKS), ours & other)
+        self.assertEqual(marks(young, self.CHUNKS), other)
+        self.assertEqual(changed, sorted({n // BLOCK_BITS for n in ours - other}))
+
     def test_blocks_that_are_marked_already_are_not_given(self) -> None:
         bitmap = self.bitmap()
         self.assertEqual(bitmap.mark([(BLOCK_BITS * CHUNK, 9000 * CHUNK - 512)]), [1])

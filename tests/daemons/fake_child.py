@@ -45,6 +45,7 @@ class FakeGroup:
         self._paths = parts.paths
         self._reactor = parts.reactor
         self._nbd = parts.nbd
+        self._memory = parts.memory
         self._greeter: Greeter | None = None
         self._kept: list[int] = []
 
@@ -77,7 +78,12 @@ class FakeGroup:
         return succeed(None)
 
     def status(self) -> dict[str, Any]:
-        return {"group": self.number, "window": self._config.tunables.send_window}
+        memory = None
+        if self._memory is not None:
+            found = os.fstat(self._memory)
+            memory = [found.st_ino, found.st_size, os.pread(self._memory, 4, 0).hex()]
+        window = self._config.tunables.send_window
+        return {"group": self.number, "window": window, "memory": memory}
 
     def adopt(self, descriptor: int, ended: Callable[[], None]) -> None:
         path = self._paths.var / f"behaviour{self.number}"

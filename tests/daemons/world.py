@@ -64,6 +64,13 @@ class World:
         text = GROUP.format(root=self.root, number=number, port=port, window=window, **hosts)
         self.paths.group_config(number).write_text(text)
 
+    def keep_in_memory(self, number: int, size: str) -> None:
+        """Have a group's writelog in memory, of this size, from now on."""
+        path = self.paths.group_config(number)
+        text, log = path.read_text(), f"{self.root}/log{number}"
+        new = f"memory:{size}\n  bitmap_device = {log}\n"
+        path.write_text(text.replace(f"writelog_device = {log}\n", f"writelog_device = {new}"))
+
     def behave(self, number: int, behaviour: str) -> None:
         """Tell the fake group how to start: ``good``, ``fatal``, ``fail``, ``bug``."""
         (self.paths.var / f"behaviour{number}").write_text(behaviour)

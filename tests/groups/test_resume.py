@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.errors import DivergedError, ProtocolError
 from qdsmirror.groups.outbound import OutUnit
-from qdsmirror.groups.resume import RefreshLostError, agreed_gsn, at_cut
+from qdsmirror.groups.resume import RefreshLostError, agreed_gsn, at_cut, is_covered
 from qdsmirror.net.handshake import UnitPosition
 
 OLD, NEW, OTHER = b"O" * 16, b"N" * 16, b"X" * 16
@@ -42,6 +42,38 @@ class AgreedTests(SynchronousTestCase):
     def test_two_places(self) -> None:
         one, two = positions()
         self.assertRaises(ProtocolError, agreed_gsn, [one, replace(two, next_gsn=8)], [OLD])
+
+
+class CoveredTests(SynchronousTestCase):
+    """Dirty bits stand for what a secondary lacks only in what was lost, behind what it had."""
+
+    def covered(self, upto: int | None, committed: int = 5, **where: Any) -> bool:
+        class Unit:
+            def __init__(self, gsn: int) -> None:
+                self.committed = Cursor(0, gsn)
+
+        units = [Unit(3), Unit(committed)]
+        return is_covered(positions(**where), cast("list[OutUnit]", units), [OLD, NEW], upto)
+
+    def test_within(self) -> None:
+        for gsn in (5, 9, 20):
+            self.assertTrue(self.covered(20, gsn=gsn))
+
+    def test_what_it_had_is_lost(self) -> None:
+        """Bits of that may be cleared."""
+        self.assertFalse(self.covered(20, gsn=4))
+        self.assertFalse(self.covered(20, committed=10))
+
+    def test_ahead_of_what_was_lost(self) -> None:
+        """The writelogs hold that: it must be proven."""
+        self.assertFalse(self.covered(20, gsn=21))
+
+    def test_of_another_history(self) -> None:
+        self.assertFalse(self.covered(20, generation=OTHER))
+        self.assertFalse(self.covered(20, generation=b""))
+
+    def test_nothing_was_lost(self) -> None:
+        self.assertFalse(self.covered(None))
 
 
 class CutTests(SynchronousTestCase):
