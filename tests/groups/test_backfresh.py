@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -80,6 +81,27 @@ class DrainedTests(BackfreshTestCase):
         self.assertTrue(self.driver.coherent)
         self.assertEqual(self.driver.generation, generation)
         yield self.written(0, 4096, b"a" * 4096)
+        yield self.sites.drained()
+        self.sites.assert_equal()
+
+    @inlineCallbacks
+    def test_what_a_refresh_was_to_bring_is_there(self) -> Steps:
+        """Also a synchronous group needs none then: it is degraded no longer than it lags."""
+        yield self.begin_work()
+        yield self.sites.drained()
+        yield self.sites.stop_driver()
+        self.spoil(0, 0)
+        yield self.sites.start_driver()
+        yield self.sites.connected()
+        self.assertFalse(self.driver.coherent)
+        yield self.begin()
+        yield self.ended()
+        yield self.driver.set_live(json.dumps({"operation": "sync", "on_disconnect": "async"}))
+        yield self.sites.stop_rmd()
+        yield self.written(0, 4096, b"a" * 4096)
+        self.assertIsNotNone(self.driver.status()["degraded"])
+        yield self.sites.start_rmd()
+        yield self.sites.until(lambda: self.driver.status()["degraded"] is None, "it to catch up")
         yield self.sites.drained()
         self.sites.assert_equal()
 
