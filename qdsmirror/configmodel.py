@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from qdsmirror.configvalues import NetworkPath, memory_bytes
 from qdsmirror.limits import (
+    BEFORE_IMAGE_BYTES_DEFAULT,
     CHILDREN_DEFAULT,
     METADATA_ENTRIES_DEFAULT,
     METADATA_SECONDS_DEFAULT,
@@ -60,6 +61,9 @@ class Tunables:
     :ivar checkpoint_hold: whether a checkpoint on the secondary is released before its journal is
         full (``release``), or makes the primary wait (``strict``).
     :ivar compression: on the wire: ``none``, ``lz4``, ``zstd`` or ``zstd:LEVEL``.
+    :ivar before_image_bytes: of a journal's device, at most, for what a refresh overwrites.
+    :ivar before_images_full: what happens when they are used up: rolling back is given up
+        (``give-up``), or the refresh stops (``stop``).
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
@@ -71,6 +75,8 @@ class Tunables:
     verify_rate: int = VERIFY_RATE_BYTES
     checkpoint_hold: str = "release"
     compression: str = "none"
+    before_image_bytes: int = BEFORE_IMAGE_BYTES_DEFAULT
+    before_images_full: str = "give-up"
 
 
 @dataclass(frozen=True)

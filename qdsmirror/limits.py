@@ -273,6 +273,17 @@ RECEIVED_BYTES_MAX = 8 * MIB
 #: Frames durable in the journal and not yet applied; beyond it reading pauses.
 UNMIRRORED_BYTES_MAX = 32 * MIB
 
+# -- before-images (rules.md 15) -----------------------------------------------------------------
+#: One is kept of a part of so much, once a refresh changes anything in it.
+BEFORE_CHUNK_BYTES = 64 * KIB
+#: Contents that are written and synced together.
+BEFORE_BATCH_BYTES = 4 * MIB
+#: Of a journal's device at most this part is for them, and less than this is of no use.
+BEFORE_JOURNAL_SHARE = 0.5
+BEFORE_AREA_BYTES_MIN = 256 * KIB
+BEFORE_IMAGE_BYTES_DEFAULT = GIB
+BEFORE_IMAGE_BYTES_MAX = 16 * 1024 * GIB
+
 # -- checkpoint on the secondary ----------------------------------------------------------------
 #: A checkpoint's name, and what a mark's frame has for it.
 CHECKPOINT_NAME_BYTES_MAX = 64

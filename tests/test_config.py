@@ -290,6 +290,8 @@ class GroupTests(RootedTestCase):
                 "10.0.0.1/24>10.0.0.2",
                 ",".join(["10.0.0.1>10.0.0.2"] * 9),
             ],
+            "tunables.before_image_bytes": ["-1", "17T", "all", ""],
+            "tunables.before_images_full": ["go", "Stop", ""],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -370,6 +372,9 @@ class GroupTests(RootedTestCase):
             ("compression", "zstd", "zstd"),
             ("compression", "zstd:1", "zstd:1"),
             ("compression", "zstd:19", "zstd:19"),
+            ("before_image_bytes", 0, "0"),
+            ("before_image_bytes", 16 << 40, "16T"),
+            ("before_images_full", "stop", "stop"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)

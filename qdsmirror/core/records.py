@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 from crc32c import crc32c
 
+from qdsmirror.core.beforeimage import Period
 from qdsmirror.core.bitmap import BitmapArea, bitmap_area
 from qdsmirror.core.extension import Extension
 from qdsmirror.core.failures import Failed
@@ -236,6 +237,8 @@ class Superblock:
         ``applied``, beyond which nothing is applied, or ``None``.
     :ivar backfresh: what the data device lacks, or is being fetched from the mirror
         (:class:`~qdsmirror.core.backfresh.BackfreshState`), or ``None``: it is a copy.
+    :ivar before: of a journal whose mirror is being refreshed: what it can be rolled back to
+        (:class:`~qdsmirror.core.beforeimage.Period`), or ``None``.
     :ivar counter: of updates; the larger one holds.
     :ivar slot_bytes: bytes of a slot: the second slot starts where the first ends.
     """
@@ -265,8 +268,15 @@ class Superblock:
     memory: RingMemory | None = None
     checkpoint: Mapping[str, Any] | None = None
     backfresh: Mapping[str, Any] | None = None
+    before: Mapping[str, Any] | None = None
     counter: int = 0
     slot_bytes: int = 8 * KIB
+
+    @property
+    def before_area(self) -> tuple[int, int]:
+        """Where before-images stand on a journal's device: first byte and length."""
+        start = align_up(2 * self.slot_bytes, self.ring.align)
+        return start, self.ring.start - start
 
     @property
     def generation(self) -> bytes:
@@ -310,6 +320,8 @@ class Superblock:
             body["backfresh"] = dict(self.backfresh)
         if self.degraded is not None:
             body["degraded"] = dict(self.degraded)
+        if self.before is not None:
+            body["before"] = dict(self.before)
         return body
 
     @classmethod
@@ -343,6 +355,7 @@ class Superblock:
             checkpoint=body.get("checkpoint"),
             backfresh=body.get("backfresh"),
             degraded=body.get("degraded"),
+            before=body.get("before"),
             extensions=tuple(
                 Extension(n, bytes.fromhex(i), size, leaving)
                 for n, i, size, leaving in body["extensions"]
@@ -384,6 +397,7 @@ class Superblock:
             raise ValueError("the degraded state cannot be read")
         Failed.from_json(self.failures)
         Held.from_json(self.checkpoint)
+        Period.from_json(self.before)
         area = self.bitmap
         if area is not None and not (
             2 * self.slot_bytes <= area.start
@@ -483,17 +497,22 @@ def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
 
 
 def layout(
-    device_bytes: int, units: int, physical_block: int, covered_bytes: int | None = None
+    device_bytes: int,
+    units: int,
+    physical_block: int,
+    covered_bytes: int | None = None,
+    before_bytes: int = 0,
 ) -> tuple[int, Ring, BitmapArea | None]:
-    """Divide a device into two slots, the dirty bitmap's area and the ring.
+    """Divide a device into two slots, the dirty bitmap's or before-images' area, and the ring.
 
     :param covered_bytes: size of the LDSU that the bitmap is for; ``None``: there is no bitmap.
+    :param before_bytes: what the before-images get, a multiple of the ring's alignment.
     :returns: the slot size, the ring, and the bitmap's area.
     :raises DeviceError: the device is too small.
     """
     slot_bytes = slot_bytes_for(units, device_bytes, physical_block)
     align = max(RECORD_ALIGN_BYTES, physical_block)
-    start = align_up(2 * slot_bytes, align)
+    start = align_up(2 * slot_bytes, align) + before_bytes
     area = None
     if covered_bytes is not None:
         area = bitmap_area(start, covered_bytes, device_bytes, align)

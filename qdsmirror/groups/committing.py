@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
-from qdsmirror.core.frames import MARK, Buffer, control_payload
+from qdsmirror.core.frames import Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
 from qdsmirror.core.questions import Standing
@@ -24,7 +24,7 @@ from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
 from qdsmirror.groups.mirroring import Batch, Mirroring
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
-from qdsmirror.storage.journal import Change, Mirror
+from qdsmirror.storage.journal import CUTS, Change, Mirror
 from qdsmirror.storage.writelog import Writes
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class Committing:
             header = change.header
             position, gsn = placement.end, header.gsn_last + 1
             points[header.ldsu] = Point(header.sequence + 1, header.chain)
-            if header.kind == MARK:
+            if header.kind in CUTS:
                 # What comes behind it is not applied with it.
                 break
         return Batch(changes, size, Cursor(position, gsn, points)), writes, generations
@@ -334,6 +334,9 @@ class Committing:
             or journal.used_bytes > journal.ring.size // 2
         ):
             self.mirroring.checkpoint()
+        if self._journal_full and not entries:
+            # What was recorded behind a frame has freed it.
+            self.freed()
         self._note_idle()
 
     def freed(self) -> None:

@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from twisted.internet.defer import Deferred
 
-from qdsmirror.core.frames import MARK
 from qdsmirror.core.held import Held
 from qdsmirror.core.records import Cursor
 from qdsmirror.errors import BrokenError, DegradedError, DeviceFailedError, QdsError
 from qdsmirror.interfaces import IWorker
-from qdsmirror.storage.journal import Applied, Change
+from qdsmirror.storage.journal import CUTS, Applied, Change
 
 if TYPE_CHECKING:
     from qdsmirror.groups.committing import Committing
 
 
 class Batch(NamedTuple):
-    """Frames that became durable in the journal together; a mark is the last of its batch.
+    """Frames that became durable in the journal together; one of CUTS is the last of its batch.
 
     :ivar size: their bytes; ``end``: the place behind the last of them.
     """
@@ -37,9 +36,9 @@ class Batch(NamedTuple):
     end: Cursor
 
     @property
-    def marks(self) -> bool:
-        """Whether a checkpoint is to be taken behind it."""
-        return self.changes[-1].header.kind == MARK
+    def cuts(self) -> bool:
+        """Whether something is to be recorded behind it."""
+        return self.changes[-1].header.kind in CUTS
 
 
 class Mirroring:
@@ -129,8 +128,8 @@ class Mirroring:
             )
 
     def _next(self) -> list[Batch]:
-        """Take the batches up to the first mark."""
-        count = next((n for n, b in enumerate(self._ready, 1) if b.marks), len(self._ready))
+        """Take the batches up to the first that cuts."""
+        count = next((n for n, b in enumerate(self._ready, 1) if b.cuts), len(self._ready))
         batches, self._ready = self._ready[:count], self._ready[count:]
         return batches
 
@@ -169,8 +168,6 @@ class Mirroring:
         if self.held is not None:
             self._let_go()
             committing.holding.taken()
-            # It has freed the journal.
-            committing.freed()
         elif self._behind:
             self._behind = place.position != self.durable.position
         self.go_on()
@@ -238,8 +235,6 @@ class Mirroring:
             self._let_go()
             told.callback(held)
             self._committing.mirrored(False)
-            # It has freed the journal.
-            self._committing.freed()
 
         self._changing = True
         self._worker.run(partial(self.mirror.hold, held, place, self.durable), done)

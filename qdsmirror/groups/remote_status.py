@@ -57,6 +57,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         "bypass": dict(bypass) if bypass is not None else None,
         "verify": None,
         "checkpoint": group.holding.status(),
+        "before_images": mirror.images.status() if mirror is not None else None,
         "driver": {"pid": None},
         "pmd": {**group.link_state, "pid": None},
         "rmd": {"pid": pid, **group.link_state},

@@ -36,12 +36,16 @@ from qdsmirror.core.verify import Kept, Range, Verdict, parse_rows
 from qdsmirror.errors import CorruptError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.beforeimages import BeforeImages
 from qdsmirror.storage.binding import Bound, look_ahead, seal, take_over
 from qdsmirror.storage.fingerprint import ranges_text
 from qdsmirror.storage.logreader import READ_BYTES
 from qdsmirror.storage.recovery import check_binding, closing_on_error
 from qdsmirror.storage.verify import differing
 from qdsmirror.storage.writelog import Writelog
+
+#: Frames behind which something is recorded: nothing that follows is applied together with them.
+CUTS = frozenset((MARK, REFRESH_BEGIN, REFRESH_END))
 
 _REMEDY = "the journal lost or changed data: make a new mirror with qdsrefresh --full"
 
@@ -110,6 +114,7 @@ class Mirror:
         self.devices = list(devices)
         self.applied = self.reached = journal.superblock.applied
         self.told: list[str] = []
+        self.images = BeforeImages(config, journal, self.devices)
         #: Up to this GSN the devices may hold what a later frame wrote: nothing is compared.
         self._unsure_gsn = NUMBERS_END
 
@@ -192,7 +197,8 @@ class Mirror:
         scan = self.scan()
         if scan.damage:
             raise CorruptError(scan.damage, _REMEDY)
-        self.told += take_over(self._bound, self.config, self._mark_foreign)
+        self.check_foreign()
+        self.images.load()
         self.journal.head = scan.reached.position
         self.reached = scan.reached
         count = 0
@@ -201,14 +207,21 @@ class Mirror:
             self.applied = done.place
             count += done.frames
         self._unsure_gsn = scan.reached.gsn - 1
-        if self.held is None:
-            self.checkpoint(scan.reached, scan.reached)
+        # A checkpoint too may stand in one slot only so far.
+        self.checkpoint(self.applied, scan.reached)
         return count
+
+    def check_foreign(self) -> None:
+        """Look whether somebody else has written to a mirror device; the mirror is none then.
+
+        :raises MismatchError: another device stands under a mirror device's path.
+        """
+        self.told += take_over(self._bound, self.config, self._mark_foreign)
 
     def apply_journal(self, upto: Cursor) -> Applied:
         """Apply the next frames that are durable in the journal, as many as one read gives.
 
-        A mark is the last of them.
+        One of CUTS is the last of them.
 
         :param upto: behind the last that is.
         :raises CorruptError: it does not hold what it should.
@@ -221,7 +234,7 @@ class Mirror:
         for found in reader.read(READ_BYTES, upto.position):
             changes.append(change_of(found.header, found.frame))
             cursor = cursor.after(found.header, found.end)
-            if found.header.kind == MARK:
+            if found.header.kind in CUTS:
                 break
         else:
             # Pads may stand behind the last one.
@@ -243,13 +256,26 @@ class Mirror:
         return Held.from_json(self.journal.superblock.checkpoint)
 
     def reach(self, last: Change, place: Cursor, durable: Cursor) -> None:
-        """Take the checkpoint that a mark asks for, if the mirror is usable there.
+        """Do what the last frame applied asks for behind it.
 
-        :param last: the last frame applied; ``place``: behind it.
+        :param place: behind it.
         :param durable: as for :meth:`checkpoint`.
         """
-        if last.header.kind != MARK:
-            return
+        if last.header.kind == REFRESH_BEGIN:
+            # What came before is not replayed over what follows any more.
+            self.mark_incoherent(
+                last.control,
+                last.header.gsn_first - 1,
+                tail=place,
+                applied=place,
+                head=durable,
+                durable_gsn=durable.gsn - 1,
+            )
+        elif last.header.kind == MARK:
+            self._reach_mark(last, place, durable)
+
+    def _reach_mark(self, last: Change, place: Cursor, durable: Cursor) -> None:
+        """Take the checkpoint that a mark asks for, if the mirror is usable there."""
         name, hold = mark_name(last.control), self.config.tunables.checkpoint_hold
         if not self.journal.superblock.coherent:
             reason = self.journal.superblock.reason
@@ -260,7 +286,9 @@ class Mirror:
 
     def take_told(self) -> list[str]:
         """Give what an operator should know, once."""
-        told, self.told = self.told, []
+        told = [*self.told, *self.images.told]
+        self.told.clear()
+        self.images.told.clear()
         return told
 
     def hold(self, held: Held, place: Cursor, durable: Cursor) -> None:
@@ -294,6 +322,7 @@ class Mirror:
             refresh=None,
             bypass=None,
             checkpoint=None,
+            before=None,
             # A journal that was never filled has none, and its mirror nothing to lose.
             generations=generations if known.generations else (),
         )
@@ -308,19 +337,21 @@ class Mirror:
     def apply(self, changes: Iterable[Change]) -> list[Verdict]:
         """Apply frames, in order, to the mirror devices.
 
+        One of CUTS is the last of them, if any is there; :meth:`reach` does what it asks for.
+
         :returns: what was found at each VERIFY frame; nothing of one that a crash has left behind,
             whose later frames the devices may hold already (rules.md 22).
         :raises OSError: a device or the journal refused.
         """
         verdicts: list[Verdict] = []
+        changes = list(changes)
+        self.images.keep((header.ldsu, found) for header, found, _ in changes)
         for header, found, control in changes:
             if self.journal.superblock.bypass is not None and header.kind == ENTRIES:
                 # The primary did not come to enter it.
                 self.journal.update(both=True, bypass=None)
             if header.kind == ENTRIES:
                 apply_entries(self.devices[header.ldsu], found)
-            elif header.kind == REFRESH_BEGIN:
-                self.mark_incoherent(control)
             elif header.kind == REFRESH_END:
                 self._mark_coherent(control)
             elif header.kind == BREAK:
@@ -364,14 +395,22 @@ class Mirror:
             return []
         return Kept(superblock.verify).verdicts(self.applied.gsn - 1)
 
-    def mark_incoherent(self, refresh_id: bytes, **changes: Any) -> None:
-        """Record, in both slots, that a refresh has begun to change the mirror."""
+    def mark_incoherent(self, refresh_id: bytes, gsn: int, **changes: Any) -> None:
+        """Record, in both slots, that a refresh has begun to change the mirror.
+
+        :param gsn: the last one on the mirror devices; it is synced first, so that the mirror can
+            be rolled back to it.
+        :param changes: of other fields of the superblock.
+        """
+        for device in self.devices:
+            device.fdatasync()
         self.journal.update(
             both=True,
             coherent=False,
             reason="a refresh is in progress",
             refresh={"id": refresh_id.hex()},
             bypass=None,
+            before=self.images.begin(gsn),
             **changes,
         )
 
@@ -380,9 +419,7 @@ class Mirror:
 
         It is synced before: a dirty refresh does not bring it again.
         """
-        for device in self.devices:
-            device.fdatasync()
-        self.mark_incoherent(refresh_id, **changes)
+        self.mark_incoherent(refresh_id, self.applied.gsn - 1, **changes)
 
     def _mark_break(self, bypass_id: bytes, since: float) -> None:
         """Record that what the mirror holds is complete, and older than the primary's state."""
@@ -398,7 +435,9 @@ class Mirror:
             return
         for device in self.devices:
             device.fdatasync()
-        self.journal.update(both=True, coherent=True, reason="", refresh=None, verify=None)
+        self.journal.update(
+            both=True, coherent=True, reason="", refresh=None, verify=None, before=None
+        )
 
     def checkpoint(self, upto: Cursor, durable: Cursor, **changes: Any) -> None:
         """Sync the mirror devices and free the journal up to a place that is applied.

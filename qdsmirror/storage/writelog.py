@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from qdsmirror.core.beforeimage import area_bytes
 from qdsmirror.core.bitmap import BitmapArea
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer
@@ -35,9 +36,11 @@ from qdsmirror.core.ring import Extent, Place, Placement, Ring, align_up
 from qdsmirror.errors import DegradedError, DeviceError, LimitError, UsageError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import (
+    BEFORE_JOURNAL_SHARE,
     CONTROL_RECORDS_MIN,
     CONTROL_RESERVE_BYTES,
     EXTENSIONS_PER_LOG_MAX,
+    FRAME_BYTES_MAX,
     WRITELOG_BYTES_MIN,
 )
 from qdsmirror.storage.bitmap import initialise_bitmap
@@ -58,16 +61,32 @@ def _reserve(align: int) -> int:
 
 
 def layout_of(
-    device: IBlockDevice, role: str, units: Sequence[BoundUnit]
+    device: IBlockDevice, role: str, units: Sequence[BoundUnit], before_bytes: int = 0
 ) -> tuple[int, Ring, BitmapArea | None]:
     """Divide a device for a new log: the slots' size, the ring, the dirty bitmap's area.
 
+    :param before_bytes: of a journal, what the before-images get (:func:`before_bytes_for`).
     :raises DeviceError: it is too small.
     """
     if isinstance(device, MemoryLogDevice):
         return device.layout(units[0].size)
     covered = units[0].size if role == "writelog" else None
-    return layout(device.size, len(units), device.physical_block, covered)
+    return layout(device.size, len(units), device.physical_block, covered, before_bytes)
+
+
+def before_bytes_for(device: IBlockDevice, units: Sequence[BoundUnit], wanted: int) -> int:
+    """Give what the before-images of a new journal get (rules.md 15).
+
+    At most half of the device, and nothing that the primary's largest frames need; no more than
+    the mirror devices can need.
+
+    :param wanted: bytes, at most.
+    :raises DeviceError: the device is too small for a journal.
+    """
+    _, ring, _ = layout_of(device, "journal", units)
+    spare = ring.size - ring_bytes_for(FRAME_BYTES_MAX, ring.align)
+    spare = min(spare, int(device.size * BEFORE_JOURNAL_SHARE))
+    return area_bytes(wanted, [unit.size for unit in units], spare, ring.align)
 
 
 def ring_bytes_for(frame_bytes: int, align: int) -> int:
@@ -159,9 +178,11 @@ class Writelog:
         units: Sequence[BoundUnit],
         generations: Sequence[Generation] = (),
         reason: str = "never mirrored",
+        before_bytes: int = 0,
     ) -> Writelog:
         """Make a device an empty log, both slots durable on return (patent: qdswlinit).
 
+        :param before_bytes: see :func:`layout_of`.
         :raises DeviceError: the device is too small.
         """
         if device.size < WRITELOG_BYTES_MIN:
@@ -169,7 +190,7 @@ class Writelog:
                 f"{device.path} has {device.size} bytes; a log needs {WRITELOG_BYTES_MIN} at least",
                 hint="give a larger device",
             )
-        slot_bytes, ring, bitmap = layout_of(device, role, units)
+        slot_bytes, ring, bitmap = layout_of(device, role, units, before_bytes)
         superblock = Superblock(
             role=role,
             log=os.urandom(16),

@@ -110,6 +110,7 @@ def remarks(group: Group) -> list[str]:
     lines += _checkpoint_lines(group)
     lines += [f"{group['name']}: {line}" for line in _synchronous_lines(group)]
     lines += _wire_lines(group)
+    lines += _before_lines(group)
     lines += _extension_lines(group)
     lines += [f"{group['name']}: {reason}" for reason in _reasons(group)]
     for unit in group["ldsus"]:
@@ -196,6 +197,24 @@ def _synchronous_lines(group: Group) -> list[str]:
         changed = ", ".join(f"{key} = {value}" for key, value in group["settings"].items())
         lines.append(f"set until the next start: {changed}")
     return lines
+
+
+def _before_lines(group: Group) -> list[str]:
+    """Say whether a refresh can be rolled back, and how much room that takes."""
+    told = group.get("before_images")
+    if not told or told["state"] in ("off", "ready", "nothing"):
+        return []
+    if told["state"] == "given-up":
+        text = f"the refresh cannot be rolled back any more: {told['reason']}"
+    else:
+        needed = told["needed_bytes"]
+        estimate = f", about {size_text(needed)} will be needed" if needed else ""
+        text = (
+            f"can be rolled back to GSN {told['rollback_gsn']}: "
+            f"{size_text(told['used_bytes'])} of {size_text(told['size'])} for before-images "
+            f"used{estimate}"
+        )
+    return [f"{group['name']}: {text}"]
 
 
 def _extension_lines(group: Group) -> list[str]:

@@ -1,4 +1,4 @@
-"""qdsrmdreco(1): commit what the secondary journal holds to the mirror devices.
+"""qdsrmdreco(1): commit what the secondary journal holds to the mirror devices, or roll them back.
 
 Patent: "a recovery utility for the secondary computer system, that commits any buffered data
 entries to the mirror device".  It takes the journal's lock, so it is refused beside a live rmd.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError
+from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.rollback import roll_back
 from qdsmirror.tools import cli
+
+#: Does something with a mirror that is open; gives what it has to say.
+_Work = Callable[[Mirror], dict[str, Any]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--release", action="store_true", help="release checkpoints, and go on beyond them"
     )
+    made.add_argument(
+        "--rollback",
+        action="store_true",
+        help="of a mirror whose refresh is interrupted: go back to what it was before; needs --yes",
+    )
+    made.add_argument("--yes", action="store_true", help="with --rollback: do it")
     return made
 
 
@@ -37,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Replay the journals of the groups whose secondary this host is."""
     arguments = build_parser().parse_args(argv)
+    work = _work(arguments)
     paths = cli.paths_of(arguments)
     host = load_host(paths)
     selection = cli.load_selection(arguments, paths)
@@ -53,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for group in groups:
         try:
             with cli.naming(group.name):
-                done.append(_recover(paths, group, arguments.release))
+                done.append(_recover(paths, group, work))
         except QdsError as error:
             # The other mirrors are needed no less.
             failed.append(error)
@@ -65,32 +77,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.report_all(failed, arguments.json)
 
 
-def _recover(paths: Paths, group: GroupConfig, release: bool) -> dict[str, Any]:
+def _work(arguments: argparse.Namespace) -> _Work:
+    """Give what is to be done with each mirror.
+
+    :raises UsageError: the options do not go together, or consent is missing.
+    """
+    if not arguments.rollback:
+        if arguments.yes:
+            raise UsageError("--yes goes with --rollback", hint="qdsrmdreco --help")
+        return partial(_replay, release=arguments.release)
+    if arguments.release:
+        raise UsageError("--rollback goes without --release", hint="qdsrmdreco --help")
+    if not arguments.yes:
+        raise UsageError(
+            "--rollback gives up what the secondary received since the refresh began, and the "
+            "primary must refresh it anew",
+            hint="add --yes if that is meant",
+        )
+    return _roll_back
+
+
+def _recover(paths: Paths, group: GroupConfig, work: _Work) -> dict[str, Any]:
     used = (group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus))
     latch = FailureLatch(paths.state_file(group.number))
     latch.check(used)
     try:
-        return _replay(group, release)
+        return _run(group, work)
     except DeviceFailedError as error:
         # The kernel reports the next sync as good, to the rmd too (rules.md 4).
         latch.record(error.path, error)
         raise
 
 
-def _replay(group: GroupConfig, release: bool) -> dict[str, Any]:
+def _replay(mirror: Mirror, release: bool) -> dict[str, Any]:
+    frames = mirror.replay()
+    while release and mirror.held is not None:
+        mirror.release()
+        frames += mirror.replay()
+    return {"frames": frames}
+
+
+def _roll_back(mirror: Mirror) -> dict[str, Any]:
+    return {"frames": 0, "restored_bytes": roll_back(mirror).restored_bytes}
+
+
+def _run(group: GroupConfig, work: _Work) -> dict[str, Any]:
     mirror = Mirror.open(group, open_device)
     try:
-        frames = mirror.replay()
-        while release and mirror.held is not None:
-            mirror.release()
-            frames += mirror.replay()
-        for text in mirror.told:
+        done = work(mirror)
+        for text in mirror.take_told():
             print(f"{group.name}: {text}", file=sys.stderr)
         mirror.seal()
         superblock = mirror.journal.superblock
         return {
             "group": group.name,
-            "frames": frames,
+            **done,
             "gsn": mirror.applied.gsn - 1,
             "coherent": superblock.coherent,
             "reason": superblock.reason,
@@ -103,6 +144,12 @@ def _replay(group: GroupConfig, release: bool) -> dict[str, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     usable = "coherent" if found["coherent"] else f"NOT coherent ({found['reason']})"
+    if "restored_bytes" in found:
+        print(
+            f"{found['group']}: rolled back to GSN {found['gsn']}, {found['restored_bytes']} bytes "
+            "restored; the mirror is coherent, and the primary must refresh it: qdsrefresh"
+        )
+        return
     print(
         f"{found['group']}: {found['frames']} frames committed; the mirror stands at GSN "
         f"{found['gsn']} and is {usable}"

@@ -163,6 +163,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "verify": None,
         "checkpoint": None,
         "wire": None,
+        "before_images": None,
         "pool": None,
         "driver": {"pid": None},
         "pmd": {"pid": None, "state": "stopped"},

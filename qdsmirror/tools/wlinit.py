@@ -28,7 +28,7 @@ from qdsmirror.storage.memory import absent_memory
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.partition import Partition, divide
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
-from qdsmirror.storage.writelog import Writelog, layout_of, ring_bytes_for
+from qdsmirror.storage.writelog import Writelog, before_bytes_for, layout_of, ring_bytes_for
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
 
@@ -38,6 +38,7 @@ class _Log:
     """A log to be made: on which device, for which LDSUs.
 
     :ivar whole: what ``device`` is, or a part of.
+    :ivar before_bytes: of a journal: what the before-images get of it.
     """
 
     group: GroupConfig
@@ -45,6 +46,7 @@ class _Log:
     whole: FileDevice
     device: FileDevice | Partition | MemoryLogDevice
     units: list[BoundUnit] = field(default_factory=list)
+    before_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -55,6 +57,8 @@ class _Log:
     def check_size(self) -> None:
         """Refuse a device that is too small for its superblocks and the least ring.
 
+        Of a journal's, find what the before-images can have.
+
         A journal's ring must take any frame that a primary may send.
 
         :raises DeviceError: it is.
@@ -62,6 +66,9 @@ class _Log:
         device = self.device
         try:
             _, ring, _ = layout_of(device, self.role, self.units)
+            if self.role == "journal":
+                wanted = self.group.tunables.before_image_bytes
+                self.before_bytes = before_bytes_for(device, self.units, wanted)
         except DeviceError as error:
             raise DeviceError(
                 f"{device.role} {device.path}: {error.message}", hint=error.hint
@@ -178,7 +185,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "memory_bytes" in one:
                 size = f"for a writelog of {one['memory_bytes']} bytes in memory"
             print(f"{one['group']}: {one['role']} {one['device']} initialised, {size}")
+            if "before_image_bytes" in one:
+                print(f"{one['group']}: {_before_text(one['before_image_bytes'])}")
     return 0
+
+
+def _before_text(size: int) -> str:
+    """Say what a refresh may overwrite and can still be rolled back."""
+    if not size:
+        return "no room for before-images: a refresh that is interrupted cannot be rolled back"
+    return f"of these {size} bytes for before-images, so that a refresh can be rolled back"
 
 
 def _forget_failures(paths: Paths, number: int, daemon: str) -> None:
@@ -208,6 +224,7 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
                 units=log.units,
                 # A journal is blank until a primary begins its history.
                 generations=[Generation(generation, 1)] if log.role == "writelog" else [],
+                before_bytes=log.before_bytes,
             )
         made.append(
             {
@@ -216,6 +233,7 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
                 "device": log.device.path,
                 "size": log.device.size,
                 **({"memory_bytes": log.memory_bytes} if log.memory_bytes else {}),
+                **({"before_image_bytes": log.before_bytes} if log.role == "journal" else {}),
             }
         )
     return made

@@ -357,7 +357,7 @@ class MarkTests(SynchronousTestCase):
         world.write(1)
         self.assertEqual(world.reached, (3, 3))
         self.assertIsNone(world.held)
-        self.assertIn("no checkpoint at mark nightly", str(world.group.status()["errors"]))
+        self.assertIn("no checkpoint at mark nightly", str(world.group.notes))
 
     def test_a_checkpoint_of_the_superblocks_does_not_go_back_behind_it(self) -> None:
         world = self.world

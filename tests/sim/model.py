@@ -81,6 +81,12 @@ class Model:
         self.dead: set[int] = set()
         #: LDSUs whose writelog has failed: writes go past it, its end may be lost (rules.md 13).
         self.unlogged: set[int] = set()
+        #: What the mirrors held when they were last usable; ``None`` while they are.
+        self.usable: list[bytes] | None = None
+        self.usable_damaged = False
+        #: Whether a rollback is under way; and the generations that rollbacks have begun.
+        self.rolling = False
+        self.rolled: set[bytes] = set()
         #: Whether a checkpoint holds: nothing may be written to a mirror (rules.md 22).
         self.is_held = False
         #: By LDSU, the sectors of its mirror that somebody else has changed, and at which step.
@@ -372,6 +378,8 @@ class Model:
     def _mirror_write(self, ldsu: int, offset: int, data: bytes) -> None:
         """PREFIX: what is written to a mirror is durable in the journal."""
         self._count("mirror writes")
+        if self.rolling:
+            return
         if self.is_held:
             raise Violation(f"PREFIX: mirror {ldsu} is written while a checkpoint holds")
         for at in range(0, len(data), SECTOR):
@@ -402,9 +410,33 @@ class Model:
             raise Violation(
                 f"DURABLE: the secondary acknowledged GSN {self.acked} and holds {reached.gsn - 1}"
             )
+        if superblock.generation in self.rolled:
+            if superblock.coherent:
+                self.check_rolled_back(contents)
+            return
         for made in self.check_places(cursor, superblock, contents, self.tips):
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
+
+    def refresh_begins(self, superblock: Superblock) -> None:
+        """Learn that a mirror is about to become unusable."""
+        if superblock.coherent:
+            self.usable = [bytes(mirror.seen) for mirror in self.mirrors]
+            self.usable_damaged = False
+
+    def check_rolled_back(self, contents: Sequence[bytes | bytearray]) -> None:
+        """COHERENT: a mirror that was rolled back is what it was when it was last usable."""
+        self._count("rolled back mirrors")
+        assert self.usable is not None
+        if self.usable_damaged:
+            # Somebody else has changed it since.
+            return
+        for index, (content, usable) in enumerate(zip(contents, self.usable, strict=True)):
+            if bytes(content) != usable:
+                raise Violation(
+                    f"COHERENT: mirror {index} was rolled back and differs from what it was at "
+                    f"{first_difference(content, usable)}"
+                )
 
     def holds(self, place: Cursor, superblock: Superblock) -> None:
         """PREFIX, DURABLE: a checkpoint holds: its mirrors stand there, and all of it is synced."""
@@ -413,7 +445,11 @@ class Model:
         for index, mirror in enumerate(self.mirrors):
             if mirror.unsynced:
                 raise Violation(f"DURABLE: a checkpoint holds, and mirror {index} is not synced")
-        self.check_places(place, superblock, [mirror.seen for mirror in self.mirrors], self.tips)
+        contents = [mirror.seen for mirror in self.mirrors]
+        if superblock.generation in self.rolled:
+            self.check_rolled_back([bytes(content) for content in contents])
+        else:
+            self.check_places(place, superblock, contents, self.tips)
 
     def check_places(
         self,
@@ -465,6 +501,7 @@ class Model:
             return False
         mirror.seen[at : at + SECTOR] = mirror.durable[at : at + SECTOR] = junk
         self.damaged[ldsu][at] = step
+        self.usable_damaged = True
         return True
 
     def compared(
@@ -505,6 +542,8 @@ class Model:
 
     def journal_recorded(self, before: Superblock, superblock: Superblock) -> None:
         """COHERENT: the mirror is called coherent only behind a refresh's end, all of it synced."""
+        if self.rolling:
+            return
         if before.coherent or not superblock.coherent:
             return
         self._count("refreshes ended")

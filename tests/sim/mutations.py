@@ -43,7 +43,9 @@ from qdsmirror.groups.verifying import Verifying
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
+from qdsmirror.storage import rollback as rollback_module
 from qdsmirror.storage.apply import apply_entries
+from qdsmirror.storage.beforeimages import BeforeImages
 from qdsmirror.storage.bitmap import empty_bitmap
 from qdsmirror.storage.journal import Applied, Mirror
 from qdsmirror.storage.logreader import Ahead, LogReader
@@ -633,7 +635,7 @@ def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
         return ready
 
     def apply(mirroring: Any, batches: Any, durable: Any) -> Applied:
-        mark = next((b for b in batches if b.marks), batches[-1])
+        mark = next((b for b in batches if b.cuts), batches[-1])
         changes = [change for batch in batches for change in batch.changes]
         verdicts = mirroring.mirror.apply(changes)
         mirroring.mirror.reach(mark.changes[-1], mark.end, durable)
@@ -641,6 +643,57 @@ def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
 
     patch(Mirroring, "_next", all_of_it)
     patch(Mirroring, "_apply", apply)
+
+
+@mutation("COHERENT", seeds=200)
+def _before_images_behind_the_overwrite(patch: Patch) -> None:
+    real = Mirror.apply
+
+    def apply(mirror: Any, changes: Any) -> Any:
+        listed = list(changes)
+        with mock.patch.object(mirror.images, "keep", lambda _changes: None):
+            verdicts = real(mirror, listed)
+        mirror.images.keep((header.ldsu, found) for header, found, _ in listed)
+        return verdicts
+
+    patch(Mirror, "apply", apply)
+
+
+@mutation("COHERENT", seeds=200)
+def _before_images_not_synced(patch: Patch) -> None:
+    real = BeforeImages._write
+
+    def write(images: Any) -> bool:
+        with mock.patch.object(images._log.device, "fdatasync", lambda: None):
+            return real(images)
+
+    patch(BeforeImages, "_write", write)
+
+
+@mutation("COHERENT", seeds=200)
+def _before_images_retaken_by_a_replay(patch: Patch) -> None:
+    def load(images: Any) -> None:
+        if not images._loaded and images.period is not None:
+            images._forget()
+            images._loaded = True
+
+    patch(BeforeImages, "load", load)
+
+
+@mutation("COHERENT", seeds=200)
+def _rolled_back_history_goes_on(patch: Patch) -> None:
+    real = rollback_module.Generation
+
+    def same(_id: bytes, gsn: int) -> Any:
+        return real(rolled_back[-1], gsn)
+
+    rolled_back: list[bytes] = []
+
+    def check(images: Any) -> None:
+        rolled_back.append(images._log.superblock.generation)
+
+    patch(BeforeImages, "check", _wrapped(BeforeImages, "check", before=check))
+    patch(rollback_module, "Generation", same)
 
 
 @mutation("COHERENT", seeds=200)

@@ -23,6 +23,7 @@ class Profile:
     :ivar auto_refresh: whether the bypass of an overflow is left without an operator.
     :ivar checkpoint_hold: what becomes of a checkpoint when the journal fills.
     :ivar verify_rate: bytes that a verify reads in a second; verify_every: seconds between two.
+    :ivar before_bytes: of the journal, for before-images; ``before_images_full``: what then.
     :ivar slow: how the names of workers end that are seldom stepped; "": none.
     :ivar catch_up_entries: stands for the constant of that name.
     :ivar paths: network paths between the sites.
@@ -53,6 +54,8 @@ class Profile:
     eager: float
     slow: str
     checkpoint_hold: str
+    before_bytes: int
+    before_images_full: str
     faults: dict[str, int]
     operation: str = "async"
     on_disconnect: str = "block"
@@ -105,6 +108,10 @@ class Profile:
         if not faults["damage"] and not memory:
             # (A mirror that was damaged unnoticed is what it would make the data devices.)
             faults["backfresh"] = Random(f"backfresh {faults}").choice((0, 0, 0, 60, 150))
+        before = own.choice((0, 0, 32 * KIB, 256 * KIB, 256 * KIB))
+        # (A mirror that was rolled back has a history of its own, which a backfresh's model lacks.)
+        rolls = before and not faults.get("backfresh")
+        faults["rollback"] = own.choice((20, 60)) if rolls else 0
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -128,6 +135,8 @@ class Profile:
             verify_rate=last.choice((256, 4096)) * KIB,
             verify_every=last.choice((0.0, 0.0, 2.0)),
             checkpoint_hold=own.choice(("release", "strict")),
+            before_bytes=before,
+            before_images_full=own.choice(("give-up", "give-up", "stop")),
             faults=faults,
             **cls._draw_operation(aside, faults),
             paths=paths,

@@ -51,6 +51,8 @@ PROFILE = Profile(
     eager=0.0,
     slow="",
     checkpoint_hold="release",
+    before_bytes=0,
+    before_images_full="give-up",
     faults={},
 )
 

@@ -130,6 +130,7 @@ class Sites:
                 send_window=profile.window,
                 auto_refresh=profile.auto_refresh,
                 checkpoint_hold=profile.checkpoint_hold,
+                before_images_full=profile.before_images_full,
                 compression=profile.compression,
                 verify_rate=profile.verify_rate,
                 verify_every=profile.verify_every,
@@ -175,9 +176,10 @@ class Sites:
             device = Process("qdswlinit", self.clock, self.random).open(disk, "extension", 512)
             PoolDevice.initialise(device, 0)
             device.close()
+        journal = profile.journal + profile.before_bytes
         # A secondary that has committed nothing yet cannot be told from one that lost its journal.
         begun = [generation] if profile.memory else []
-        self._make_log(self.config.journal_device, profile.journal, "journal", units, begun)
+        self._make_log(self.config.journal_device, journal, "journal", units, begun)
         self.model = Model(
             generation,
             contents,
@@ -275,6 +277,7 @@ class Sites:
             group=0,
             units=units,
             generations=[Generation(one, 1) for one in ids],
+            before_bytes=self.profile.before_bytes if role == "journal" else 0,
         )
         log.update(both=True, coherent=True, reason="")
         if role == "writelog":
@@ -399,6 +402,9 @@ class Sites:
 
     def _excused(self, process: Process, error: BaseException) -> bool:
         """Tell whether a device's failure explains why a daemon does not start (LOUD)."""
+        if isinstance(error, BrokenError) and "before-images are used up" in str(error):
+            self.count("refused for want of before-images")
+            return True
         if isinstance(error, BrokenError) and any(path in str(error) for path in self.latched):
             self.count("refused over a latched device")
             return True

@@ -39,6 +39,7 @@ from qdsmirror.groups.session import Session
 from qdsmirror.groups.verifying import Verifying
 from qdsmirror.limits import KIB
 from qdsmirror.net.handshake import RebasePosition
+from qdsmirror.storage import beforeimages as beforeimages_module
 from qdsmirror.storage import verify as storage_verify
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.writelog import Writelog
@@ -81,6 +82,8 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(fetching_module, "BACKFRESH_SPANS_MAX", 2)
         patch(backfresh_module, "BACKFRESH_RECORD_SECONDS", 0.05)
         patch(answering_module, "CATCH_UP_ENTRIES", profile.catch_up_entries)
+        patch(beforeimages_module, "BEFORE_CHUNK_BYTES", 4 * KIB)
+        patch(beforeimages_module, "BEFORE_BATCH_BYTES", 16 * KIB)
         patch(outbound_module, "SEND_BUFFER_BYTES", profile.buffer)
         patch(primary_module, "STRIPE_BYTES", max(4 * KIB, profile.buffer // 4))
         patch(band_module, "INLINE_BYTES_MAX", profile.inline)
@@ -103,6 +106,7 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
             _counted(world, "messages unpacked", session_module.compression.unpack, _any),
         )
         patch(RemoteGroup, "rebase", _watched_rebase(world, RemoteGroup.rebase))
+        patch(Mirror, "mark_incoherent", _watched_begin(world, Mirror.mark_incoherent))
         patch(Mirror, "hold", _watched_hold(world, Mirror.hold))
         patch(Mirror, "release", _watched_release(world, Mirror.release))
         patch(Session, "acknowledge", _watched_acknowledge(world, Session.acknowledge))
@@ -221,6 +225,14 @@ def _watched_acknowledge(world: Sites, original: Any) -> Any:
     return acknowledge
 
 
+def _watched_begin(world: Sites, original: Any) -> Any:
+    def mark_incoherent(mirror: Mirror, *args: Any, **kw: Any) -> None:
+        world.model.refresh_begins(mirror.journal.superblock)
+        original(mirror, *args, **kw)
+
+    return mark_incoherent
+
+
 def _watched_hold(world: Sites, original: Any) -> Any:
     def hold(mirror: Mirror, held: Any, place: Any, durable: Any) -> None:
         original(mirror, held, place, durable)
@@ -267,6 +279,8 @@ def _watched_superblock(world: Clients, original: Any) -> Any:
             world.model.backfreshes.superblock(superblock)
         if superblock.role == "writelog" and len(superblock.generations) > 1:
             world.model.leaves_bypass(superblock.generation)
+        if superblock.role == "journal" and hasattr(world, "model") and world.model.rolling:
+            world.model.rolled.add(superblock.generation)
         original(log, superblock, **kw)
         if not hasattr(world, "model"):
             return

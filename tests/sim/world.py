@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import maybeDeferred
 
 from qdsmirror.core.records import BoundUnit
-from qdsmirror.errors import QdsError
+from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.limits import KIB, SILENT_PEER_SECONDS
+from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.rollback import roll_back
 from tests.sim.clients import Clients
+from tests.sim.disk import Gone
 from tests.sim.history import SECTOR, Violation, payload
 from tests.sim.modes import check_modes
 from tests.sim.process import Fuse, Process
@@ -98,6 +102,8 @@ class World(Clients):
             self._change_log(what)
         elif what == "backfresh":
             self._backfresh()
+        elif what == "rollback":
+            self._roll_back()
         elif what == "checkpoint":
             self.switch_checkpoint()
         elif what == "mark":
@@ -203,6 +209,52 @@ class World(Clients):
         switched = maybeDeferred(group.switch_bypass, to)
         switched.addCallback(lambda _: self.count(f"bypass {to}"))
         switched.addErrback(lambda failure: failure.trap(QdsError))
+
+    def _roll_back(self) -> None:
+        """Give a refresh up for good, now and then: roll the mirror back."""
+        if not self.receiving or self.rmd is None or self.latched:
+            return
+        if self.rmd.group.mirror.journal.superblock.before is None:
+            return
+        self.note("roll back")
+        if self.random.random() < 0.5:
+            self.kill("rmd")
+        else:
+            self.power_cut("beta")
+        for _ in range(self.random.choice((1, 1, 2, 4))):
+            if not self.roll_back_once():
+                return
+
+    def roll_back_once(self, interruptible: bool = True) -> bool:
+        """Run qdsrmdreco --rollback; tell whether it was interrupted."""
+        process, runtime = self._process("qdsrmdreco")
+        if interruptible and self.random.random() < 0.6:
+            process.fuse = Fuse(self.random.randrange(12), self.random.random() < 0.5, False)
+        self.model.rolling = True
+        try:
+            mirror = Mirror.open(self.config, runtime.open_device)
+            roll_back(mirror)
+        except Gone:
+            process.kill()
+            if self.random.random() < 0.5:
+                self.power_cut("beta")
+            self.count("interrupted rollback")
+            return True
+        except DegradedError:
+            # The last one came to its end after all, or the refresh did.
+            return False
+        except BrokenError as error:
+            if self.corruption["beta"].any:
+                self.count("rollback over corruption")
+            elif "used up" not in str(error):
+                raise Violation(f"RECOVER: it cannot be rolled back: {error}") from error
+            return False
+        finally:
+            self.model.rolling = False
+            process.kill()
+        self.count("rollback")
+        self.model.check_rolled_back([bytes(disk.durable) for disk in self.model.mirrors])
+        return False
 
     def switch_checkpoint(self) -> None:
         """Take a checkpoint on the secondary, or release it."""
@@ -412,8 +464,24 @@ class World(Clients):
             else:
                 self.check_mirror()
             return
-        self._until(self._at_rest, "everything to be mirrored")
-        self._check_equal()
+        self._until(lambda: self._at_rest() or self._needs_new_logs(), "everything to be mirrored")
+        if self._needs_new_logs():
+            self.count("needs new writelogs")
+        else:
+            self._check_equal()
+
+    def _needs_new_logs(self) -> bool:
+        """Tell whether full writelogs hold what a secondary that was rolled back cannot take."""
+        group = self.driver.group if self.driver is not None and self.serving else None
+        if group is None or not self.model.rolled or not self._refused():
+            return False
+        if group.bypass.phase != "on":
+            return False
+        try:
+            group.bypass.next_generation()
+        except DegradedError:
+            return True
+        return False
 
     def _until(self, happened: Callable[[], bool], what: str, alone: bool = False) -> None:
         """Go on without faults until something is so; an operator leaves bypass.
@@ -443,7 +511,9 @@ class World(Clients):
                     self.begin_backfresh("discard" if gives_up else "")
                 if not alone and self.model.is_held:
                     self.switch_checkpoint()
-                if not alone and self._differs():
+                if not alone and self._has_stopped():
+                    self._go_on_without_rollback()
+                if not alone and (self._differs() or self._needs_refresh()):
                     self._refresh("auto")
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
@@ -453,7 +523,34 @@ class World(Clients):
         bypass = self.driver.group.bypass if self.driver is not None else None
         if bypass is None or bypass.phase != "on":
             return False
-        return not (self.profile.auto_refresh and bypass.state.get("overflow"))
+        itself = self.profile.auto_refresh and bypass.state.get("overflow")
+        return not itself or (bool(self.model.rolled) and self._refused())
+
+    def _go_on_without_rollback(self) -> None:
+        """Roll back, and choose otherwise for the next refresh, which would stop there too."""
+        self.kill("rmd")
+        self.roll_back_once(interruptible=False)
+        tunables = replace(self.config.tunables, before_images_full="give-up")
+        self.config = replace(self.config, tunables=tunables)
+
+    def _has_stopped(self) -> bool:
+        """Tell whether the secondary goes no further, for want of before-images."""
+        if self.counts.pop("refused for want of before-images", 0):
+            return True
+        group = self.rmd.group if self.rmd is not None and self.receiving else None
+        return group is not None and "before-images are used up" in group.failed
+
+    def _needs_refresh(self) -> bool:
+        """Tell whether the secondary was rolled back, and nobody has begun to mend that."""
+        group = self.driver.group if self.driver is not None else None
+        return (
+            group is not None
+            and bool(self.model.rolled)
+            and group.bypass.phase == "off"
+            and not group.coherent
+            and group.refresh_job is None
+            and (group.verifying.run is None or group.verifying.run.over)
+        )
 
     def _differs(self) -> bool:
         """Tell whether a verify has found the mirror to differ, and nobody mends it."""

@@ -84,6 +84,7 @@ def initialise(
     first: int = 0,
     generations: Sequence[Generation] = (Generation(GENERATION, 1),),
     log: bytes = LOG,
+    before_bytes: int = 0,
 ) -> Writelog:
     """Initialise a log with a known UUID, for LDSUs of these sizes from index ``first`` on."""
     units = [
@@ -91,7 +92,14 @@ def initialise(
         for index, size in enumerate(sizes, first)
     ]
     with mock.patch.object(writelog_module.os, "urandom", lambda length: log[:length]):
-        return Writelog.initialise(device, role=role, group=0, units=units, generations=generations)
+        return Writelog.initialise(
+            device,
+            role=role,
+            group=0,
+            units=units,
+            generations=generations,
+            before_bytes=before_bytes,
+        )
 
 
 def append(log: Writelog, frame: bytes, *, control: bool = False, durable: int = 0) -> int:

@@ -260,8 +260,7 @@ class ReplayTests(SynchronousTestCase):
         """As the rmd applies what a burst has brought: all at once."""
         site, prefixes = filled()
         mirror = site.open()
-        reader = site.journal.reader(Cursor(), contiguous=True)
-        changes = [change_of(found.header, found.frame) for found in reader]
+        reached = mirror.scan().reached
         seen: list[bool] = []
 
         def watch(device: MemoryDevice) -> None:
@@ -279,7 +278,8 @@ class ReplayTests(SynchronousTestCase):
 
         watch(site.devices["/mirror0"])
         mirror.journal.update(both=True, coherent=True, reason="")
-        mirror.apply(changes)
+        while mirror.applied.position != reached.position:
+            mirror.applied = mirror.apply_journal(reached).place
         self.assertEqual(seen, [False])
         for slot in (0, 8 * KIB):
             copy = site.copy()
@@ -371,7 +371,8 @@ class ReplayTests(SynchronousTestCase):
         mirror.applied = Cursor(0, site.maker.gsn)
         self.assertEqual(mirror.found_before(), [Verdict(gsn, 1, [(512, 512)])])
         begin = site.maker.make(0, kind=REFRESH_BEGIN, control=ONE)
-        skipped = apply(begin, verify(before))
+        mirror.reach(change_of(parse_header(begin), begin), mirror.applied, mirror.applied)
+        skipped = apply(verify(before))
         self.assertIn("lacks a refresh's end", skipped[0].skipped)
         self.assertEqual(skipped[0].differs, ())
         self.assertEqual(mirror.found_before(), [])
@@ -474,7 +475,7 @@ class RebaseTests(SynchronousTestCase):
         mirror.replay()
         self.assertTrue(site.superblock.coherent)
         at = Cursor(mirror.journal.head, 77, {})
-        mirror.mark_incoherent(TWO, tail=at, applied=at, head=at)
+        mirror.begin_anew(TWO, tail=at, applied=at, head=at)
         for slot in (None, 0, 8 * KIB):
             copy = site.copy()
             if slot is not None:
