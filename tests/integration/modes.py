@@ -447,6 +447,26 @@ def durable_always(modes: Modes) -> None:
     modes.set("durability=flush")
 
 
+def compressed(modes: Modes) -> None:
+    for how in ("lz4", "zstd:3", "none"):
+        modes.set(f"compression={how}")
+        modes.comes("connected")
+        modes.writes_go_on()
+
+
+def applied(modes: Modes) -> None:
+    """A changed file has the group started anew, on both hosts."""
+    value = modes.source.randrange(100, 1000)
+    for site in ("secondary", "primary"):
+        file = modes.config(site)
+        lines = [one for one in file.read_text().splitlines() if "metadata_entries" not in one]
+        if "[tunables]" not in lines:
+            lines.insert(lines.index("[ldsus]"), "[tunables]")
+        lines.insert(lines.index("[tunables]") + 1, f"metadata_entries = {value}")
+        file.write_text("\n".join(lines) + "\n")
+        modes.at(site, "qdsconfigtool", "apply")
+
+
 def checkpoint(modes: Modes) -> None:
     modes.at("secondary", "qdscheckpoint", "on", *GROUP)
     modes.writes_go_on()
@@ -517,6 +537,8 @@ STEPS: tuple[Step, ...] = (
     Step("synchronous, refresh and bypass", synchronous_refresh_and_bypass),
     Step("near-synchronous", near_synchronous),
     Step("durability always", durable_always),
+    Step("compression changed", compressed),
+    Step("configuration applied", applied),
     Step("checkpoint", checkpoint),
     Step("checkpoint at a mark", checkpoint_at_mark),
     Step("backfresh of a data device", backfresh, offline=True),
