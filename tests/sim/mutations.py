@@ -304,7 +304,7 @@ def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "is_all_applied", lambda _self: True)
 
 
-@mutation("NO-HIDDEN", first=2)
+@mutation("NO-HIDDEN", first=123)
 def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
     patch(DirtyBitmap, "damaged_ranges", [])
 

@@ -189,8 +189,9 @@ class World(Clients):
 
     def _damage(self) -> None:
         """Somebody writes to a mirror device."""
-        if self.latched or self.corruption["beta"].any:
-            # (Who refuses a damaged journal must leave the mirror as it is.)
+        if self.latched or self.corruption["beta"].any or self.profile.faults.get("backfresh"):
+            # (Who refuses a damaged journal must leave the mirror as it is; and a backfresh makes
+            # of it what the LDSUs hold.)
             return
         ldsu = self.random.randrange(self.profile.ldsus)
         for _ in range(self.random.choice((1, 1, 5))):
@@ -578,7 +579,7 @@ class World(Clients):
                 self.ask()
                 self._after()
             self.step()
-        self._until(lambda: self._is_verify_over() and self._at_rest(), "a verify and its repair")
+        self._until(self._may_verify, "a verify and its repair")
         assert self.driver is not None
         self.verify("repair")
         run = self.driver.group.verifying.run
@@ -589,6 +590,14 @@ class World(Clients):
         if any(self.model.damaged):
             raise Violation(f"LOUD: not found by a verify: {self.model.damaged}")
         self._check_equal()
+
+    def _may_verify(self) -> bool:
+        return (
+            self._is_verify_over()
+            and self._at_rest()
+            and self.driver is not None
+            and self.driver.group.pmd.is_connected
+        )
 
     def _is_verify_over(self) -> bool:
         group = self.driver.group if self.driver is not None and self.serving else None
