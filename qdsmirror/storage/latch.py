@@ -235,6 +235,15 @@ class FailureLatch:
         except OSError as cause:
             raise QdsError(f"{self.path} cannot be written: {cause}") from cause
 
+    def forget(self, devices: Iterable[str], group: Failed) -> None:
+        """Forget some devices' failures, on the operator's word; those of others stay.
+
+        :param group: what stays of what the group has made of them.
+        :raises QdsError: it cannot be written, or not be read.
+        """
+        gone = set(devices)
+        self._write({path: why for path, why in self.failures().items() if path not in gone}, group)
+
     def clear(self) -> None:
         """Forget all failures in the file, on the operator's word."""
         self.path.unlink(missing_ok=True)

@@ -179,10 +179,12 @@ class Writelog:
         generations: Sequence[Generation] = (),
         reason: str = "never mirrored",
         before_bytes: int = 0,
+        backfresh: Mapping[str, Any] | None = None,
     ) -> Writelog:
         """Make a device an empty log, both slots durable on return (patent: qdswlinit).
 
         :param before_bytes: see :func:`layout_of`.
+        :param backfresh: what its LDSU's data device lacks.
         :raises DeviceError: the device is too small.
         """
         if device.size < WRITELOG_BYTES_MIN:
@@ -200,6 +202,7 @@ class Writelog:
             device_bytes=device.size,
             generations=tuple(generations),
             reason=reason,
+            backfresh=backfresh,
             slot_bytes=slot_bytes,
             bitmap=bitmap,
             memory=RingMemory() if isinstance(device, MemoryLogDevice) else None,

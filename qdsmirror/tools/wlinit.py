@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from qdsmirror.config import GroupConfig, LdsuConfig, load_host
+from qdsmirror.core.failures import Dead
 from qdsmirror.core.records import BoundUnit, Generation
-from qdsmirror.errors import ConfigError, CorruptError, DeviceError
+from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceError, UsageError
 from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -31,6 +32,7 @@ from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog, before_bytes_for, layout_of, ring_bytes_for
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
+from qdsmirror.tools.replaced import still_lacking, take_replaced
 
 
 @dataclass
@@ -39,6 +41,7 @@ class _Log:
 
     :ivar whole: what ``device`` is, or a part of.
     :ivar before_bytes: of a journal: what the before-images get of it.
+    :ivar backfresh: what its LDSU's data device lacks, as before.
     """
 
     group: GroupConfig
@@ -47,6 +50,7 @@ class _Log:
     device: FileDevice | Partition | MemoryLogDevice
     units: list[BoundUnit] = field(default_factory=list)
     before_bytes: int = 0
+    backfresh: dict[str, Any] | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -135,6 +139,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only what is new in the extension pools, also while the driver runs",
     )
+    parser.add_argument(
+        "--replaced",
+        metavar="LDSU",
+        action="append",
+        default=[],
+        help="another data device took the place of this LDSU's: a backfresh is to fill it; "
+        "the writelogs stay as they are",
+    )
     return parser
 
 
@@ -148,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if broken:
         # What it names may be a device that a good group names too.
         raise broken[0]
+    if arguments.replaced:
+        return _replaced(arguments, paths, host.name, groups)
     with ExitStack() as opened:
         devices = _Devices(opened)
         logs: list[_Log] = []
@@ -160,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if host.name == group.primary_host:
                 cli.refuse_beside_daemon(paths, group, "driver")
                 pool += _pool(group, devices, arguments.yes)
-                logs += _writelogs(group, devices, arguments.yes)
+                logs += _writelogs(group, devices, arguments.yes, _dead(paths, group))
             if host.name == group.secondary_host:
                 cli.refuse_beside_daemon(paths, group, "rmd")
                 logs.append(_journal(group, devices, arguments.yes))
@@ -197,6 +211,29 @@ def _before_text(size: int) -> str:
     return f"of these {size} bytes for before-images, so that a refresh can be rolled back"
 
 
+def _replaced(
+    arguments: argparse.Namespace, paths: Paths, host: str, groups: Sequence[GroupConfig]
+) -> int:
+    """Take other data devices for some LDSUs."""
+    if arguments.pool or arguments.yes:
+        raise UsageError("--replaced goes with -g alone: nothing is initialised")
+    here = [group for group in groups if group.primary_host == host]
+    made = []
+    for group, devices, told in take_replaced(paths, here, arguments.replaced):
+        if running_pid(paths.pid_file("qdsdriver")) is not None:
+            master = ControlClient(paths.control_socket("qdsdriver"))
+            master.call("ForgetFailures", group=str(group.number))
+        made.append(told)
+        if not arguments.json:
+            print(
+                f"{group.name}: {', '.join(devices)} taken; closed until qdsbackfresh -g "
+                f"{group.number} --yes"
+            )
+    if arguments.json:
+        cli.print_json({"initialised": made})
+    return 0
+
+
 def _forget_failures(paths: Paths, number: int, daemon: str) -> None:
     """Clear what a group's master, if it runs, and its state file say of failed devices.
 
@@ -225,6 +262,7 @@ def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
                 # A journal is blank until a primary begins its history.
                 generations=[Generation(generation, 1)] if log.role == "writelog" else [],
                 before_bytes=log.before_bytes,
+                backfresh=log.backfresh,
             )
         made.append(
             {
@@ -243,7 +281,21 @@ def _role(ldsu: LdsuConfig) -> str:
     return f"{'bitmap device' if ldsu.memory_bytes else 'writelog'} of {ldsu.name}"
 
 
-def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Log]:
+def _dead(paths: Paths, group: GroupConfig) -> Mapping[int, Dead]:
+    """Give the data devices of a group that have failed, as far as that can be known."""
+    try:
+        return FailureLatch(paths.state_file(group.number)).group().dead
+    except BrokenError:
+        return {}
+
+
+def _writelogs(
+    group: GroupConfig, devices: _Devices, consent: bool, dead: Mapping[int, Dead]
+) -> list[_Log]:
+    """Open and check what makes a group's writelogs.
+
+    :param dead: its data devices that have failed.
+    """
     logs = []
     users: dict[str, list[str]] = {}
     for ldsu in group.ldsus:
@@ -274,7 +326,8 @@ def _writelogs(group: GroupConfig, devices: _Devices, consent: bool) -> list[_Lo
                 file=sys.stderr,
             )
         unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)
-        logs.append(_Log(group, "writelog", wholes[path], log, [unit]))
+        lacking = still_lacking(log, dead.get(ldsu.index))
+        logs.append(_Log(group, "writelog", wholes[path], log, [unit], backfresh=lacking))
     return logs
 
 

@@ -121,6 +121,34 @@ class WayBackTests(TestCase):
         world.at("primary", "qdsrefresh", "-g", "0", "--full")
         self.assert_good(world, kept)
 
+    @in_thread
+    def test_data_device_replaced_and_backfreshed(self) -> None:
+        """What is not yet at the secondary when the device dies gets there, and comes back."""
+        world = self.start()
+        kept = {(0, 0): self.write(world, 0, 0, b"a"), (1, 0): self.write(world, 1, 0, b"b")}
+        world.stop("secondary")
+        self.fail(world, "qds0.data", "write")
+        with world.connect("qds0") as client:
+            client.write(BLOCK, b"c" * BLOCK, True)
+        kept[0, 1] = b"c" * BLOCK
+        world.until(lambda: self.status(world)["ldsus"][0]["dead"], "the death of a data device")
+        kept[1, 1] = self.write(world, 1, 1, b"d")
+        world.at("primary", "killdriver")
+        self.replace(world, "qds0.data", bytes(world.device("primary", "qds1.data").stat().st_size))
+        world.at("primary", "qdswlinit", "-g", "0", "--replaced", "qds0")
+        world.at("primary", "launchdriver")
+        told = self.status(world)
+        self.assertIn("its data device was replaced", told["ldsus"][0]["closed"])
+        self.assertEqual((told["ldsus"][0]["dead"], told["ldsus"][1]["closed"]), (False, ""))
+        # The other LDSU goes on, also before the secondary is back.
+        kept[1, 2] = self.write(world, 1, 2, b"e")
+        refused = world.ask("primary", "qdsrefresh", "--full")
+        self.assertIn("qdsbackfresh -g 0 --yes", refused.stderr)
+        world.start("secondary")
+        world.at("primary", "qdsinfo", "-g", "0", "--wait", "connected")
+        world.at("primary", "qdsbackfresh", "-g", "0", "--yes")
+        self.assert_good(world, kept)
+
     def assert_good(self, world: PowerWorld, kept: dict[tuple[int, int], bytes]) -> None:
         for ldsu in range(2):
             with world.connect(f"qds{ldsu}") as client:
