@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,13 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.core.backfresh import INTERRUPTED, NEEDED, RUNNING, BackfreshState, needed
 from qdsmirror.core.failures import Dead, Failed
 from qdsmirror.errors import BrokenError, CorruptError, DegradedError, DeviceError, UsageError
-from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.paths import Paths
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.extension import open_pool
+from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.memorylog import MemoryLogDevice
+from qdsmirror.storage.partition import Partition
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.recovery import OpenUnit, close_units, open_units
 from qdsmirror.storage.superblock import read_superblock
@@ -54,7 +56,9 @@ def take_replaced(
     return done
 
 
-def still_lacking(log: IBlockDevice, dead: Dead | None) -> dict[str, Any] | None:
+def still_lacking(
+    log: FileDevice | Partition | MemoryLogDevice, dead: Dead | None
+) -> dict[str, Any] | None:
     """Give what a new writelog must know of its LDSU's data device: a backfresh has not ended.
 
     Whatever becomes of a writelog, blocks that are lacking are not there.
@@ -86,17 +90,16 @@ def _take(
         units = open_units(group, open_device, failed, pool)
         stack.callback(close_units, units)
         _check(group, units)
-        devices: dict[int, IBlockDevice] = {}
+        identities: dict[int, str] = {}
         for index, ldsu in chosen.items():
             unit = units[index]
-            device: IBlockDevice = unit.device
             if unit.dead is not None:
                 role = f"data device of {ldsu.name}"
-                device = open_device(ldsu.data_device, writable=True, role=role)
-                stack.callback(device.close)
-            _check_device(ldsu.name, device, unit)
-            devices[index] = device
-        _record(group, units, devices)
+                unit.device = open_device(ldsu.data_device, writable=True, role=role)
+                stack.callback(unit.device.close)
+            _check_device(ldsu.name, unit)
+            identities[index] = unit.device.stable
+        _record(units, identities)
         left = {index: dead for index, dead in failed.dead.items() if index not in chosen}
         paths_taken = [ldsu.data_device for ldsu in chosen.values()]
         latch.forget(paths_taken, Failed(failed.untrusted, left, failed.generation))
@@ -119,7 +122,8 @@ def _check(group: GroupConfig, units: Sequence[OpenUnit]) -> None:
             )
 
 
-def _check_device(name: str, device: IBlockDevice, unit: OpenUnit) -> None:
+def _check_device(name: str, unit: OpenUnit) -> None:
+    device = unit.device
     size = unit.writelog.superblock.units[0].size
     if device.size != size:
         raise DeviceError(
@@ -130,19 +134,21 @@ def _check_device(name: str, device: IBlockDevice, unit: OpenUnit) -> None:
         raise DeviceError(f"{device.role} {device.path} holds a writelog or journal")
 
 
-def _record(
-    group: GroupConfig, units: Sequence[OpenUnit], devices: dict[int, IBlockDevice]
-) -> None:
+def _record(units: Sequence[OpenUnit], identities: Mapping[int, str]) -> None:
+    """Record what is lacking, and which devices these are.
+
+    :param identities: of the devices that are new, by LDSU.
+    """
     number, now = os.urandom(16), time.time()
     for unit in units:
         superblock, index = unit.writelog.superblock, unit.config.index
         state = BackfreshState.of(superblock)
-        changes: dict[str, Any] = {"failures": _without(superblock.failures, devices)}
-        if index in devices:
+        changes: dict[str, Any] = {"failures": _without(superblock.failures, identities)}
+        if index in identities:
             bound = replace(
                 superblock.units[0],
                 device=unit.config.data_device,
-                identity=devices[index].stable,
+                identity=identities[index],
             )
             changes |= {"units": (bound,), "fingerprints": None}
             state = needed(number, now, "its data device was replaced")
@@ -153,8 +159,8 @@ def _record(
         unit.writelog.update(both=True, **changes)
 
 
-def _without(failures: Any, devices: dict[int, IBlockDevice]) -> dict[str, Any] | None:
+def _without(failures: Any, gone: Collection[int]) -> dict[str, Any] | None:
     failed = Failed.from_json(failures)
-    left = {index: dead for index, dead in failed.dead.items() if index not in devices}
+    left = {index: dead for index, dead in failed.dead.items() if index not in gone}
     kept = Failed(failed.untrusted, left, failed.generation)
     return kept.to_json() if kept else None
