@@ -5,6 +5,7 @@ It outlives the child that uses it, and ends with the master or the host's power
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 
@@ -60,9 +61,29 @@ class GroupMemory:
                 "qdsconfigtool apply",
             )
         role = f"memory of {ldsu.name}"
-        whole = FileDevice(os.dup(self._fd), ldsu.writelog_device, role)
         before = sum(one.memory_bytes for one in self._group.ldsus[: ldsu.index])
+        whole = _Mapped(os.dup(self._fd), ldsu, before, role)
         return part_of(whole, before, ldsu.memory_bytes, role)
+
+
+class _Mapped(FileDevice):
+    """The memory, of which an LDSU's part is mapped as long as it is open.
+
+    Where this process locks its memory (rules.md 20), that part is locked too: no page of it has to
+    be brought back from a swap device while an application waits.
+    """
+
+    def __init__(self, fd: int, ldsu: LdsuConfig, offset: int, role: str) -> None:
+        super().__init__(fd, ldsu.writelog_device, role)
+        self._map = mmap.mmap(
+            fd, ldsu.memory_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ,
+            offset=offset,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close it; doing it again changes nothing."""
+        self._map.close()
+        super().close()
 
 
 def open_memory_log(

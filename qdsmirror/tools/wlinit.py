@@ -319,10 +319,13 @@ def _writelogs(
         log: FileDevice | Partition | MemoryLogDevice = next(parts[path])
         if ldsu.memory_bytes:
             log = MemoryLogDevice(log, absent_memory(ldsu))
-        if log.size < WRITELOG_BYTES_WARN:
+        size, name = log.size, log.path
+        if isinstance(log, MemoryLogDevice):
+            size, name = log.memory.size, f"{ldsu.writelog_device} of {ldsu.name}"
+        if size < WRITELOG_BYTES_WARN:
             print(
-                f"warning: writelog {log.path} has only {log.size} bytes; "
-                f"{WRITELOG_BYTES_WARN} or more are advised",
+                f"warning: writelog {name} has only {size} bytes; {WRITELOG_BYTES_WARN} "
+                "or more are advised",
                 file=sys.stderr,
             )
         unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)

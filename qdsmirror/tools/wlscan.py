@@ -280,8 +280,8 @@ def _print(found: dict[str, Any]) -> None:
             )
         print(f"  {log['name']}: {log['device']}: {place}")
         if "memory_bytes" in log:
-            lost = "in the memory of the driver's master, unless that has ended: then it is lost"
-            kept = lost if log["lost"] else "empty"
+            held = "held by the driver's master, lost if that has ended"
+            kept = held if log["lost"] else "empty"
             print(
                 f"    {size_text(log['memory_bytes'])} in memory, {kept}; "
                 f"{size_text(log['dirty_bytes'])} dirty"

@@ -323,6 +323,40 @@ class SessionTests(SynchronousTestCase):
 class RebaseTests(SynchronousTestCase):
     """A refresh replaces the history: incoherent first, durably, in both slots (COHERENT)."""
 
+    def points(self) -> list[RebasePosition]:
+        return [
+            RebasePosition(index, OTHER_GENERATION, GENERATION, 9, b"C" * 16, 20, b"R" * 16)
+            for index in range(2)
+        ]
+
+    def received(self) -> RemoteWorld:
+        """Give a secondary whose mirror has a frame, in the page cache."""
+        world = RemoteWorld(self)
+        self.group = world.start()
+        world.deliver(world.connect(), world.frame())
+        world.settle()
+        self.assertNotEqual(world.devices["/far/mirror0"].unsynced, [])
+        return world
+
+    def test_what_the_mirror_has_is_synced_before(self) -> None:
+        """A dirty refresh does not bring it again."""
+        world = self.received()
+        self.group.supersede()
+        self.successResultOf(self.group.rebase(self.points()))
+        self.assertEqual(world.devices["/far/mirror0"].unsynced, [])
+
+    def test_a_device_that_fails_in_it(self) -> None:
+        """LOUD: nothing is taken any more, and it is named."""
+        for path, method in (("/far/mirror1", "fdatasync"), ("/far/journal", "pwritev")):
+            with self.subTest(path):
+                world = self.received()
+                self.group.supersede()
+                world.devices[path].fail(method)
+                self.failureResultOf(self.group.rebase(self.points()), DeviceFailedError)
+                self.assertIn("another history cannot be begun", self.group.failed)
+                self.assertIn(path, self.group.failed)
+                self.assertRaises(DeviceFailedError, self.group.supersede)
+
     def test_incoherent_with_the_new_history(self) -> None:
         world = RemoteWorld(self)
         group = world.start()

@@ -230,6 +230,29 @@ class HeldTests(SynchronousTestCase):
         self.assertEqual(two.pread(4, 0), b"2222")
         two.close()
 
+    def test_mapped_while_it_is_open(self) -> None:
+        """So it is locked where the process locks its memory."""
+        group = group_config(2, memory=256 * KIB)
+        fd = make_memory(group)
+        self.addCleanup(os.close, fd)
+        one, two = map(GroupMemory(group, fd).open, group.ldsus)
+        self.assertEqual(self.mapped(), [(0, 256 * KIB), (256 * KIB, 256 * KIB)])
+        two.close()
+        self.assertEqual(self.mapped(), [(0, 256 * KIB)])
+        one.close()
+        one.close()
+        self.assertEqual(self.mapped(), [])
+
+    def mapped(self) -> list[tuple[int, int]]:
+        """Give offset and length of what is mapped of the group's memory."""
+        found = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if "memfd:dsgrp000" in line:
+                addresses, _, offset = line.split()[:3]
+                first, last = (int(one, 16) for one in addresses.split("-"))
+                found.append((int(offset, 16), last - first))
+        return sorted(found)
+
     def test_none_to_be_had(self) -> None:
         group = group_config(1, memory=256 * KIB)
         error = self.assertRaises(DeviceError, GroupMemory(group, None).open, group.ldsus[0])
