@@ -110,7 +110,7 @@ class GroupTests(RootedTestCase):
                 secondary_address="dr1",
                 port=575,
                 journal_device="/dev/j0",
-                tunables=Tunables(4096, 1.0, 16 * limits.MIB, 5.0),
+                tunables=Tunables(4096, 1.0, 48 * limits.MIB, 5.0),
                 ldsus=(LdsuConfig(0, "qds0", "/dev/d0", "/dev/w0", "/dev/d0"),),
             ),
         )

@@ -18,7 +18,6 @@ from qdsmirror.limits import (
     REFRESH_READ_BYTES,
     REQUEST_BUDGET_BYTES,
     SEND_BUFFER_BYTES,
-    SEND_WINDOW_BYTES,
     UNAPPLIED_BYTES_MAX,
 )
 from qdsmirror.tools.nbdclient import NbdClient
@@ -42,7 +41,8 @@ DRIVER_BYTES_MAX = (
     + REFRESH_READ_BYTES
 )
 #: The pmd: what was sent and is unacknowledged, and what is read for the next sending.
-PMD_BYTES_MAX = SEND_WINDOW_BYTES + SEND_BUFFER_BYTES
+WINDOW_BYTES = 16 * MIB
+PMD_BYTES_MAX = WINDOW_BYTES + SEND_BUFFER_BYTES
 #: Once the driver writes directly nothing is framed: it has requests in flight, at most one of each
 #: connection here, and what connections receive.
 DIRECT_BYTES_MAX = CONNECTIONS * (BLOCK + NBD_RECEIVE_BYTES)
@@ -93,6 +93,8 @@ class OutageTests(TestCase):
         world = World(self, "--size", "64M", "--writelog", "64M", "--journal", "64M",
                       "--overflow", "bypass")  # fmt: skip
         world.create()
+        window = f"[tunables]\nsend_window = {WINDOW_BYTES}\n[ldsus]"
+        world.edit_both("[ldsus]", window)
         world.start()
         self.write(world, WARM_BYTES)
         world.wait("drained")
