@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qdsmirror.core.states import Mode
 from qdsmirror.tools.status import Group
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def remarks(group: Group) -> list[str]:
     lines = []
     progress = group["refresh"]
     if progress:
-        lines.append(f"{group['name']}: {refresh_text(progress)}")
+        reason = _reason_of(group, Mode.REFRESH)
+        lines.append(f"{group['name']}: {refresh_text(progress)}" + (reason and f" ({reason})"))
     if group["verify"]:
         lines.append(f"{group['name']}: {verify_text(group['verify'])}")
     if group["backfresh"]:
@@ -118,6 +120,12 @@ def remarks(group: Group) -> list[str]:
         told = [*closed, *unit["errors"]]
         lines += [f"{group['name']}: {unit['name']}: {one}" for one in told]
     return lines
+
+
+def _reason_of(group: Group, mode: Mode) -> str:
+    """Give why a mode holds; "" if it does not."""
+    told = (str(one["reason"]) for one in group["mode_details"] if one["mode"] == mode)
+    return next(told, "")
 
 
 def _wire_lines(group: Group) -> list[str]:

@@ -320,12 +320,15 @@ class CommandTests(TestCase):
         self.assertEqual((code, json.loads(output)["error"]["code"]), (3, "degraded"))
 
     def test_plain_table(self) -> None:
-        code, output, _ = self.run_it("--root", self.root(refresh=REFRESH))
+        why = [{"mode": "refresh", "since": 1790000000.0, "reason": "bypass was left"}]
+        code, output, _ = self.run_it("--root", self.root(refresh=REFRESH, mode_details=why))
         self.assertEqual(code, 0)
         lines = output.splitlines()
         self.assertEqual(lines[0].split()[:3], ["GROUP", "ROLE", "STATE"])
         self.assertEqual(lines[1].split()[:3], ["dsgrp000", "primary", "connected"])
-        self.assertIn("full refresh 75 %, 1 MiB remain, 1 MiB/s, 1.0 s to go", output)
+        self.assertIn(
+            "full refresh 75 %, 1 MiB remain, 1 MiB/s, 1.0 s to go (bypass was left)", output
+        )
         self.assertNotIn("\x1b", output)
 
     def test_not_running(self) -> None:
