@@ -297,9 +297,14 @@ class Verify:
             self._offset = 0
         return None
 
+    @property
+    def _goes_by_marks(self) -> bool:
+        """Whether only what the bitmaps mark is compared; in memory, logs use them otherwise."""
+        return self.phase == AGAIN and not self.group.memory.used
+
     def _next(self, unit: DriverUnit, offset: int) -> Range | None:
         """Give the first and the end byte of what is to be compared next, from a byte on."""
-        if self.phase == AGAIN:
+        if self._goes_by_marks:
             return unit.dirty.next_dirty(offset)
         return (offset, unit.size) if offset < unit.size else None
 
@@ -448,7 +453,7 @@ class Verify:
             return
         if coherence.coherent:
             self._begin_phase(AGAIN)
-            self.mended = self._bytes()
+            self.mended = self.differing_bytes
             self.found = [Found() for _ in self.found]
             self.group.verifying.record(self.poke)
             return
@@ -485,7 +490,7 @@ class Verify:
         """Give how many bytes are to be compared, of each LDSU from an offset on."""
         units = self.group.units
         first = offsets or [0] * len(units)
-        if self.phase == AGAIN:
+        if self._goes_by_marks:
             return sum(unit.dirty.dirty_bytes(at) for unit, at in zip(units, first, strict=True))
         return sum(unit.size - at for unit, at in zip(units, first, strict=True))
 

@@ -22,6 +22,7 @@ from qdsmirror.core import (
     questions,
     records,
     stream,
+    verify,
     watermark,
 )
 from qdsmirror.core.frames import HEADER_BYTES
@@ -133,6 +134,11 @@ def frame_headers(data: bytes) -> None:
             for entry in found:
                 assert 0 < entry.length <= limits.ZERO_ENTRY_BYTES_MAX
                 assert entry.offset + entry.length < frames.NUMBERS_END
+        elif header.kind == frames.VERIFY:
+            rows = verify.parse_rows(frames.control_payload(header, raw))
+            assert 0 < len(rows) <= limits.VERIFY_ROWS_MAX
+            for row in rows:
+                assert 0 < row.length <= limits.VERIFY_ZERO_BYTES_MAX
         else:
             frames.control_payload(header, raw)
     except (CorruptError, LimitError):

@@ -654,6 +654,18 @@ class ScheduleTests(SynchronousTestCase):
         self.assertNotEqual(world.status()["id"], status["id"])
         self.assertEqual(world.status()["last"]["finished"], status["finished"])
 
+    def test_another_interval_counts_from_the_same_end(self) -> None:
+        world = self.world(verify_every=0.0)
+        world.verify()
+        finished = world.to_the_end()["finished"]
+        self.let_pass(world, 100)
+        world.group.set_live('{"verify_every": "500"}')
+        self.assertAlmostEqual(world.status()["next"] - finished, 500.0, delta=1)
+        self.let_pass(world, 300)
+        self.assertEqual(world.status()["finished"], finished)
+        self.let_pass(world, 200)
+        self.assertNotEqual(world.status()["finished"], finished)
+
     def test_never(self) -> None:
         world = self.world(verify_every=0.0)
         self.let_pass(world, 20)
