@@ -90,6 +90,9 @@ class Answering:
         Whatever is not known to be committed may have been answered.
         """
         group = self._group
+        # Of another history, where numbers are given anew.
+        self._give_up()
+        self._catch_up = None
         self._numbers = Allowance(group.committed_gsn, group.next_gsn)
         self._answered = self._numbers.framed
         if not group.coherent:
