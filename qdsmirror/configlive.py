@@ -45,6 +45,7 @@ SETTINGS: Mapping[str, Setting] = {
     "verify_every": Setting(_TUNABLES, ("driver",)),
     "verify_rate": Setting(_TUNABLES, ("driver",)),
     "checkpoint_hold": Setting(_TUNABLES, ("rmd",)),
+    "before_images_full": Setting(_TUNABLES, ("rmd",)),
     "compression": Setting(_TUNABLES, ("pmd",)),
     "send_window": Setting(_TUNABLES, ("pmd",)),
     "reconnect_max": Setting(_TUNABLES, ("pmd",)),

@@ -438,7 +438,8 @@ class RemoteGroup:
 
     def _go_by_settings(self) -> None:
         if self.committing is not None:
-            self.committing.config = self.committing.mirror.config = self.config
+            self.committing.config = self.config
+            self.committing.mirror.go_by(self.config)
 
     def status(self) -> dict[str, Any]:
         """See :class:`IGroup`."""

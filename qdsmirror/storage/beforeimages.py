@@ -50,13 +50,14 @@ class _Record(NamedTuple):
 class BeforeImages:
     """The before-images of a group's mirror devices.
 
+    :ivar config: the group's; its tunables may change.
     :ivar size: bytes that there are for them; 0: none are kept.
     :ivar used_bytes: of these.
     :ivar told: what an operator should know.
     """
 
     def __init__(self, config: GroupConfig, log: Writelog, devices: Sequence[IBlockDevice]) -> None:
-        self._config = config
+        self.config = config
         self._log = log
         self._devices = devices
         self._start, length = log.superblock.before_area
@@ -184,11 +185,11 @@ class BeforeImages:
     def _filled(self) -> None:
         """Do what was chosen beforehand for the case that there is no room."""
         self._pending, self._pending_bytes = [], 0
-        number = self._config.number
+        number = self.config.number
         text = f"the {self.size} bytes for before-images are used up"
-        if self._config.tunables.before_images_full != _GIVE_UP:
+        if self.config.tunables.before_images_full != _GIVE_UP:
             raise BrokenError(
-                f"{self._config.name}: {text}: the refresh has stopped (before_images_full = stop)",
+                f"{self.config.name}: {text}: the refresh has stopped (before_images_full = stop)",
                 hint=f"go back with qdsrmdreco --rollback -g {number}; or go on with "
                 "before_images_full = give-up",
             )
@@ -364,7 +365,7 @@ class BeforeImages:
             "size": self.size,
             "used_bytes": used,
             "needed_bytes": needed,
-            "full": self._config.tunables.before_images_full,
+            "full": self.config.tunables.before_images_full,
             "rollback_gsn": period.gsn if period is not None and not period.lost else None,
             "reason": period.lost if period is not None else "",
         }

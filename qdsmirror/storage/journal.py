@@ -284,6 +284,10 @@ class Mirror:
         since = last.header.time_ns / 1e9
         self.hold(Held(name, place.gsn - 1, since, hold, True), place, durable)
 
+    def go_by(self, config: GroupConfig) -> None:
+        """Go by other tunables from now on."""
+        self.config = self.images.config = config
+
     def take_told(self) -> list[str]:
         """Give what an operator should know, once."""
         told = [*self.told, *self.images.told]

@@ -33,10 +33,12 @@ class LiveTests(TestCase):
         assert pmd._outbound is not None
         self.assertEqual(pmd._outbound.window, 2 * MIB)
         self.assertEqual(pmd._retry.longest_seconds, 0.3)
-        yield rmd.set_live(json.dumps({"metadata_entries": "7", "checkpoint_hold": "strict"}))
+        wanted = {"metadata_entries": "7", "checkpoint_hold": "strict"}
+        yield rmd.set_live(json.dumps({**wanted, "before_images_full": "stop"}))
         assert rmd.committing is not None and rmd.mirror is not None
         self.assertEqual(rmd.committing.config.tunables.metadata_entries, 7)
         self.assertEqual(rmd.mirror.config.tunables.checkpoint_hold, "strict")
+        self.assertEqual(rmd.mirror.images.config.tunables.before_images_full, "stop")
         yield driver.set_live(json.dumps({"operation": "sync", "verify_every": "1 h"}))
         self.assertEqual(driver.status()["settings"]["operation"], "sync")
 

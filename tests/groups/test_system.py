@@ -46,9 +46,9 @@ class LinkTests(TestCase):
         mirrored = []
         apply = sites.rmd.mirror.apply  # type: ignore[union-attr]
 
-        def keep(changes: Any) -> None:
+        def keep(changes: Any) -> Any:
             mirrored.extend(change.header.gsn_first for change in changes)
-            apply(changes)
+            return apply(changes)
 
         sites.rmd.mirror.apply = keep  # type: ignore[union-attr, method-assign]
         number = 0
@@ -254,11 +254,13 @@ class RefreshTests(TestCase):
         apply = rmd.mirror.apply
         seen: list[bool] = []
 
-        def watched(changes: Any) -> None:
+        def watched(changes: Any) -> list[Any]:
+            verdicts = []
             for change in changes:
                 if any(e.kind in (REFRESH, REFRESH_ZEROES) for e in change.entries):
                     seen.append(rmd.mirror.journal.superblock.coherent)  # type: ignore[union-attr]
-                apply([change])
+                verdicts += apply([change])
+            return verdicts
 
         rmd.mirror.apply = watched  # type: ignore[method-assign]
         yield sites.refresh()
