@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from typing import Any
 
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core import nbd
+from qdsmirror.core.questions import READ
 from qdsmirror.errors import BrokenError, DegradedError
 from qdsmirror.groups import backfresh as backfresh_module
 from qdsmirror.groups import fetching as fetching_module
-from qdsmirror.storage.keep import KeepFile
+from qdsmirror.storage.keep import KeepFile, KeepWriter
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice
 from tests.groups.site import MIB, Sites, Steps
@@ -180,6 +182,103 @@ class DrainedTests(BackfreshTestCase):
         failure = yield self.assertFailure(self.begin(), BrokenError)
         self.assertIn("not coherent", failure.message)
         self.assertFalse(self.sites.unit(0).closed)
+
+
+class OrderTests(BackfreshTestCase):
+    @inlineCallbacks
+    def test_not_before_all_is_applied(self) -> Steps:
+        yield self.begin_work()
+        unit = self.sites.unit(0)
+        go_on, late = unit.applying.go_on, []
+        unit.applying.go_on = lambda: late.append(True)  # type: ignore[method-assign]
+        self.sites.write(0, 0, b"z" * 4096)
+        yield self.sites.until(lambda: late, "a frame to be durable")
+        begun = self.begin()
+        yield self.sites.until(lambda: unit.closed, "the LDSU to be closed")
+        self.assertIsNone(self.superblock(0).backfresh)
+        unit.applying.go_on = go_on  # type: ignore[method-assign]
+        go_on()
+        yield begun
+        found = self.superblock(0)
+        self.assertEqual(found.applied.position, found.head.position)
+        self.assertEqual(found.applied.gsn, self.driver.next_gsn)
+        yield self.ended()
+        self.sites.assert_equal()
+        self.assertEqual(self.sites.data(0)[:4096], b"z" * 4096)
+
+    @inlineCallbacks
+    def test_nothing_is_written_once_it_was_killed(self) -> Steps:
+        yield self.begin_work()
+        self.spoil(0, 0)
+        before = self.sites.data(0)
+        questions = self.driver.pmd.questions
+        real, held = questions.ask, []
+
+        def ask(kind: int, *args: Any) -> Any:
+            asked = real(kind, *args)
+            if kind == READ:
+                waiting: Deferred[bytes] = Deferred()
+                asked.addCallback(lambda body: held.append((waiting, body)))
+                return waiting
+            return asked
+
+        self.patch(questions, "ask", ask)
+        yield self.begin()
+        yield self.sites.until(lambda: held, "a block to be on its way")
+        yield self.driver.kill_backfresh("")
+        for waiting, body in held:
+            waiting.callback(body)
+        yield self.written(1, 0, b"q" * 512)
+        self.assertEqual(self.sites.data(0), before)
+
+    @inlineCallbacks
+    def test_kept_before_it_is_overwritten(self) -> Steps:
+        yield self.begin_work()
+        self.spoil(0, 0)
+        path = os.path.join(self.sites.base, "kept")
+        before = self.sites.data(0)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def fail(*_: Any) -> None:
+            raise full
+
+        append = KeepWriter.append
+        self.patch(KeepWriter, "append", fail)
+        yield self.begin("", path)
+        yield self.sites.until(
+            lambda: "No space left" in self.driver.status()["reason"], "the lack of space"
+        )
+        self.assertEqual(self.driver.status()["backfresh"]["state"], "waiting")
+        self.assertEqual(self.sites.data(0), before)
+        self.patch(KeepWriter, "append", append)
+        yield self.ended()
+        self.sites.assert_equal()
+
+    @inlineCallbacks
+    def test_somebody_elses_writes_make_it_begin_anew(self) -> Steps:
+        yield self.begin_work()
+        self.spoil(1, 0)
+        self.patch(fetching_module, "BACKFRESH_SPANS_MAX", 1)
+        self.patch(fetching_module, "COMPARE_SPAN_BYTES", MIB)
+        real = fetching_module.Fetching._go_on
+
+        def go_on(job: Any, part: Any) -> None:
+            if part.unit.index == 0:
+                real(job, part)
+            else:
+                job._stalled.append(part)
+
+        self.patch(fetching_module.Fetching, "_go_on", go_on)
+        yield self.begin()
+        yield self.sites.until(lambda: self.driver.backfresh.job.done[0], "the first LDSU")
+        yield self.driver.backfresh._record_progress()
+        yield self.sites.stop_driver()
+        self.assertEqual(self.superblock(0).backfresh["done"], MIB)
+        self.spoil(0, 0)
+        self.patch(fetching_module.Fetching, "_go_on", real)
+        yield self.sites.start_driver()
+        yield self.ended()
+        self.sites.assert_equal()
 
 
 class KeepTests(BackfreshTestCase):

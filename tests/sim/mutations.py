@@ -26,6 +26,7 @@ from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.answering import Answering
 from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import Attachment, DriverEnd
+from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.bypass import Bypass
 from qdsmirror.groups.committing import Committing
@@ -761,6 +762,29 @@ def _difference_counted_before_it_is_durable(patch: Patch) -> None:
         then()
 
     patch(Verifying, "differs", differs)
+
+
+# -- backfresh ------------------------------------------------------------------------------------
+
+
+@mutation("COHERENT")
+def _blocks_overwritten_before_it_is_durable(patch: Patch) -> None:
+    patch(Backfresh, "_record_beginning", lambda *_: succeed(None))
+
+
+@mutation("COHERENT")
+def _fetched_recorded_before_it_is_synced(patch: Patch) -> None:
+    patch(Backfresh, "_sync", lambda _: succeed(None))
+
+
+@mutation("COHERENT")
+def _what_is_given_up_is_sent(patch: Patch) -> None:
+    patch(Attachment, "hold", lambda *_: None)
+
+
+@mutation("RECOVER")
+def _end_completed_in_no_other_superblock(patch: Patch) -> None:
+    patch(recovery_module, "completed", list)
 
 
 __all__ = ["MUTATIONS", "Mutation", "journal_module"]
