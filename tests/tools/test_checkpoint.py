@@ -106,3 +106,26 @@ class InfoTests(TestCase):
             f"dsgrp000: checkpoint nightly holds at GSN 812; read it at {URI}",
             info_view.remarks(group),
         )
+
+
+class BeforeImagesTests(TestCase):
+    def line(self, **told: Any) -> list[str]:
+        kept = {"state": "keeping", "size": 1 << 30, "used_bytes": 1 << 20, "needed_bytes": 1 << 24,
+                "full": "give-up", "rollback_gsn": 811, "reason": "", **told}  # fmt: skip
+        group = driver_status(role="secondary", before_images=kept)
+        return [line for line in info_view.remarks(group) if "roll" in line]
+
+    def test_whether_and_how_far_a_refresh_can_be_rolled_back(self) -> None:
+        self.assertEqual(
+            self.line(),
+            [
+                "dsgrp000: can be rolled back to GSN 811: 1 MiB of 1 GiB for before-images used, "
+                "about 16 MiB will be needed"
+            ],
+        )
+        self.assertNotIn("about", self.line(needed_bytes=None)[0])
+        self.assertEqual(
+            self.line(state="given-up", reason="used up"),
+            ["dsgrp000: the refresh cannot be rolled back any more: used up"],
+        )
+        self.assertEqual(self.line(state="ready"), [])

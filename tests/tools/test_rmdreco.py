@@ -13,6 +13,7 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.core.frames import MARK, REFRESH, REFRESH_BEGIN, REFRESH_END, Entry
 from qdsmirror.core.held import pack_mark
 from qdsmirror.core.records import Cursor, Generation
+from qdsmirror.errors import EXIT_BROKEN, EXIT_DEGRADED, EXIT_USAGE
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.tools import wlscan
 from qdsmirror.tools.rmdreco import main
@@ -144,6 +145,25 @@ class RecoverTests(RecoverTestCase):
         told = self.recover("--release")["groups"][0]
         self.assertEqual((told["frames"], told["gsn"], told["checkpoint"]), (1, 6, None))
         self.assertEqual(self.site.content()["mirror1"][:512], b"\11" * 512)
+
+    def test_rolling_back_needs_consent_and_goes_with_nothing_else(self) -> None:
+        for words in (["--rollback"], ["--yes"], ["--rollback", "--yes", "--release"]):
+            self.assertEqual(self.site.run(main, *words)[0], EXIT_USAGE, words)
+
+    def test_nothing_to_roll_back(self) -> None:
+        self.fill()
+        before = self.site.content()
+        code, _, errors = self.site.run(main, "--rollback", "--yes")
+        self.assertEqual(code, EXIT_DEGRADED)
+        self.assertIn("there is nothing to roll back", errors)
+        self.assertEqual(self.site.content(), before)
+
+    def test_no_before_images(self) -> None:
+        with self.site.log("journal0") as log:
+            log.update(both=True, coherent=False, reason="a refresh is in progress")
+        code, _, errors = self.site.run(main, "--rollback", "--yes")
+        self.assertEqual(code, EXIT_BROKEN)
+        self.assertIn("no before-images (a refresh is in progress); make it anew", errors)
 
     def test_an_unfinished_refresh_is_told(self) -> None:
         make = self.makers[0].make
