@@ -302,6 +302,10 @@ PATH_UNSENT_BYTES_MAX = 128 * KIB
 PATH_PATIENCE = 4
 PATH_PATIENCE_SECONDS_MIN = 1.0
 PATH_LOOK_SECONDS = 0.25
+#: A path that needs longer for a stripe than this, and than another, is left out: all that comes
+#: behind would wait.  What was measured is forgotten after some time.
+PATH_STRIPE_SECONDS_MAX = 0.5
+PATH_FORGET_SECONDS = 30.0
 
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB

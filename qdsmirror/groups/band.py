@@ -24,6 +24,7 @@ from qdsmirror.core.stream import Ack, Message
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.inorder import InOrder
 from qdsmirror.groups.mail import Mail
+from qdsmirror.groups.pace import Pace
 from qdsmirror.groups.wire import Wire
 from qdsmirror.interfaces import IWorker
 from qdsmirror.limits import (
@@ -31,6 +32,8 @@ from qdsmirror.limits import (
     PATH_LOOK_SECONDS,
     PATH_PATIENCE,
     PATH_PATIENCE_SECONDS_MIN,
+    PATH_STRIPE_SECONDS_MAX,
+    STRIPE_BYTES,
 )
 from qdsmirror.net.link import ILinkOwner, Link
 
@@ -93,7 +96,7 @@ class Band:
         self._packing: InOrder[Stripe] | None = None
         self._inline = Packer(Method())
         self._links: dict[Link, list[Deferred[str]]] = {}
-        self._under_way: dict[Link | None, int] = {None: 0}
+        self._paces: dict[Link, Pace] = {}
         self._slow: set[Link] = set()
         self._waiting: deque[Stripe] = deque()
         self._unacknowledged: deque[Stripe] = deque()
@@ -123,7 +126,7 @@ class Band:
         """Whether more frames may be given."""
         if self._packing is not None:
             return len(self._packing) + len(self._waiting) < COMPRESSION_BUFFERS_MAX
-        return not self._waiting and self._free() is not None
+        return not self._waiting and self._free(STRIPE_BYTES) is not None
 
     def send_frames(self, frames: Sequence[memoryview]) -> None:
         """Send frames in one stripe; the last one asks for an ACK (patent: the flag)."""
@@ -186,14 +189,22 @@ class Band:
         if not self._sending and self.can_send:
             self._owner.link_writable(self)
 
-    def _free(self) -> Link | None:
-        """Choose a path that takes more: not one that keeps others waiting, nor the fullest."""
-        free = [link for link in self._links if link.can_send and not link.ended]
-        if len(self._slow) < len(self._links):
-            free = [link for link in free if link not in self._slow]
-        if len(free) < 2:
-            return free[0] if free else None
-        return min(free, key=self._under_way.__getitem__)
+    def _free(self, size: int) -> Link | None:
+        """Choose a path that takes more: not one that would keep others waiting, nor the fullest.
+
+        :param size: bytes that are to be sent.
+        """
+        links = [link for link in self._links if not link.ended]
+        if len(links) > 1:
+            links = [link for link in links if link not in self._slow] or links
+        free = [link for link in links if link.can_send]
+        if len(links) > 1 and free:
+            now = self._reactor.seconds()
+            paces = self._paces
+            least = min(paces[link].seconds(size, now) for link in links)
+            longest = max(least, PATH_STRIPE_SECONDS_MAX)
+            free = [link for link in free if paces[link].seconds(size, now) <= longest]
+        return min(free, key=lambda link: self._paces[link].under_way, default=None)
 
     def _good_links(self) -> Sequence[Link]:
         return sorted(self._links, key=self._slow.__contains__)
@@ -203,21 +214,26 @@ class Band:
             if self._waiting[0].done:
                 self._waiting.popleft()
                 continue
-            link = self._free()
+            size = len(self._waiting[0].data)
+            link = self._free(size)
             if link is None:
-                return
+                break
             stripe = self._waiting.popleft()
             self._move(stripe, link)
             stripe.sent_at = self._reactor.seconds()
-            self._wire.wire_bytes += len(stripe.data)
+            self._wire.wire_bytes += size
             link.send(stripe.data)
+            if not link.can_send:
+                self._paces[link].begun(stripe.sent_at, size)
         self._look_soon()
 
     def _move(self, stripe: Stripe, link: Link | None) -> None:
         """Note where a stripe is under way, for as long as it is."""
         if self._several:
-            self._under_way[stripe.link] -= len(stripe.data)
-            self._under_way[link] += len(stripe.data)
+            if stripe.link in self._paces:
+                self._paces[stripe.link].under_way -= len(stripe.data)
+            if link is not None:
+                self._paces[link].under_way += len(stripe.data)
         stripe.link = link
 
     def _again(self, stripes: Sequence[Stripe]) -> None:
@@ -260,7 +276,7 @@ class Band:
     def _look_for_late(self) -> None:
         """Send what is late over another path too, if that one has nothing to do."""
         self._look = None
-        self._look_soon()
+        self._flush()
         oldest = self._unacknowledged[0] if self._unacknowledged else None
         if oldest is None or oldest.link is None or oldest.twice:
             return
@@ -290,7 +306,7 @@ class Band:
             return
         first = not self._links
         self._links[link] = []
-        self._under_way[link] = 0
+        self._paces[link] = Pace()
         if self._several:
             link.keep_unsent_short()
         if first:
@@ -318,6 +334,8 @@ class Band:
 
     def link_writable(self, link: Link) -> None:
         """See :class:`ILinkOwner`."""
+        if link in self._paces:
+            self._paces[link].drained(self._reactor.seconds())
         if not self._closed and not self.ended:
             self._flush()
             if self.can_send:
@@ -336,7 +354,7 @@ class Band:
         elif not self._closed:
             self._again([one for one in self._unacknowledged if one.link is link])
             self._mail.again()
-        self._under_way.pop(link, None)
+        self._paces.pop(link, None)
         for gone in waiting:
             gone.callback(reason)
 

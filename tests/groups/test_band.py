@@ -24,6 +24,7 @@ from qdsmirror.groups.wire import Wire
 from qdsmirror.limits import (
     COMPRESSION_BUFFERS_MAX,
     LETTER_EVERYWHERE_BYTES_MAX,
+    PATH_FORGET_SECONDS,
     PATH_LOOK_SECONDS,
     PATH_PATIENCE_SECONDS_MIN,
 )
@@ -193,7 +194,7 @@ class StripingTests(SynchronousTestCase):
         acks = [stream.parse_ack(m.payload) for m in world.near.messages]
         self.assertEqual(acks, [stream.Ack(1, 0)])
         self.assertEqual(len(world.band._unacknowledged), 0)
-        self.assertEqual(set(world.band._under_way.values()), {0})
+        self.assertEqual({pace.under_way for pace in world.band._paces.values()}, {0})
 
 
 class LossTests(SynchronousTestCase):
@@ -337,6 +338,74 @@ class SlowTests(SynchronousTestCase):
         two.fill()
         world.clock.pump([PATH_LOOK_SECONDS] * 40)
         self.assertEqual(len(world.band._waiting), 0)
+
+
+class PaceTests(SynchronousTestCase):
+    """A path is left out where all that comes behind would wait for it."""
+
+    def measure(self, world: World, path: Path, seconds: float, length: int = 64 * 1024) -> None:
+        """Have a path need so long for a frame."""
+        others = [one for one in world.paths if one is not path]
+        for other in others:
+            other.near.can_send = False
+        send, path.near.send = path.near.send, lambda data: (send(data), path.fill())  # type: ignore[method-assign,func-returns-value,assignment]
+        world.send(1, length)
+        path.near.send = send  # type: ignore[method-assign]
+        world.clock.advance(seconds)
+        path.drain()
+        for other in others:
+            other.near.can_send = True
+
+    def test_too_slow_beside_another(self) -> None:
+        world = World()
+        one, two = world.paths
+        self.measure(world, one, 0.05)
+        self.measure(world, two, 10.0)
+        world.ack(2)
+        sent = len(two.carries)
+        for _ in range(5):
+            world.send(1, 64 * 1024)
+        self.assertEqual(len(two.carries), sent)
+        one.fill()
+        self.assertFalse(world.band.can_send)
+        world.send(1, 64 * 1024)
+        self.assertEqual(len(two.carries), sent, "it waits for the quick one")
+        one.lose()
+        self.assertEqual(len(two.carries), sent + 6)
+
+    def test_slower_but_worth_while(self) -> None:
+        world = World()
+        one, two = world.paths
+        self.measure(world, one, 0.05)
+        self.measure(world, two, 0.4)
+        world.ack(2)
+        sent = len(two.carries)
+        for _ in range(4):
+            world.send(1, 64 * 1024)
+        self.assertEqual(len(two.carries), sent + 2)
+
+    def test_both_slow(self) -> None:
+        world = World()
+        one, two = world.paths
+        for path in world.paths:
+            self.measure(world, path, 10.0)
+        world.ack(2)
+        sent = len(two.carries)
+        for _ in range(4):
+            world.send(1, 64 * 1024)
+        self.assertEqual(len(two.carries), sent + 2)
+
+    def test_gets_another_chance(self) -> None:
+        world = World()
+        one, two = world.paths
+        self.measure(world, two, 10.0)
+        self.measure(world, one, 0.05)
+        world.ack(2)
+        sent = len(two.carries)
+        world.clock.advance(PATH_FORGET_SECONDS)
+        world.send(1, 64 * 1024)
+        world.send(1, 64 * 1024)
+        self.assertEqual(len(two.carries), sent + 1)
 
 
 class RefusalTests(SynchronousTestCase):
