@@ -13,8 +13,17 @@ from dataclasses import dataclass
 from qdsmirror.config import GroupConfig, LdsuConfig
 from qdsmirror.core.backfresh import completed
 from qdsmirror.core.failures import Dead, Failed, Untrusted, worst
-from qdsmirror.core.frames import ENTRIES, ENTRY_BYTES, REFRESH, REFRESH_ZEROES, VOID, entries
+from qdsmirror.core.frames import (
+    ENTRIES,
+    ENTRY_BYTES,
+    REFRESH,
+    REFRESH_ZEROES,
+    VOID,
+    Entry,
+    entries,
+)
 from qdsmirror.core.generations import settle
+from qdsmirror.core.newest import newest
 from qdsmirror.core.records import BoundUnit, Cursor, Superblock, after_loss
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, abandon, decide
 from qdsmirror.errors import (
@@ -30,7 +39,7 @@ from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.binding import look_ahead
 from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.memory import OpenMemory, open_memory_log
-from qdsmirror.storage.memorylog import Loss, loss_of, next_gsn_after
+from qdsmirror.storage.memorylog import Loss, MemoryLogDevice, loss_of, next_gsn_after
 from qdsmirror.storage.partition import LogDevices
 from qdsmirror.storage.writelog import Writelog
 
@@ -322,6 +331,8 @@ def replay(unit: OpenUnit) -> int:
         return 0
     if unit.is_unread:
         return 0
+    if isinstance(unit.writelog.device, MemoryLogDevice):
+        return _replay_newest(unit)
     count = 0
     reader = unit.writelog.reader(unit.writelog.superblock.applied)
     for found in reader:
@@ -339,6 +350,31 @@ def replay(unit: OpenUnit) -> int:
     if reader.position != unit.reached.position:
         raise CorruptError(f"{unit.writelog.device.path}: reads differently than a moment ago")
     with _naming_the_data_device():
+        unit.device.fdatasync()
+    return count
+
+
+def _replay_newest(unit: OpenUnit) -> int:
+    """Replay a log that a power cut would take, so that the data device alone must hold it all.
+
+    What may have been synced before is not overwritten by anything older, not even for a moment:
+    nobody could put it right again.  So of every byte the newest value is written, and of what is
+    known to be durable nothing.  The rest is no more than may be unapplied.
+    """
+    count = 0
+    found: list[Entry] = []
+    reader = unit.writelog.reader(unit.writelog.superblock.applied)
+    for frame in reader:
+        if frame.header.gsn_last <= unit.durable_gsn:
+            continue
+        count += 1
+        if frame.header.kind == ENTRIES:
+            each = entries(frame.header, frame.frame)
+            found += [e for e in each if e.kind not in _ON_PRIMARY_ALREADY]
+    if reader.position != unit.reached.position:
+        raise CorruptError(f"{unit.writelog.device.path}: reads differently than a moment ago")
+    with _naming_the_data_device():
+        apply_entries(unit.device, newest(found))
         unit.device.fdatasync()
     return count
 
