@@ -134,6 +134,10 @@ class Made:
         made._content = content
         return made
 
+    def went_past(self, content: bytes) -> None:
+        """Learn what the LDSU holds once writes have gone past the writelog behind a loss."""
+        self._content = content
+
     def content(self) -> bytes:
         """Give the LDSU as it is behind this frame."""
         steps: list[Made] = []
