@@ -113,8 +113,11 @@ class Answering:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether frames should become durable, and so leave, without waiting for company."""
-        return self._limit is not None
+        """Whether frames should become durable, and so leave, without waiting for company.
+
+        Half of what may be uncommitted is room enough for those that do wait.
+        """
+        return self._limit is not None and 2 * self._numbers.uncommitted >= self._limit
 
     @property
     def waits_for_room(self) -> bool:
@@ -422,6 +425,8 @@ class Answering:
     def status(self) -> dict[str, Any]:
         """Give what ``qdsinfo --json`` says of it."""
         waiting = len(self._held) + len(self._skipped)
+        if not self.may_go_past:
+            waiting += sum(unit.direct.waiting for unit in self._group.units)
         asynchronous = self.operation == ASYNC
         return {
             "operation": self.operation,

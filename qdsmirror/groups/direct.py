@@ -44,6 +44,11 @@ class Direct:
         """Whether something taken is not yet answered."""
         return self._running or bool(self._queue or self._written)
 
+    @property
+    def waiting(self) -> int:
+        """How many requests are not answered."""
+        return len(self._queue) + len(self._written)
+
     def begin(self) -> None:
         """Take over what waits: the group is in bypass."""
         waiting = [*self._unit.waiting.drop(), *self.held]

@@ -194,7 +194,7 @@ def _synchronous_lines(group: Group) -> list[str]:
         lines.append(
             f"DEGRADED since {since}: {degraded['reason']}; answers do not wait for the secondary"
         )
-    elif told.get("waiting") and group["rmd"]["state"] != "connected":
+    elif told.get("waiting") and (group["bypass"] or group["rmd"]["state"] != "connected"):
         lines.append(
             f"answers that wait for the secondary: {told['waiting']}; to go on without it: "
             "qdsset on_disconnect=async"

@@ -378,6 +378,7 @@ class DegradedTests(AnsweringTestCase):
             self.assertEqual(world.group.bypass.phase, "on")
             self.assertEqual(self.answered(world, asked), [at_once] * 3)
             if not at_once:
+                self.assertEqual(world.group.status()["synchronous"]["waiting"], 3)
                 self.set(world, on_disconnect="async")
                 self.assertEqual(self.answered(world, asked), [True] * 3)
             self.assertIn("in bypass", self.superblocks(world)[0]["reason"])
