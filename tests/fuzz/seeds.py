@@ -6,6 +6,7 @@ import json
 import struct
 
 from qdsmirror.core import ampbox, frames, nbd, records, stream, watermark
+from qdsmirror.core.compression import Method, Packer
 from qdsmirror.core.records import BoundUnit, Generation, Superblock
 from qdsmirror.core.ring import Ring
 from tests.fuzz.targets import GENERATION, SIZE
@@ -29,6 +30,16 @@ def _request(command: int, offset: int, length: int, flags: int = 0, payload: by
 def _frame(body: bytes) -> bytes:
     # 0xff: whatever a good header has (see targets.seal_frame).
     return b"\xff" * frames.HEADER_BYTES + body
+
+
+def _text_frame() -> bytes:
+    table = frames.ENTRY.pack(0, 512, frames.WRITE, 0, 0)
+    body = [table, b"the same text, " * 34 + b"12"]
+    head, _ = frames.build_header(
+        kind=frames.ENTRIES, ldsu=0, generation=GENERATION, sequence=1, gsn_first=1, gsn_count=1,
+        durable_gsn=0, time_ns=0, previous_chain=frames.GENESIS, entry_count=1, body=body,
+    )  # fmt: skip
+    return b"".join([head, *body])
 
 
 def _hello(name: bytes) -> bytes:
@@ -71,6 +82,9 @@ def seeds() -> dict[str, list[bytes]]:
         "stream_messages": [
             _WHOLE + stream.frame_header(4, True) + b"abcd" + stream.pack_ack(3, 2),
             b"\x03" + stream.pack_ping() + stream.pack_bye("why"),
+            _WHOLE + stream.pack_letter(1, stream.pack_relayed(stream.REPORT, b"{}")),
+            _WHOLE + stream.pack_received(1) + stream.pack_ack(3, 2, 1),
+            *(_WHOLE + Packer(Method.of(name)).pack([_text_frame()]) for name in ("lz4", "zstd")),
         ],
         "frame_headers": [_frame(write), _frame(trim), _frame(write + trim)],
         "intake": [_frame(write), _frame(trim)],

@@ -17,6 +17,7 @@ from qdsmirror import limits
 from qdsmirror.core import (
     ampbox,
     clienthello,
+    compression,
     frames,
     nbd,
     questions,
@@ -118,8 +119,25 @@ def stream_messages(data: bytes) -> None:
                     assert asked.answer_bytes <= limits.QUESTION_READ_BYTES_MAX
                 elif message.type == stream.ANSWER:
                     questions.parse_answer(message.payload)
+                elif message.type == stream.LETTER:
+                    letter = stream.parse_letter(message.payload)[1]
+                    assert len(letter.payload) < len(message.payload)
+                elif message.type == stream.RECEIVED:
+                    stream.parse_received(message.payload)
+                elif message.type == stream.FRAME and message.flags & stream.COMPRESSED:
+                    unpack(message.payload)
     except ProtocolError:
         pass
+
+
+def unpack(payload: frames.Buffer) -> None:
+    """A compressed message: of whatever algorithm, it gives no more than a message may hold."""
+    for name in compression.ALGORITHMS:
+        try:
+            found = compression.unpack(payload, name)
+        except ProtocolError:
+            continue
+        assert sum(map(len, found)) == compression.declared_bytes(payload) <= limits.FRAME_BYTES_MAX
 
 
 def frame_headers(data: bytes) -> None:
