@@ -11,9 +11,17 @@ from qdsmirror.limits import MEMORY_DRAIN_SECONDS, MEMORY_SETTLE_SECONDS
 from qdsmirror.storage.memory import absent_memory
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.writelog import Writelog
-from tests.fakes import everything, nothing
+from tests.fakes import MemoryDevice, everything, nothing
 from tests.groups.test_bypass import CHUNK, Case
-from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, durable_superblock, unique
+from tests.groups.world import (
+    BLOCK,
+    KIB,
+    MIB,
+    DriverWorld,
+    WatchedDevice,
+    durable_superblock,
+    unique,
+)
 
 
 def make_coherent(world: DriverWorld) -> None:
@@ -175,6 +183,30 @@ class EndTests(MemoryCase):
         self.world.start()
         self.assertEqual(self.world.data().durable()[:BLOCK], unique(1))
         self.assertEqual(self.world.group.durable_gsn, 1)
+
+    def test_a_replay_writes_nothing_older_over_what_may_be_durable(self) -> None:
+        """The power may go in it, and with it the memory: nobody would put it right again."""
+        self.world.close()
+        self.world = DriverWorld(self, memory=True, size=16 * CHUNK, log=MIB, stepped=True)
+        self.unit = self.world.start()
+        for number in (1, 2, 3):
+            self.world.client.write(self.unit, 0, unique(number))
+            self.world.client.write(self.unit, number * BLOCK, unique(10 + number))
+            self.world.settle(0.01)
+        # Durable too, but nothing in the log says so.
+        self.assertEqual(self.world.data().durable()[:BLOCK], unique(3))
+        self.world.kill()
+        written: list[bytes] = []
+
+        def record(device: Any, buffers: Any, offset: int) -> None:
+            written.append(b"".join(buffers))
+            MemoryDevice.pwritev(device, buffers, offset)
+
+        self.patch(WatchedDevice, "pwritev", record)
+        self.world.start()
+        self.assertNotEqual(written, [])
+        for number in (1, 2):
+            self.assertFalse(any(unique(number) in one for one in written))
 
     def lost(self, end: Any) -> dict[str, Any]:
         self.world.client.write(self.unit, 5 * CHUNK, unique(1))

@@ -463,7 +463,8 @@ def _bits_cleared_in_bypass(patch: Patch) -> None:
 @mutation("DURABLE", first=915)
 def _replay_from_memory_in_order(patch: Patch) -> None:
     _in_memory(patch)
-    patch(recovery_module, "newest", lambda entries: entries)
+    # As any other log.
+    patch(recovery_module, "MemoryLogDevice", Mirror)
 
 
 @mutation("GENERATION")
