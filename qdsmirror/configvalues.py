@@ -44,6 +44,12 @@ class NetworkPath(NamedTuple):
     remote: str
     port: int = 0
 
+    def __str__(self) -> str:
+        if not self.port:
+            return f"{self.local}>{self.remote}"
+        remote = f"[{self.remote}]" if ":" in self.remote else self.remote
+        return f"{self.local}>{remote}:{self.port}"
+
 
 def shown(value: str) -> str:
     """Quote a value for a message, shortened and without control characters."""

@@ -140,19 +140,26 @@ def _group(group: GroupConfig) -> dict[str, Any]:
             "operation": group.operation,
             "durability": group.durability,
             "on_overflow": group.on_overflow,
+            "on_disconnect": group.on_disconnect,
+            "near_sync_entries": group.near_sync_entries,
             "primary": {"host": group.primary_host, "address": group.primary_address},
             "secondary": {
                 "host": group.secondary_host,
                 "address": group.secondary_address,
                 "port": group.port,
                 "journal_device": group.journal_device,
+                **({"paths": ", ".join(map(str, group.paths))} if group.paths else {}),
             },
-            "tunables": dataclasses.asdict(group.tunables),
+            "tunables": {
+                **dataclasses.asdict(group.tunables),
+                "verify_every": group.tunables.verify_every or "never",
+            },
             **({"pool": {"devices": ", ".join(group.pool)}} if group.pool else {}),
             "ldsus": {
                 ldsu.name: {
                     "data_device": ldsu.data_device,
                     "writelog_device": ldsu.writelog_device,
+                    **({"bitmap_device": ldsu.bitmap_device} if ldsu.bitmap_device else {}),
                     "mirror_device": ldsu.mirror_device,
                 }
                 for ldsu in group.ldsus
