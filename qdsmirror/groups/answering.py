@@ -98,9 +98,8 @@ class Answering:
         if not group.coherent:
             # Perhaps a refresh was to bring what counts as committed.
             self._numbers.skip(0)
-        if self._numbers.uncommitted:
-            for unit in group.units:
-                unit.last_number = self._numbers.framed
+        for unit in group.units:
+            unit.last_number = self._numbers.framed if self._numbers.uncommitted else 0
         self._begun = True
         self.look()
 

@@ -516,6 +516,18 @@ class NewHistoryTests(AnsweringTestCase):
         flushes.append(world.client.flush(world.group.units[0]))
         self.assertEqual(self.answered(world, flushes), [True, True])
 
+    def test_numbers_are_given_anew(self) -> None:
+        """A backfresh has given a history up: a flush does not wait for what was in it."""
+        world = self.world()
+        self.connect(world)
+        self.write(world, 1, 2, 3)
+        world.commit()
+        world.group.next_gsn = 2
+        world.group.durable_gsn = world.group.committed_gsn = 1
+        world.group.answering.begin()
+        world.group.answering.mirror_is_whole()
+        self.assertTrue(world.client.answered(world.client.flush(world.group.units[0])))
+
     def test_near_synchronous_answers_no_more_meanwhile(self) -> None:
         world = self.world("near-sync", near=2)
         asked = self.write(world, 1, 2)
