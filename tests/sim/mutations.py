@@ -636,7 +636,7 @@ def _checkpoint_told_before_it_is_durable(patch: Patch) -> None:
     patch(Mirror, "hold", hold)
 
 
-@mutation("PREFIX", seeds=100, first=60)
+@mutation("PREFIX", seeds=100, first=110)
 def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
     def all_of_it(mirroring: Any) -> Any:
         ready, mirroring._ready = mirroring._ready, []

@@ -114,7 +114,6 @@ class Synchrony:
 
     def _frames(self, asked: Asked) -> Iterator[Made]:
         """Give the frames that hold a request, each once or more."""
-        model = self._world.model
         request = asked.request
         if request.command == nbd.CMD_WRITE and not asked.zeroes:
             first = asked.number << 20
@@ -122,17 +121,21 @@ class Synchrony:
                 yield from self._wrote(asked.ldsu, first + n)
             return
         # Zeroes do not tell whose they are: the first that are like these.
-        oldest: Made | None = None
-        at: Made | None = model.tips[asked.ldsu]
+        yield from self._zeroes_like(asked)[-1:]
+
+    def _zeroes_like(self, asked: Asked) -> list[Made]:
+        """Give the frames with the zeroes that were asked for, or some like them, newest first."""
+        request = asked.request
+        found: list[Made] = []
+        at: Made | None = self._world.model.tips[asked.ldsu]
         while at is not None and at.gsn_last > asked.since:
             if any(
                 e.payload is None and (e.offset, e.length) == (request.offset, request.length)
                 for e in at.entries
             ):
-                oldest = at
+                found.append(at)
             at = at.parent
-        if oldest is not None:
-            yield oldest
+        return found
 
     def _wrote(self, ldsu: int, number: int) -> list[Made]:
         """Give the application's frames that wrote a sector so (not a refresh's)."""
@@ -149,7 +152,8 @@ class Synchrony:
             first = asked.number << 20
             made = [self._wrote(asked.ldsu, first + n) for n in range(request.length // SECTOR)]
         else:
-            made = [list(self._frames(asked))]
+            # Of the first that are like these a history may have begun anew: not of the own ones.
+            made = [self._zeroes_like(asked)]
         if all(any(self._is_there(one) for one in some) for some in made):
             return True
         # Past the writelog, as a whole or its end: a refresh has brought it.
