@@ -1,6 +1,6 @@
 """fio through every change of mode in turn, for half an hour: no error, and identical mirrors.
 
-    python bench/modes.py [--minutes 30] [--seed N] [--json FILE]
+    python bench/modes.py [--minutes 30] [--seed N] [--memory] [--json FILE]
 
 The steps are those of tests/integration/modes.py, in an order drawn by the seed; fio writes, reads
 back and verifies all the time.  Shown is how long each step took until the group was connected and
@@ -24,9 +24,10 @@ TEST = "tests.integration.test_modes"
 MIB = 1 << 20
 
 
-def run(minutes: float, seed: int | None) -> dict[str, Any]:
+def run(minutes: float, seed: int | None, lab: str) -> dict[str, Any]:
     """Run the test for so long; give its report.
 
+    :param lab: further options of ``qdslab create``.
     :raises SystemExit: it failed, or was skipped.
     """
     with tempfile.TemporaryDirectory(prefix="qdb-") as place:
@@ -35,6 +36,7 @@ def run(minutes: float, seed: int | None) -> dict[str, Any]:
             **os.environ,
             "QDS_MODES_SECONDS": str(minutes * 60),
             "QDS_MODES_REPORT": str(report),
+            "QDS_MODES_LAB": lab,
             **({"QDS_SEED": str(seed)} if seed is not None else {}),
         }
         trial = [
@@ -67,9 +69,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="default: 30")
     parser.add_argument("--seed", type=int, help="run a seed again")
+    parser.add_argument("--memory", action="store_true", help="keep the writelogs in memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the report there")
     chosen = parser.parse_args()
-    told = run(chosen.minutes, chosen.seed)
+    told = run(chosen.minutes, chosen.seed, "--memory" if chosen.memory else "")
     if chosen.json:
         chosen.json.write_text(json.dumps(told, indent=1) + "\n")
     show(told)

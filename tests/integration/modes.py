@@ -67,13 +67,16 @@ class Step:
 class Modes(World):
     """A lab with a link that can be cut, and fio on every LDSU.
 
+    :param options: of ``qdslab create``, beside those that a run needs.
     :ivar source: what is drawn by the run's seed.
     """
 
-    def __init__(self, test: TestCase, seed: int) -> None:
+    def __init__(self, test: TestCase, seed: int, *options: str) -> None:
         need("fio", "nbdkit")
         super().__init__(
-            test, *SIZES, "--ldsus", str(LDSUS), "--pool", str(POOL), "--overflow", "bypass"
+            test,
+            *(*SIZES, "--ldsus", str(LDSUS), "--pool", str(POOL), "--overflow", "bypass"),
+            *options,
         )
         if "nbd" not in self.ended("fio", "--enghelp").stdout.split():
             raise SkipTest("fio has no nbd engine")
@@ -235,8 +238,12 @@ class Modes(World):
             modes, refresh = set(info["modes"]), info["refresh"]
             if modes == {"connected"} and info["coherent"]:
                 return True
-            if "connected" in modes and not refresh:
-                if "bypass" in modes:
+            lost = (info["bypass"] or {}).get("lost")
+            if ("connected" in modes or lost) and not refresh:
+                if lost:
+                    # The link is refused until there is one.
+                    self.order("launchrefresh", *GROUP, codes=(DONE, REFUSED, UNREACHABLE))
+                elif "bypass" in modes:
                     self.order("qdsbypass", "off", *GROUP, codes=(DONE, REFUSED, UNREACHABLE))
                 elif info["coherent"] is False:
                     self.order("qdsrefresh", *GROUP, codes=(DONE, REFUSED, UNREACHABLE))

@@ -1,7 +1,8 @@
 """fio runs through every mode change in turn: no error, and identical mirrors at the end.
 
 Two minutes; ``QDS_MODES_SECONDS`` says otherwise (bench/modes.py), ``QDS_MODES_REPORT`` names a
-file for what was done, ``QDS_MODES_ONLY`` chooses steps by a pattern.
+file for what was done, ``QDS_MODES_ONLY`` chooses steps by a pattern, ``QDS_MODES_LAB`` has further
+options of ``qdslab create``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tests.integration.modes import STEPS, Modes, Step
 
 SECONDS = float(os.environ.get("QDS_MODES_SECONDS", "120"))
 ONLY = os.environ.get("QDS_MODES_ONLY", "")
+LAB = os.environ.get("QDS_MODES_LAB", "").split()
 REPORT = os.environ.get("QDS_MODES_REPORT")
 #: At least one round of every step is gone through, however slow the machine is.
 ROUND_SECONDS = 600
@@ -30,7 +32,7 @@ class ModesTests(TestCase):
     @in_thread
     def test_every_mode_change_in_turn(self) -> None:
         seed = draw_seed(self)
-        modes = Modes(self, seed)
+        modes = Modes(self, seed, *LAB)
         modes.begin()
         steps = [step for step in STEPS if re.search(ONLY, step.name)]
         self.took: dict[str, list[float]] = {step.name: [] for step in steps}
