@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from systems import MissingError, need
 
@@ -38,6 +38,15 @@ def run(job: Job, uri: str, size: int, seconds: float, *extra: str) -> float:
     :returns: requests per second, or MB (10^6 bytes) per second.
     :raises MissingError: fio failed, with its own words.
     """
+    side = report(job, uri, size, seconds, *extra)
+    return float(side["iops"]) if job.per_second else float(side["bw_bytes"]) / 1e6
+
+
+def report(job: Job, uri: str, size: int, seconds: float, *extra: str) -> dict[str, Any]:
+    """Load an export with a job; give what fio reports of its reads or writes.
+
+    :raises MissingError: as for :func:`run`.
+    """
     command = [
         need("fio"),
         *("--name=bench", "--ioengine=nbd", f"--uri={uri}", "--output-format=json"),
@@ -50,5 +59,5 @@ def run(job: Job, uri: str, size: int, seconds: float, *extra: str) -> float:
     if done.returncode:
         raise MissingError(f"fio: {done.stderr.strip() or done.stdout.strip()}")
     result = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    side = result["read" if "read" in job.pattern else "write"]
-    return float(side["iops"]) if job.per_second else float(side["bw_bytes"]) / 1e6
+    side: dict[str, Any] = result["read" if "read" in job.pattern else "write"]
+    return side

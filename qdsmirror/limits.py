@@ -96,8 +96,10 @@ VERIFY_ZERO_BYTES_MAX = 8 * MIB
 #: Frames of a verify that the secondary has not reported on.
 VERIFY_FRAMES_MAX = 16
 #: Beside an application that is at work, or a log that is half full, a verify takes a turn this
-#: late at most.
+#: late at most: so it reads 4 MiB in a second.
 VERIFY_TURN_SECONDS = 0.25
+#: So many requests in a second make an application that is at work.
+VERIFY_BUSY_REQUESTS = 256
 #: What the secondary has passed without a report, for so long, is sent again.
 VERIFY_REPORT_SECONDS = 1.0
 #: Of the ranges that differ, so many are kept of each LDSU; their bytes are counted on.

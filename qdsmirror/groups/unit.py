@@ -50,6 +50,7 @@ class DriverUnit:
     :ivar closed: why it is closed to applications, for a backfresh; empty while it is not.
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
+    :ivar requests: how many were submitted.
     :ivar appending: whether an append is under way.
     :ivar last_number: of the last entry that the application's frames had (see
         :class:`Answering`).
@@ -94,6 +95,7 @@ class DriverUnit:
         self.dirty = dirty
         self.direct = Direct(self)
         self.full_since: float | None = None
+        self.requests = 0
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self.appending = False
         self.last_number = 0
@@ -137,6 +139,7 @@ class DriverUnit:
         """See :class:`IExport`."""
         past: list[Request] = []
         refusal = self.refusal or self.closed
+        self.requests += len(requests)
         for request in requests:
             command = request.command
             if refusal:

@@ -26,6 +26,7 @@ from qdsmirror.groups.bypass import OFF
 from qdsmirror.limits import (
     FAILURE_REASON_CHARS_MAX,
     REFRESH_RING_SHARE,
+    VERIFY_BUSY_REQUESTS,
     VERIFY_CHUNK_BYTES,
     VERIFY_FRAMES_MAX,
     VERIFY_READ_BYTES,
@@ -98,6 +99,8 @@ class Verify:
         self._timer: Any = None
         self._due = self._began_at = group.runtime.reactor.seconds()
         self._began_bytes = 0
+        #: When it was looked how many requests had come, and how many.
+        self._requests = self._began_at, sum(unit.requests for unit in group.units)
 
     @classmethod
     def resumed(cls, group: DriverGroup, states: Sequence[Mapping[str, Any] | None]) -> Verify:
@@ -265,11 +268,19 @@ class Verify:
             self.group.checkpoints.want_space()
             return False
         busy = (
-            unit.waiting.any
+            self._is_application_busy(now)
+            or unit.waiting.any
             or unit.appending
             or log.used_bytes > log.ring.size * REFRESH_RING_SHARE
         )
         return not busy or now >= self._due + VERIFY_TURN_SECONDS
+
+    def _is_application_busy(self, now: float) -> bool:
+        """Whether many requests have come since it was last asked; reads count as well."""
+        since, before = self._requests
+        requests = sum(unit.requests for unit in self.group.units)
+        self._requests = now, requests
+        return bool(requests - before > VERIFY_BUSY_REQUESTS * (now - since))
 
     def _send_lost_again(self) -> None:
         """Take what the secondary has passed without a word, by a crash or a lost link."""

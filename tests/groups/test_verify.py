@@ -256,6 +256,20 @@ class PaceTests(SynchronousTestCase):
         self.assertLess(hashed[-1], turns * 1.5)
         self.assertEqual(world.wrong, [])
 
+    def test_reads_go_first_too(self) -> None:
+        world = VerifyWorld(self, size=32 * MIB)
+        unit = world.begin_work()
+
+        def read(times: int) -> None:
+            for _ in range(times):
+                world.client.ask(unit, nbd.CMD_READ, 0, BLOCK)
+
+        world.verify()
+        busy = self.rate(world, 2.0, partial(read, 10))
+        self.assertLess(busy, 1.3 * MIB / limits.VERIFY_TURN_SECONDS)
+        self.assertGreater(busy, 0.5 * MIB / limits.VERIFY_TURN_SECONDS)
+        self.assertGreater(self.rate(world, 0.3, partial(read, 1)), 3 * busy)
+
     def test_what_waits_for_reports_is_bounded(self) -> None:
         world = VerifyWorld(self, size=32 * MIB, verify_rate=limits.VERIFY_RATE_BYTES_MAX)
         world.begin_work()
