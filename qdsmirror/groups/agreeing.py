@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from qdsmirror.core.backfresh import RUNNING, BackfreshState
 from qdsmirror.core.questions import STANDING, Standing, parse_standing
 from qdsmirror.errors import BrokenError, DegradedError
 from qdsmirror.groups.bypass import ON
@@ -44,6 +46,59 @@ def has_all(group: DriverGroup, standings: Sequence[Standing]) -> bool:
         and (standing.gsn, standing.point) == (group.next_gsn, unit.framed_point)
         for unit, standing in zip(group.units, standings, strict=True)
     )
+
+
+def check_clients(group: DriverGroup, force: bool) -> None:
+    """Check that no clients are connected, or may be cut off.
+
+    :raises DegradedError: some are, and may not.
+    """
+    busy = [unit.name for unit in group.units if unit.connections]
+    if busy and not force:
+        raise DegradedError(
+            f"{group.name}: clients are connected to {', '.join(busy)}",
+            hint=f"end them (qdsdetach -g {group.number}), or cut them off with --force",
+        )
+
+
+def new_states(
+    group: DriverGroup,
+    standings: Sequence[Standing],
+    before: Mapping[int, BackfreshState],
+    discard: bool,
+    keep: str = "",
+) -> list[BackfreshState]:
+    """Give the records of a backfresh that is to begin, by LDSU.
+
+    :param standings: where the mirror stands; what came after is given up if ``discard`` says so.
+    :param before: what data devices lack already.
+    :param keep: the file for what is overwritten; "": nothing is kept.
+    """
+    given_up = discard and not has_all(group, standings)
+    generation = os.urandom(16) if given_up else b""
+    number, now = os.urandom(16), group.runtime.wall()
+    states = []
+    for unit, standing in zip(group.units, standings, strict=True):
+        lacked = before.get(unit.index)
+        states.append(
+            BackfreshState(
+                number,
+                RUNNING,
+                now,
+                lacked.reason if lacked is not None else "",
+                keep,
+                *standing.place,
+                discard=generation,
+                lacked=lacked is not None,
+            )
+        )
+    return states
+
+
+def about(group: DriverGroup, states: Sequence[BackfreshState]) -> dict[str, Any]:
+    """Give what the file of a backfresh says of itself."""
+    units = [[unit.index, unit.name, unit.size] for unit in group.units]
+    return {"group": group.number, "id": states[0].id.hex(), "ldsus": units}
 
 
 class Agreement:

@@ -30,13 +30,12 @@ from qdsmirror.core.backfresh import (
     NEEDED,
     RUNNING,
     BackfreshState,
-    after,
 )
-from qdsmirror.core.questions import Standing
 from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UsageError
 from qdsmirror.groups import bypass
-from qdsmirror.groups.agreeing import Agreement, has_all
+from qdsmirror.groups.agreeing import Agreement, about, check_clients, new_states
+from qdsmirror.groups.equality import record_equal
 from qdsmirror.groups.fetching import Fetching
 from qdsmirror.limits import BACKFRESH_RECORD_SECONDS, KEEP_PATH_BYTES_MAX
 from qdsmirror.storage.keep import KeepWriter
@@ -105,21 +104,18 @@ class Backfresh:
 
     def status(self) -> dict[str, Any] | None:
         """Give the ``backfresh`` object of ``qdsinfo --json``; the last one's once it has ended."""
-        job = self.job or self.trial
-        if self.job is None and self._states:
-            first = next(iter(self._states.values()))
-            told = {"id": first.id.hex(), "started": first.started, "reason": first.reason}
-            return {"state": NEEDED if self.phase == OFF else self.phase, **told}
-        if self.phase == BEGINNING:
-            return {"state": BEGINNING}
-        if job is None:
-            return self._last
-        state = "fetching" if job is self.job else "counting"
-        if not job.remaining_bytes:
-            state = "ending" if job is self.job else "counted"
-        elif job.waits:
-            state = "waiting"
-        return {"state": state, **job.status()}
+        lacking = next(iter(self._states.values()), None)
+        if self.job is not None or lacking is None:
+            if self.phase == BEGINNING:
+                return {"state": BEGINNING}
+            job = self.job or self.trial
+            return job.status() if job is not None else self._last
+        return {
+            "state": NEEDED if self.phase == OFF else self.phase,
+            "id": lacking.id.hex(),
+            "started": lacking.started,
+            "reason": lacking.reason,
+        }
 
     def check_whole(self, doing: str) -> None:
         """Check that every data device holds what it should.
@@ -248,7 +244,7 @@ class Backfresh:
         if discard and not group.pmd.is_connected:
             group.pmd.hold(True)
         standings = yield self._agreement.reach(drained=False, quiet=False)
-        states = self._new_states(standings, discard, "")
+        states = new_states(group, standings, self._states, discard)
         self.trial = Fetching(group, states, self._trial_ended, writes=False)
         self.trial.poke()
         return self.trial.status()
@@ -267,7 +263,7 @@ class Backfresh:
     @inlineCallbacks
     def _begin(self, discard: bool, force: bool, keep: str) -> Any:
         group = self._group
-        self._check_clients(force)
+        check_clients(group, force)
         yield self._drop_trial()
         self.phase = BEGINNING
         self.log.warn("{group}: a backfresh begins: its LDSUs are closed", group=group.name)
@@ -277,8 +273,8 @@ class Backfresh:
                 group.pmd.hold(True)
             yield self._until(self._is_quiet)
             standings = yield self._agreement.reach(drained=not discard)
-            states = self._new_states(standings, discard, keep)
-            writer = KeepWriter(keep, self._about(states)) if keep else None
+            states = new_states(group, standings, self._states, discard, keep)
+            writer = KeepWriter(keep, about(self._group, states)) if keep else None
             if writer is not None:
                 yield group.runtime.blocking(writer.create)
             yield self._record_beginning(states, writer)
@@ -294,47 +290,11 @@ class Backfresh:
         self._fetch(keep=writer)
         return self.status()
 
-    def _check_clients(self, force: bool) -> None:
-        busy = [unit.name for unit in self._group.units if unit.connections]
-        if busy and not force:
-            number = self._group.number
-            raise DegradedError(
-                f"{self._group.name}: clients are connected to {', '.join(busy)}",
-                hint=f"end them (qdsdetach -g {number}), or cut them off with --force",
-            )
-
     def _is_quiet(self) -> bool:
         """Whether all that was accepted is on the data devices, synced."""
         if any(unit.direct.busy or unit.syncing.has_late for unit in self._group.units):
             return False
         return self._group.bypass.is_all_applied() and not self._group.checkpoints.recording
-
-    def _new_states(
-        self, standings: Sequence[Standing], discard: bool, keep: str
-    ) -> list[BackfreshState]:
-        given_up = discard and not has_all(self._group, standings)
-        generation = os.urandom(16) if given_up else b""
-        number, now = os.urandom(16), self._group.runtime.wall()
-        states = []
-        for unit, standing in zip(self._group.units, standings, strict=True):
-            before = self._states.get(unit.index)
-            states.append(
-                BackfreshState(
-                    number,
-                    RUNNING,
-                    now,
-                    before.reason if before is not None else "",
-                    keep,
-                    *standing.place,
-                    discard=generation,
-                    lacked=before is not None,
-                )
-            )
-        return states
-
-    def _about(self, states: Sequence[BackfreshState]) -> dict[str, Any]:
-        units = [[unit.index, unit.name, unit.size] for unit in self._group.units]
-        return {"group": self._group.number, "id": states[0].id.hex(), "ldsus": units}
 
     @inlineCallbacks
     def _record_beginning(self, states: Sequence[BackfreshState], writer: KeepWriter | None) -> Any:
@@ -386,22 +346,18 @@ class Backfresh:
     def _fetch(self, keep: KeepWriter | None = None, *, touched: bool = False) -> None:
         states = [self._states[unit.index] for unit in self._group.units]
         if keep is None and states[0].keep:
-            keep = KeepWriter(states[0].keep, self._about(states))
-        job = Fetching(self._group, states, self._fetched, writes=True, keep=keep)
+            keep = KeepWriter(states[0].keep, about(self._group, states))
+        job = Fetching(self._group, states, self._end, writes=True, keep=keep)
         job.touched = touched
         self.job = job
-        self._look_later()
+        self._look()
         job.poke()
 
-    def _look_later(self) -> None:
+    def _look(self) -> None:
+        """Record now and then what is done."""
+        self._record_progress()
         reactor = self._group.runtime.reactor
         self._timer = reactor.callLater(BACKFRESH_RECORD_SECONDS, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        if self.phase == ON:
-            self._record_progress()
-            self._look_later()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -447,9 +403,6 @@ class Backfresh:
 
     # -- the end --------------------------------------------------------------------------------
 
-    def _fetched(self) -> None:
-        self._end()
-
     @inlineCallbacks
     def _end(self) -> Any:
         group = self._group
@@ -478,31 +431,14 @@ class Backfresh:
     def _leave(self, states: Mapping[int, BackfreshState]) -> Any:
         """Go on with equal devices: the end is durable."""
         group = self._group
-        in_bypass = group.bypass.phase == bypass.ON
-        if in_bypass:
-            for unit in group.units:
-                yield unit.direct.clear_dirty()
-        yield self._until(lambda: not group.checkpoints.running)
-        made = {
-            unit.index: after(unit.writelog.superblock, states[unit.index]) for unit in group.units
-        }
-        discarded = bool(states[0].discard)
-        if discarded:
-            # Before it is recorded: a checkpoint in between must not bring back what was.
-            group.stand_at([made[unit.index]["tail"] for unit in group.units])
-            group.generation = made[0]["generations"][-1].id
-
-        def change(key: str) -> Callable[[DriverUnit], Any]:
-            return lambda unit: made[unit.index][key]
-
-        yield group.checkpoints.record_everywhere(**{key: change(key) for key in made[0]})
+        generations = yield record_equal(group, states)
         self._states = {}
-        group.coherence.became_equal()
-        if discarded:
-            # Numbers are given anew.
-            group.answering.begin()
-        if discarded and not in_bypass and len(made[0]["generations"]) > 1:
-            yield group.bypass.begin_generation(made[0]["generations"])
+        if generations:
+            try:
+                yield group.bypass.begin_generation(generations)
+            except QdsError as error:
+                # A writelog has failed, and is gone past: the data devices are whole.
+                group.note_error(f"backfresh: its new generation: {error.message}")
         assert self.job is not None
         self._last = {**self.job.status(), "state": ENDED, "waits": ""}
         self.job = None

@@ -339,11 +339,17 @@ class Fetching:
 
     def status(self) -> dict[str, Any]:
         """Give the ``backfresh`` object of ``qdsinfo --json``."""
+        state = "fetching" if self._writes else "counting"
+        if not self.remaining_bytes:
+            state = "ending" if self._writes else "counted"
+        elif self.waits:
+            state = "waiting"
         done = sum(self.done)
         remaining = self.remaining_bytes
         elapsed = self._group.runtime.reactor.seconds() - self._began_at
         rate = (done - self._began_bytes) / elapsed if elapsed > 0 else 0.0
         return {
+            "state": state,
             "id": self.id.hex(),
             "dry_run": not self._writes,
             "done_bytes": done,
