@@ -78,7 +78,7 @@ class Fetching:
         self,
         group: DriverGroup,
         states: Sequence[BackfreshState],
-        ended: Callable[[], None],
+        ended: Callable[[], object],
         *,
         writes: bool,
         keep: KeepWriter | None = None,

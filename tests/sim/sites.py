@@ -189,7 +189,7 @@ class Sites:
             self.disks[self.config.journal_device],
         )
         ldsus = self.config.ldsus
-        logs = [ldsu.writelog_device for ldsu in ldsus]
+        logs = [ldsu.log_device for ldsu in ldsus]
         self.model.backfreshes = Backfreshes(self.model, logs, Random(f"backfresh {self.seed}"))
         self.corruption = {
             "alpha": Corruption(
