@@ -304,8 +304,7 @@ class Fetching:
     ) -> None:
         if failed is not None:
             part.unit.fail_data(failed)
-            self._trouble = part.unit.dead
-            self._stopped = True
+            self.halt(part.unit.dead)
         elif error is not None:
             where = f"{self._keep.path}: " if self._keep is not None else ""
             self._fail(part, _failure(f"{where}{error}"))

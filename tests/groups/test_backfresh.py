@@ -13,6 +13,7 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.core import nbd
 from qdsmirror.core.questions import READ
 from qdsmirror.errors import BrokenError, DegradedError
+from qdsmirror.groups import agreeing
 from qdsmirror.groups import backfresh as backfresh_module
 from qdsmirror.groups import fetching as fetching_module
 from qdsmirror.storage.keep import KeepFile, KeepWriter
@@ -151,7 +152,6 @@ class DrainedTests(BackfreshTestCase):
         yield self.sites.stop_rmd()
         yield self.written(0, 0, b"c" * 512)
         yield self.sites.until(lambda: "connected" not in self.sites.modes(), "the link's end")
-        import qdsmirror.groups.agreeing as agreeing
 
         self.patch(agreeing, "BACKFRESH_DRAIN_SECONDS", 0.0)
         failure = yield self.assertFailure(self.begin(), DegradedError)
@@ -453,3 +453,29 @@ class DiscardTests(MiddleTestCase):
             lambda: "is not what it was" in self.driver.status()["reason"], "the refusal"
         )
         self.assertNotEqual(self.sites.data(1)[:512], b"?" * 512)
+
+    @inlineCallbacks
+    def test_back_to_a_mirror_of_another_history(self) -> Steps:
+        """New writelogs know nothing of the mirror, which has what the data devices should."""
+        yield self.begin_work()
+        before = [self.sites.mirror(index) for index in range(2)]
+        yield self.sites.stop_pmd()
+        yield self.sites.stop_driver()
+        self.sites.initialise_writelogs()
+        self.spoil(0, 0, MIB)
+        yield self.sites.start_driver()
+        yield self.sites.start_pmd()
+        yield self.written(1, 0, b"o" * 512)
+        link = self.driver.pmd
+        yield self.sites.until(lambda: link.link["state"] == "refused", "the refusal")
+        self.patch(agreeing, "BACKFRESH_DRAIN_SECONDS", 0.0)
+        failure = yield self.assertFailure(self.begin(), DegradedError)
+        self.assertIn("--discard", failure.hint)
+        self.patch(agreeing, "BACKFRESH_DRAIN_SECONDS", 10.0)
+        yield self.begin("discard")
+        yield self.ended()
+        self.assertEqual([self.sites.data(index) for index in range(2)], before)
+        self.assertTrue(self.driver.coherent)
+        yield self.written(0, MIB // 2, b"p" * 4096)
+        yield self.sites.drained()
+        self.sites.assert_equal()

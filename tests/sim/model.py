@@ -685,10 +685,12 @@ class Model:
             self.lineage.go_back(generation)
         if not self.lineage.begin(generation):
             raise Violation("GENERATION: the driver found another generation")
-        lost = self._stand_behind_loss(generation, points, next_gsn, direct)
+        lost = self._stand_behind_loss(generation, points, next_gsn, direct, lacking)
         self.memory_lost = False
         for index, point in enumerate(points):
             found = bytes(self.data[index].durable)
+            if lost and index in lacking:
+                continue
             if lost:
                 self.sectors[index].check_survived(found, f"LDSU {index}")
                 self.sectors[index].recovered(found, self.data[index].unsynced)
@@ -707,7 +709,12 @@ class Model:
             raise Violation(f"RECOVER: GSNs go on at {next_gsn}")
 
     def _stand_behind_loss(
-        self, generation: bytes, points: Sequence[Point], next_gsn: int, direct: bool
+        self,
+        generation: bytes,
+        points: Sequence[Point],
+        next_gsn: int,
+        direct: bool,
+        lacking: Collection[int],
     ) -> bool:
         """Go on where writelogs in memory were lost; tell whether it is so.
 
@@ -734,7 +741,8 @@ class Model:
             raise Violation("GENERATION: writelogs in memory are lost, and framing goes on")
         for index, (made, point) in enumerate(zip(known, points, strict=True)):
             found = bytes(self.data[index].durable)
-            self._check_covered(index, found)
+            if index not in lacking:
+                self._check_covered(index, found)
             if made is None:
                 self._stand_behind(index, generation, point, next_gsn, found)
             else:
