@@ -397,6 +397,9 @@ class GroupTests(RootedTestCase):
             ),
         )
         self.assertEqual(group.identity_digest(), self.group(GROUP).identity_digest())
+        shown = self.group(text % ", ".join(map(str, group.ways)))
+        self.assertEqual(shown.ways, group.ways)
+        self.assertEqual(str(group.paths[3]), "fd00::1>fd00::2")
         most = ",".join(["10.0.0.1>10.0.0.2"] * limits.PATHS_MAX)
         self.assertEqual(len(self.group(text % most).ways), limits.PATHS_MAX)
 

@@ -56,8 +56,7 @@ class Path:
         self._received = 0
 
     def __str__(self) -> str:
-        local, remote, port = self.way
-        return f"{local}>{remote}:{port}" if local else f"{remote}:{port}"
+        return str(self.way)
 
     def up(self, link: Link) -> None:
         """Carry frames over a link."""

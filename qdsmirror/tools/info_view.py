@@ -135,7 +135,7 @@ def _wire_lines(group: Group) -> list[str]:
         return []
     lines = []
     used, wanted = wire["compression"], wire["wanted"]
-    if used not in (None, "none") and wire["frame_bytes"]:
+    if used not in (None, "none") and wire["wire_bytes"] < wire["frame_bytes"]:
         before, after = size_text(wire["frame_bytes"]), size_text(wire["wire_bytes"])
         lines.append(f"{group['name']}: {used} made {after} of {before}")
     elif used == "none" != wanted and group["role"] == "primary":
