@@ -58,7 +58,7 @@ class CheckpointTests(TestCase):
     @in_thread
     def test_backed_up_at_a_mark_while_the_primary_writes(self) -> None:
         need("qemu-img")
-        self.begin("--journal", "64M")
+        self.begin("--journal", "128M")
         world = self.world
         self.write_some(40)
         marked = self.checkpoint("--mark", "nightly", site="primary")
@@ -66,7 +66,10 @@ class CheckpointTests(TestCase):
         stop = threading.Event()
 
         def go_on() -> None:
-            while not stop.is_set():
+            # Less than the journal takes before the checkpoint would be released.
+            for _ in range(280):
+                if stop.is_set():
+                    break
                 self.write_some(4)
 
         writer = threading.Thread(target=go_on)

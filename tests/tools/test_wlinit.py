@@ -75,6 +75,20 @@ class MakeTests(TestCase):
         site.make("log0", 2 * WRITELOG_BYTES_MIN)
         site.refused(main, 1, str(site.device("log0")), "a log needs")
 
+    def test_before_images_get_what_the_mirrors_need(self) -> None:
+        site = Site(self, "beta")
+        code, output, _ = site.run(main)
+        self.assertEqual(code, 0)
+        needed = 2 * (DATA + 4096)
+        self.assertIn(f"of these {needed} bytes for before-images", output)
+        self.assertEqual(site.superblock("journal0").before_area[1], needed)
+        path = site.paths.group_config(0)
+        text = path.read_text().replace("[ldsus]", "[tunables]\nbefore_image_bytes = 0\n[ldsus]")
+        path.write_text(text)
+        _, output, _ = site.run(main, "--yes", "--json")
+        self.assertEqual(json.loads(output)["initialised"][0]["before_image_bytes"], 0)
+        self.assertEqual(site.superblock("journal0").before_area[1], 0)
+
     def test_journal_at_the_secondary(self) -> None:
         site = Site(self, "beta")
         before = site.content()
