@@ -174,9 +174,15 @@ class PrimaryGroup:
             ended = await self._connect(driver)
         except REFUSALS as error:
             awaits = isinstance(error, AwaitsRefreshError)
-            diverged = isinstance(error, DivergedError) and not awaits
-            said = {"diverged": diverged, "awaits_refresh": awaits}
-            self._say("refused", error.message, error.exit_code, error.hint, **said)
+            said: dict[str, Any] = {
+                "diverged": isinstance(error, DivergedError) and not awaits,
+                "awaits_refresh": awaits,
+            }
+            if awaits and self.config.tunables.auto_refresh:
+                # Nobody has to do anything.
+                self._say("connecting", error.message, **said)
+            else:
+                self._say("refused", error.message, error.exit_code, error.hint, **said)
             await self._retry.pause(refused=True)
             return
         except QdsError as error:
