@@ -117,6 +117,7 @@ class PrimaryGroup:
 
         async def end() -> None:
             running, self._running = self._running, None
+            self._retry.stop()
             self._say("stopped", "the pmd was stopped")
             if self._link is not None:
                 ended = self._ended

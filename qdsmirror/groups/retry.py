@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 
 from qdsmirror.limits import (
     RECONNECT_SECONDS_MIN,
@@ -24,6 +24,7 @@ class Retry:
         self._reactor = reactor
         self.longest_seconds = longest_seconds
         self._sleep: Deferred[None] | None = None
+        self._stopped = False
         self.succeeded()
 
     def succeeded(self) -> None:
@@ -55,7 +56,10 @@ class Retry:
         """Wait until the next attempt, or until something makes it worth while.
 
         :param refused: what the last attempt ended with.
+        :raises CancelledError: there is none.
         """
+        if self._stopped:
+            raise CancelledError
         seconds = self.refused_seconds() if refused else self._plain_seconds()
         self._sleep = Deferred()
         call = self._reactor.callLater(seconds, self.wake)
@@ -65,6 +69,10 @@ class Retry:
             self._sleep = None
             if call.active():
                 call.cancel()
+
+    def stop(self) -> None:
+        """Let no attempt follow: one that is under way may end with an error of its own."""
+        self._stopped = True
 
     def wake(self) -> None:
         """Let the next attempt begin now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -41,3 +42,13 @@ class RefusedRetryTests(SynchronousTestCase):
         # Also in the midst of an attempt, whose refusal then is of no long consequence.
         group.retry()
         self.assertEqual(self.pauses(group, 2), [1, 2])
+
+
+class StoppedTests(SynchronousTestCase):
+    def test_no_attempt_follows_the_stop(self) -> None:
+        """Also where the one under way fails for being ended: no timer is left behind."""
+        clock = Clock()
+        retry = Retry(clock, 1.0)
+        retry.stop()
+        self.failureResultOf(ensureDeferred(retry.pause()), CancelledError)
+        self.assertEqual(clock.getDelayedCalls(), [])

@@ -105,7 +105,7 @@ class Profile:
         if memory:
             faults["kill master"] = apart.choice((0, 100, 300, 800))
             log = max(log, MEMORY_LOG_BYTES_MIN)
-        if not faults["damage"]:
+        if not faults["damage"] and not memory:
             # (A mirror that was damaged unnoticed is what it would make the data devices.)
             faults["backfresh"] = Random(f"backfresh {faults}").choice((0, 0, 0, 60, 150))
         before = own.choice((0, 0, 32 * KIB, 256 * KIB, 256 * KIB))
