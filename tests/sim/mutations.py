@@ -737,7 +737,7 @@ def _chunk_read_without_what_is_pending(patch: Patch) -> None:
 # -- verify ---------------------------------------------------------------------------------------
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", seeds=200, first=100)
 def _hashes_compared_in_a_replay(patch: Patch) -> None:
     def sure(mirror: Any) -> None:
         mirror._unsure_gsn = 0
