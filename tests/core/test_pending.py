@@ -25,7 +25,7 @@ def batches(draw: st.DrawFn) -> list[Entry]:
     for _ in range(draw(st.integers(1, 4))):
         offset = draw(OFFSET)
         if draw(st.booleans()):
-            length = min(draw(st.integers(0, 3 * GRANULE)), SIZE - offset)
+            length = min(draw(st.integers(1, 3 * GRANULE)), SIZE - offset)
             payload = bytes([draw(st.integers(1, 255))]) * length
             found.append(Entry(offset, length, frames.WRITE, payload))
         else:
