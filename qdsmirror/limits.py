@@ -293,8 +293,9 @@ CHECKPOINT_NAME_BYTES_MAX = 64
 #: A checkpoint that is not strict is released when so much of the journal is in use (rules.md 22):
 #: what is left takes what arrives until the journal is freed.
 CHECKPOINT_JOURNAL_SHARE = 0.75
-#: Received, compressed or out of order, and not yet to be taken: all that a window lets come.
-AHEAD_BYTES_MAX = SEND_WINDOW_BYTES_MAX + SEND_BUFFER_BYTES + FRAME_BYTES_MAX
+#: Received, compressed or out of order, and not yet to be taken: all that a window lets come, twice
+#: where a path was lost.
+AHEAD_BYTES_MAX = 2 * (SEND_WINDOW_BYTES_MAX + SEND_BUFFER_BYTES + FRAME_BYTES_MAX)
 #: With several paths a buffer is so short: what is behind a slow path's waits for it.
 STRIPE_BYTES = 256 * KIB
 #: And the kernel takes so much of it that it cannot send yet.
