@@ -13,6 +13,21 @@ from collections import deque
 from qdsmirror.limits import UNNUMBERED_MAX
 
 
+class SplitNumber(int):
+    """A number of a request that does not fit into one frame.
+
+    :ivar first: the number of its first entry.
+    """
+
+    first: int
+
+    def __new__(cls, number: int, first: int) -> SplitNumber:
+        """Give ``number`` with the first one."""
+        made = super().__new__(cls, number)
+        made.first = first
+        return made
+
+
 class Allowance:
     """The numbers of one group's entries.
 
@@ -66,8 +81,12 @@ class Allowance:
             self.skipped = (first, self.committed)
 
     def is_skipped(self, number: int) -> bool:
-        """Tell whether a number is one of those that only the end of a refresh brings."""
-        return self.skipped is not None and self.skipped[0] < number <= self.skipped[1]
+        """Tell whether only the end of a refresh brings a request, or its beginning.
+
+        :param number: of its last entry.
+        """
+        first = number.first if isinstance(number, SplitNumber) else number
+        return self.skipped is not None and self.skipped[0] < number and first <= self.skipped[1]
 
     @property
     def uncommitted(self) -> int:

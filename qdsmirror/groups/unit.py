@@ -18,6 +18,7 @@ from zope.interface import implementer
 
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core import frames, nbd
+from qdsmirror.core.allowance import SplitNumber
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
 from qdsmirror.core.pending import PendingIndex
@@ -183,7 +184,7 @@ class DriverUnit:
     def _append_batch(self) -> bool:
         """Make one frame of what is queued; tell whether there was room for it."""
         self.waiting.drop_dead()
-        entries, finished, ends, taken = self.waiting.gather()
+        entries, finished, ends, taken, split = self.waiting.gather()
         if not entries:
             return False
         payload = sum(e.length for e in entries if e.payload is not None)
@@ -204,6 +205,10 @@ class DriverUnit:
         self.last_number = self.group.answering.last_number
         for request, end in zip(finished, ends, strict=True):
             request.state = self.last_number - len(entries) + end
+        for request, before in split:
+            # Where this is its beginning, it is the frame's last entry.
+            first = before.first if isinstance(before, SplitNumber) else self.last_number
+            request.state = SplitNumber(request.state, first)
         self.pending.add(entries)
         self._append(frame, writes, finished)
         return True

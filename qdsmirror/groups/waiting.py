@@ -20,12 +20,14 @@ class Gathered(NamedTuple):
     :ivar entries: the frame's.
     :ivar finished: requests that end in it; ``ends``: behind which of its entries each does.
     :ivar taken: each request that was touched, and how many of its bytes were taken before.
+    :ivar split: likewise, those that do not fit into one frame.
     """
 
     entries: list[Entry]
     finished: list[Request]
     ends: list[int]
     taken: list[tuple[Request, int]]
+    split: list[tuple[Request, int]]
 
 
 class WaitingRequests:
@@ -96,6 +98,7 @@ class WaitingRequests:
         finished: list[Request] = []
         ends: list[int] = []
         taken: list[tuple[Request, int]] = []
+        split: list[tuple[Request, int]] = []
         room = self._payload_cap
         while queue and len(entries) < self._entries_cap:
             request = queue[0]
@@ -125,13 +128,15 @@ class WaitingRequests:
                     entries.append(Entry(request.offset + done, take, frames.WRITE, piece))
                 room -= take
             taken.append((request, done))
+            if take != request.length:
+                split.append((request, done))
             if take == length:
                 queue.popleft()
                 finished.append(request)
                 ends.append(len(entries))
             else:
                 request.state = done + take
-        return Gathered(entries, finished, ends, taken)
+        return Gathered(entries, finished, ends, taken, split)
 
     def put_back(self, taken: Sequence[tuple[Request, int]]) -> None:
         """Undo the last :meth:`gather`: there was no room."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import allowance as module
-from qdsmirror.core.allowance import Allowance, CatchUp
+from qdsmirror.core.allowance import Allowance, CatchUp, SplitNumber
 
 #: Frames: how many GSNs each has, and whether it is the application's.
 FRAMES = st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=12)
@@ -67,6 +67,9 @@ class AllowanceTests(SynchronousTestCase):
         numbers.commit(8)
         numbers.skip(3)
         self.assertEqual([numbers.is_skipped(n) for n in (3, 4, 8, 9)], [False, True, True, False])
+        # Of a request in several frames a part is enough.
+        split = [SplitNumber(3, 1), SplitNumber(4, 3), SplitNumber(12, 8), SplitNumber(12, 9)]
+        self.assertEqual([numbers.is_skipped(n) for n in split], [False, True, True, False])
         # More than that must not be missing.
         self.assertEqual(numbers.answerable(5), 8)
         numbers.commit(10)
