@@ -3,8 +3,10 @@
 Both sites hash the same span at the same time, several spans in flight.  What is hashed is, of each
 byte, what it was at some instant meanwhile, and the two instants differ.  Equal is equal all the
 same: whatever was written to a byte between them reaches the mirror device in its order, and leaves
-there what it leaves here.  One thing is needed for that: what was hashed here must not be lost.  So
-a verdict counts once the writes hashed are durable (rules.md 14).
+there what it leaves here.  Two things are needed for that.  All that was written since the mirror's
+instant has gone through the writelogs: so nothing is compared before the mirror devices have all
+from before the refresh began.  And what was hashed here is not lost: so a verdict counts once the
+writes hashed are durable (rules.md 14).
 
 A verdict is about the one secondary that gave it: see :meth:`Refresh.begin`.
 """

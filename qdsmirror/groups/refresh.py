@@ -175,10 +175,24 @@ class Refresh:
         elif self._phase == CHUNKS and self.begun.called:
             if self._settled:
                 self._next_chunk()
-            elif self.group.pmd.is_connected:
+            elif self._may_compare():
                 self._settle()
         elif self._phase == END and self._are_chunks_durable():
             self._control(frames.REFRESH_END, COMMIT)
+
+    def _may_compare(self) -> bool:
+        """Whether the secondary is there, and its devices have all from before the begin mark.
+
+        A bypass or a backfresh may have changed bytes past the writelogs since: what comes to a
+        mirror device from before would change it again, and not to what is here.
+        """
+        pmd, mark = self.group.pmd, self._mark
+        return (
+            pmd.is_connected
+            and mark is not None
+            and pmd.mirrored_gsn is not None
+            and pmd.mirrored_gsn >= mark.gsn_last
+        )
 
     @inlineCallbacks
     def _settle(self) -> Any:
@@ -389,6 +403,8 @@ class Refresh:
     def was_committed(self, gsn: int) -> bool:
         """Learn the committed GSN; tell whether the refresh has come to its end."""
         self._count(gsn)
+        if not self._settled:
+            self.poke()
         if self._phase == COMMIT and self._mark is not None and self._mark.gsn_last <= gsn:
             self._phase = DONE
             return True

@@ -35,6 +35,7 @@ from qdsmirror.groups.direct import answer_all
 from qdsmirror.groups.memory import Cover, MemoryLogs, MemorySyncing
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
@@ -308,6 +309,11 @@ def _bypass_before_everything_is_applied(patch: Patch) -> None:
 @mutation("NO-HIDDEN", first=123)
 def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
     patch(DirtyBitmap, "damaged_ranges", [])
+
+
+@mutation("COHERENT", seeds=400)
+def _compared_with_a_mirror_that_lags(patch: Patch) -> None:
+    patch(Refresh, "_may_compare", lambda refresh: refresh.group.pmd.is_connected)
 
 
 @mutation("COHERENT")
