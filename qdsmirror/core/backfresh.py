@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdsmirror.core.records import BEGINNING, Cursor, Generation, Point, Superblock
+from qdsmirror.core.records import BEGINNING, Cursor, Generation, Point
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.limits import GENERATIONS_MAX
 
 #: Blocks are being fetched; all of them are, durably; blocks are lacking and nobody fetches them.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qdsmirror.core.records import Generation, Superblock
+from qdsmirror.core.records import Generation
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import BrokenError
 from qdsmirror.limits import GENERATIONS_MAX
 

@@ -32,7 +32,7 @@ from qdsmirror.limits import CATCH_UP_ENTRIES, FAILURE_REASON_CHARS_MAX, STOP_AN
 
 if TYPE_CHECKING:
     from qdsmirror.core.nbd import Request
-    from qdsmirror.core.records import Superblock
+    from qdsmirror.core.superblock import Superblock
     from qdsmirror.groups.driver import DriverGroup
     from qdsmirror.groups.framing import UnitFrame
     from qdsmirror.groups.unit import DriverUnit

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qdsmirror.core.records import RingMemory
+from qdsmirror.core.superblock import RingMemory
 from qdsmirror.errors import DeviceError
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.recovery import OpenUnit

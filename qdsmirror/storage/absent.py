@@ -12,8 +12,9 @@ from zope.interface import implementer
 
 from qdsmirror.core.bitmap import bitmap_area
 from qdsmirror.core.recent import Recent
-from qdsmirror.core.records import BoundUnit, Generation, Superblock
+from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.core.ring import Ring, align_up
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import MIB, RECORD_ALIGN_BYTES
 from qdsmirror.storage.filedevice import FILE_LOGICAL_BLOCK, FILE_PHYSICAL_BLOCK

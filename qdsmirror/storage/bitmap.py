@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qdsmirror.core.bitmap import SECTOR_BYTES, BitmapArea, DirtyBitmap
-from qdsmirror.core.records import Superblock
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import BITMAP_BLOCK_BYTES
 from qdsmirror.storage.fingerprint import merged, ranges_text

@@ -17,7 +17,7 @@ from qdsmirror.core.extension import (
     pack_extension,
     parse_extension,
 )
-from qdsmirror.core.records import SLOT_BYTES, Superblock
+from qdsmirror.core.superblock import SLOT_BYTES, Superblock
 from qdsmirror.errors import BrokenError, CorruptError, DeviceError, QdsError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import EXTENSIONS_PER_GROUP_MAX

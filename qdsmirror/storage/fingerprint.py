@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from qdsmirror.core.records import Superblock, pack_slot
+from qdsmirror.core.superblock import Superblock, pack_slot
 from qdsmirror.errors import CorruptError, LimitError
 from qdsmirror.limits import (
     FINGERPRINT_CHUNK_BYTES,

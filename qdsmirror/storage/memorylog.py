@@ -16,8 +16,8 @@ from zope.interface import implementer
 
 from qdsmirror.core.bitmap import BitmapArea
 from qdsmirror.core.recent import Recent
-from qdsmirror.core.records import Superblock, layout_with_memory
 from qdsmirror.core.ring import Ring
+from qdsmirror.core.superblock import Superblock, layout_with_memory
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import MEMORY_HEADER_BYTES
 from qdsmirror.storage.partition import Partition
@@ -54,7 +54,7 @@ class MemoryLogDevice:
         return f"<MemoryLogDevice {self.durable!r} and {self.memory!r}>"
 
     def layout(self, covered_bytes: int) -> tuple[int, Ring, BitmapArea]:
-        """Divide it; see :func:`~qdsmirror.core.records.layout_with_memory`."""
+        """Divide it; see :func:`~qdsmirror.core.superblock.layout_with_memory`."""
         return layout_with_memory(
             self.durable.size, self.memory.size, self.physical_block, covered_bytes
         )

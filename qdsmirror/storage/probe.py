@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qdsmirror.core.extension import EXTENSION_MAGIC, EXTENSION_SLOT_BYTES
-from qdsmirror.core.records import SLOT_BYTES, SUPER_MAGIC
+from qdsmirror.core.superblock import SLOT_BYTES, SUPER_MAGIC
 from qdsmirror.interfaces import IBlockDevice
 
 #: What a writelog, a journal or an extension of ours is called.

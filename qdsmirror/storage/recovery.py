@@ -24,8 +24,9 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.generations import settle
 from qdsmirror.core.newest import newest
-from qdsmirror.core.records import BoundUnit, Cursor, Superblock, after_loss
+from qdsmirror.core.records import BoundUnit, Cursor
 from qdsmirror.core.recovery import Finding, GsnRange, Recovery, abandon, decide
+from qdsmirror.core.superblock import Superblock, after_loss
 from qdsmirror.errors import (
     BrokenError,
     CorruptError,

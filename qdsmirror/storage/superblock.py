@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from qdsmirror.core.records import SLOT_BYTES, Superblock, parse_slot
+from qdsmirror.core.superblock import SLOT_BYTES, Superblock, parse_slot
 from qdsmirror.errors import CorruptError
 from qdsmirror.interfaces import IBlockDevice
 

@@ -20,19 +20,14 @@ from qdsmirror.core.records import (
     FRAME,
     PAD,
     RECORD_HEADER_BYTES,
-    SLOT_BYTES,
     BoundUnit,
     Cursor,
     Generation,
     Record,
-    RingMemory,
-    Superblock,
-    layout,
     pack_record,
-    pack_slot,
-    renewed,
 )
 from qdsmirror.core.ring import Extent, Place, Placement, Ring, align_up
+from qdsmirror.core.superblock import SLOT_BYTES, RingMemory, Superblock, layout, pack_slot, renewed
 from qdsmirror.errors import DegradedError, DeviceError, LimitError, UsageError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import (

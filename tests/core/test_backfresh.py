@@ -19,7 +19,8 @@ from qdsmirror.core.backfresh import (
     needed,
 )
 from qdsmirror.core.generations import awaits_switch, settle
-from qdsmirror.core.records import BoundUnit, Cursor, Generation, Point, Superblock, layout
+from qdsmirror.core.records import BoundUnit, Cursor, Generation, Point
+from qdsmirror.core.superblock import Superblock, layout
 from qdsmirror.limits import GENERATIONS_MAX
 
 SIZE = 1 << 20

@@ -8,8 +8,9 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.generations import awaits_switch, covering, grown, settle
-from qdsmirror.core.records import BoundUnit, Generation, Superblock
+from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.core.ring import Ring
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import BrokenError
 from qdsmirror.limits import GENERATIONS_MAX, MIB
 

@@ -17,23 +17,25 @@ from qdsmirror.core.records import (
     FRAME,
     PAD,
     RECORD_HEADER_BYTES,
-    SLOT_BYTES,
     BoundUnit,
     Cursor,
     Generation,
     Point,
     Record,
-    Superblock,
-    layout,
     pack_record,
-    pack_slot,
     parse_placement,
     parse_record,
+)
+from qdsmirror.core.ring import Extent, Ring
+from qdsmirror.core.superblock import (
+    SLOT_BYTES,
+    Superblock,
+    layout,
+    pack_slot,
     parse_slot,
     renewed,
     slot_bytes_for,
 )
-from qdsmirror.core.ring import Extent, Ring
 from qdsmirror.errors import CorruptError, DeviceError, LimitError
 from qdsmirror.limits import (
     EXTENTS_MAX,

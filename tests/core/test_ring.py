@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES
-from qdsmirror.core.records import RECORD_HEADER_BYTES, layout
+from qdsmirror.core.records import RECORD_HEADER_BYTES
 from qdsmirror.core.ring import Place, Placement, Ring, align_up
+from qdsmirror.core.superblock import layout
 from qdsmirror.errors import DeviceError
 from qdsmirror.limits import (
     CONTROL_RECORDS_MIN,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import struct
 
-from qdsmirror.core import ampbox, frames, nbd, records, stream, watermark
+from qdsmirror.core import ampbox, frames, nbd, records, stream, superblock, watermark
 from qdsmirror.core.compression import Method, Packer
-from qdsmirror.core.records import BoundUnit, Generation, Superblock
+from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.core.ring import Ring
+from qdsmirror.core.superblock import Superblock
 from tests.fuzz.targets import GENERATION, SIZE
 
 _WHOLE = b"\0"
@@ -57,7 +58,7 @@ def _superblock() -> bytes:
         role="writelog", log=b"L" * 16, group=0, units=(BoundUnit(0, "qds0", SIZE, "/d"),),
         ring=Ring(65536, 1 << 20), device_bytes=1 << 21, generations=(Generation(GENERATION, 1),),
     )  # fmt: skip
-    raw = records.pack_slot(made, 0)
+    raw = superblock.pack_slot(made, 0)
     return raw[:32] + json.dumps(made.to_json()).encode()
 
 

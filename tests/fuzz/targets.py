@@ -23,6 +23,7 @@ from qdsmirror.core import (
     questions,
     records,
     stream,
+    superblock,
     verify,
     watermark,
 )
@@ -213,12 +214,12 @@ def placement_headers(data: bytes) -> None:
 def superblocks(data: bytes) -> None:
     """A superblock slot whose body is arbitrary and whose checksum is right."""
     head = bytearray(data[:32].ljust(32, b"\0"))
-    head[:8] = records.SUPER_MAGIC
+    head[:8] = superblock.SUPER_MAGIC
     body = data[32:]
     head[16:20] = len(body).to_bytes(4, "big")
     crc = crc32c(body, crc32c(bytes(head)))
     try:
-        found = records.parse_slot(bytes(head) + crc.to_bytes(4, "big") + body, head[10], 0)
+        found = superblock.parse_slot(bytes(head) + crc.to_bytes(4, "big") + body, head[10], 0)
     except CorruptError:
         return
     assert replace(found, counter=found.counter + 1) != found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import TestCase
 
-from qdsmirror.core.records import parse_slot
+from qdsmirror.core.superblock import parse_slot
 from qdsmirror.storage.superblock import read_superblock
 from tests.groups.world import DriverWorld, unique
 

@@ -9,7 +9,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import watermark
 from qdsmirror.core.frames import ENTRIES, entries
-from qdsmirror.core.records import Cursor, Superblock
+from qdsmirror.core.records import Cursor
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import DegradedError
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.storage.superblock import read_superblock

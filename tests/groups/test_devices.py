@@ -10,7 +10,7 @@ from twisted.internet.defer import inlineCallbacks
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.core.records import Superblock
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import DeviceFailedError, MismatchError
 from qdsmirror.groups import retry as retry_module
 from qdsmirror.storage.latch import FailureLatch

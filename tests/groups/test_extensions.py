@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.core.records import SLOT_BYTES
+from qdsmirror.core.superblock import SLOT_BYTES
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import (
     CorruptError,

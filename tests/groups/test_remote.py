@@ -15,8 +15,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.config import HostConfig
 from qdsmirror.core import stream
-from qdsmirror.core.records import Superblock
 from qdsmirror.core.stream import ACK_REQUESTED, FRAME, Ack, Message
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
 from qdsmirror.groups import remote as remote_module
 from qdsmirror.groups.authority import Authority

@@ -18,7 +18,8 @@ from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
 from qdsmirror.core import nbd, watermark
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.nbd import Request
-from qdsmirror.core.records import BoundUnit, Generation, Superblock
+from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.core.watermark import Committed
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.framing import UnitFrame

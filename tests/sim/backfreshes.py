@@ -11,7 +11,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from qdsmirror.core.backfresh import ENDED, RUNNING, BackfreshState
-from qdsmirror.core.records import Cursor, Superblock
+from qdsmirror.core.records import Cursor
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice
 from tests.sim.history import SECTOR, Violation, first_difference, payload

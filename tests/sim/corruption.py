@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from random import Random
 from typing import NamedTuple
 
-from qdsmirror.core.records import Superblock, parse_placement
+from qdsmirror.core.records import parse_placement
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import CorruptError
 from qdsmirror.storage.superblock import read_superblock
 from tests.sim.disk import Disk, SimDevice

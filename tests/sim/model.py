@@ -21,7 +21,8 @@ from qdsmirror.core.frames import (
     Entry,
     parse_header,
 )
-from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point, Superblock
+from qdsmirror.core.records import RECORD_HEADER_BYTES, RECORD_MAGIC, Cursor, Point
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.core.verify import Row, Verdict
 from tests.sim.backfreshes import Backfreshes
 from tests.sim.disk import Disk

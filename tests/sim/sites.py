@@ -21,7 +21,8 @@ from qdsmirror.config import GroupConfig, HostConfig, LdsuConfig, Tunables
 from qdsmirror.configvalues import NetworkPath
 from qdsmirror.core.backfresh import INTERRUPTED
 from qdsmirror.core.bitmap import DirtyBitmap
-from qdsmirror.core.records import BoundUnit, Generation, Superblock
+from qdsmirror.core.records import BoundUnit, Generation
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import BrokenError, CorruptError, QdsError, UnreachableError
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.primary import PrimaryGroup

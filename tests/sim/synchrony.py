@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qdsmirror.core import frames, nbd
-from qdsmirror.core.records import Superblock
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice
 from tests.sim.history import SECTOR, TAG, Made, Violation

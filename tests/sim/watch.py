@@ -14,8 +14,9 @@ from twisted.logger import LogLevel, globalLogPublisher
 from qdsmirror.core import bitmap as bitmap_module
 from qdsmirror.core import verify as core_verify
 from qdsmirror.core.frames import FrameHeader
-from qdsmirror.core.records import RECORD_HEADER_BYTES, Superblock
+from qdsmirror.core.records import RECORD_HEADER_BYTES
 from qdsmirror.core.reorder import Reorder
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.groups import answering as answering_module

@@ -8,7 +8,7 @@ from random import Random
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.bitmap import SECTOR_BITS, SECTOR_BYTES, BitmapArea, DirtyBitmap
-from qdsmirror.core.records import SLOT_BYTES
+from qdsmirror.core.superblock import SLOT_BYTES
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import BITMAP_CHUNK_BYTES_MIN, MIB
 from qdsmirror.storage.bitmap import load_bitmap, write_blocks

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core.records import RECORD_HEADER_BYTES, SLOT_BYTES, Cursor
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor
+from qdsmirror.core.superblock import SLOT_BYTES
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import WRITELOG_BYTES_MIN
 from qdsmirror.storage.binding import Bound, seal

@@ -9,7 +9,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES
-from qdsmirror.core.records import Cursor, Superblock
+from qdsmirror.core.records import Cursor
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import (
     BrokenError,
     CorruptError,

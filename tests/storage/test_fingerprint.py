@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.recent import Recent
-from qdsmirror.core.records import BoundUnit, pack_slot
+from qdsmirror.core.records import BoundUnit
+from qdsmirror.core.superblock import pack_slot
 from qdsmirror.errors import CorruptError
 from qdsmirror.limits import (
     FINGERPRINT_CHUNK_BYTES,

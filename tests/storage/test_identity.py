@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core.records import BoundUnit, slot_bytes_for
+from qdsmirror.core.records import BoundUnit
+from qdsmirror.core.superblock import slot_bytes_for
 from qdsmirror.storage import identity, ioctl
 from qdsmirror.storage.identity import is_same, stable_identity
 from tests.storage.test_device import make_file, make_loop

@@ -20,7 +20,8 @@ from qdsmirror.core.frames import (
     Entry,
     parse_header,
 )
-from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Superblock
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.core.verify import Row, Verdict, pack_rows
 from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of

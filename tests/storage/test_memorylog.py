@@ -12,11 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core.frames import ENTRY_BYTES
-from qdsmirror.core.records import (
-    BoundUnit,
-    Cursor,
-    Generation,
-    Point,
+from qdsmirror.core.records import BoundUnit, Cursor, Generation, Point
+from qdsmirror.core.superblock import (
     RingMemory,
     Superblock,
     after_loss,

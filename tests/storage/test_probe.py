@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, TestCase
 
-from qdsmirror.core.records import SLOT_BYTES, SUPER_MAGIC
+from qdsmirror.core.superblock import SLOT_BYTES, SUPER_MAGIC
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.extension import PoolDevice
 from qdsmirror.storage.probe import probe_signature

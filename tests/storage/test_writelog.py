@@ -7,14 +7,8 @@ from random import Random
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core.records import (
-    RECORD_HEADER_BYTES,
-    SLOT_BYTES,
-    Cursor,
-    Generation,
-    pack_slot,
-    parse_slot,
-)
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Generation
+from qdsmirror.core.superblock import SLOT_BYTES, pack_slot, parse_slot
 from qdsmirror.errors import CorruptError, DeviceError, DeviceFailedError
 from qdsmirror.limits import (
     CONTROL_RECORDS_MIN,

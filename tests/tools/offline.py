@@ -17,7 +17,7 @@ from unittest import mock
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core.frames import Entry
-from qdsmirror.core.records import Superblock
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import DeviceFailedError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import PidFile

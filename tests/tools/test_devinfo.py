@@ -10,7 +10,7 @@ from typing import Any
 
 from twisted.trial.unittest import TestCase
 
-from qdsmirror.core.records import SUPER_MAGIC
+from qdsmirror.core.superblock import SUPER_MAGIC
 from qdsmirror.storage.device import open_device
 from qdsmirror.tools import devinfo
 from tests.storage.test_device import make_file, make_loop

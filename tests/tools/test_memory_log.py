@@ -7,7 +7,7 @@ import json
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.config import load_group
-from qdsmirror.core.records import RingMemory
+from qdsmirror.core.superblock import RingMemory
 from qdsmirror.limits import KIB, MIB
 from qdsmirror.storage.bitmap import load_bitmap, write_blocks
 from qdsmirror.storage.device import open_device
