@@ -191,3 +191,22 @@ class Found:
         self._fresh = [one for one in self._fresh if one not in done]
         self.bytes += sum(length for _, length in done)
         self.ranges = joined([*self.ranges, *done])[:VERIFY_RANGES_MAX]
+
+
+class Part(NamedTuple):
+    """A part of an LDSU: the LDSU's index, first byte, bytes."""
+
+    unit: int
+    offset: int
+    length: int
+
+
+class Flight:
+    """A part whose frame the secondary has not reported on.
+
+    :ivar passed: since when the secondary is known to be behind it (the reactor's seconds).
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.passed: float | None = None

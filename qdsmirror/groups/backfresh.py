@@ -24,17 +24,12 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from qdsmirror.core.backfresh import (
-    ENDED,
-    INTERRUPTED,
-    NEEDED,
-    RUNNING,
-    BackfreshState,
-)
+from qdsmirror.core.backfresh import ENDED, INTERRUPTED, NEEDED, RUNNING, BackfreshState
 from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UsageError
 from qdsmirror.groups import bypass
 from qdsmirror.groups.agreeing import Agreement, about, check_clients, new_states
+from qdsmirror.groups.closing import close_units
 from qdsmirror.groups.equality import record_equal
 from qdsmirror.groups.fetching import Fetching
 from qdsmirror.limits import BACKFRESH_RECORD_SECONDS, KEEP_PATH_BYTES_MAX
@@ -45,10 +40,6 @@ if TYPE_CHECKING:
     from qdsmirror.groups.unit import DriverUnit
 
 OFF, BEGINNING, ON, ENDING = "off", "beginning", "on", "ending"
-
-#: What LDSUs say that are closed.
-_CLOSED = "the LDSU is closed: its data device is being fetched from the mirror (backfresh)"
-_LACKING = "the LDSU is closed: its data device needs a backfresh"
 
 
 class Backfresh:
@@ -155,7 +146,7 @@ class Backfresh:
                 }
         if self.gives_up:
             group.pmd.hold(True)
-        self._close_units()
+        close_units(self._group.units, self._states, fetching=self.phase != OFF)
 
     def begin_again(self) -> None:
         """Go on with what was resumed: the LDSUs are served by now."""
@@ -268,7 +259,7 @@ class Backfresh:
         self.phase = BEGINNING
         self.log.warn("{group}: a backfresh begins: its LDSUs are closed", group=group.name)
         try:
-            self._close_units()
+            close_units(self._group.units, self._states, fetching=self.phase != OFF)
             if discard:
                 group.pmd.hold(True)
             yield self._until(self._is_quiet)
@@ -322,14 +313,6 @@ class Backfresh:
 
     # -- LDSUs ----------------------------------------------------------------------------------
 
-    def _close_units(self) -> None:
-        """Close the LDSUs that hold no copy of anything, or are about to."""
-        for unit in self._group.units:
-            if self.phase != OFF:
-                unit.close_export(_CLOSED)
-            elif unit.index in self._states:
-                unit.close_export(f"{_LACKING} ({self._states[unit.index].reason})")
-
     def _open_units(self) -> None:
         """Open the LDSUs that hold what they should, and send what may be sent."""
         group = self._group
@@ -337,7 +320,7 @@ class Backfresh:
         for unit in group.units:
             if unit.index not in self._states:
                 unit.open_export()
-        self._close_units()
+        close_units(self._group.units, self._states, fetching=self.phase != OFF)
         group.bypass.poke()
         group.frame_again()
 

@@ -18,15 +18,24 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from qdsmirror.core.verify import ZEROES, Found, Range, Row, Verdict, pack_rows, rows_of
+from qdsmirror.core.verify import (
+    ZEROES,
+    Flight,
+    Found,
+    Part,
+    Range,
+    Row,
+    Verdict,
+    pack_rows,
+    rows_of,
+)
 from qdsmirror.errors import ProtocolError, QdsError
-from qdsmirror.groups.bypass import OFF
+from qdsmirror.groups.verify_turns import Load, obstacle
 from qdsmirror.limits import (
     FAILURE_REASON_CHARS_MAX,
     REFRESH_RING_SHARE,
-    VERIFY_BUSY_REQUESTS,
     VERIFY_CHUNK_BYTES,
     VERIFY_FRAMES_MAX,
     VERIFY_READ_BYTES,
@@ -45,25 +54,6 @@ EQUAL, DIFFERS, ENDED = "equal", "differs", "ended"
 
 #: While the application is at work it is looked so often whether it still is.
 _LOOK_SECONDS = VERIFY_TURN_SECONDS / 10
-
-
-class Part(NamedTuple):
-    """A part of an LDSU: the LDSU's index, first byte, bytes."""
-
-    unit: int
-    offset: int
-    length: int
-
-
-class _Flight:
-    """A part whose frame the secondary has not reported on.
-
-    :ivar passed: since when the secondary is known to be behind it (the reactor's seconds).
-    """
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.passed: float | None = None
 
 
 class Verify:
@@ -93,14 +83,14 @@ class Verify:
         self.found = [Found() for _ in group.units]
         self._done = [0] * len(group.units)
         self._unit = self._offset = 0
-        self._flying: dict[int, _Flight] = {}
+        self._flying: dict[int, Flight] = {}
         self._again: deque[Part] = deque()
         self._begun = self._working = self._mending = self._stopped = False
         self._timer: Any = None
         self._due = self._began_at = group.runtime.reactor.seconds()
         self._began_bytes = 0
         #: When it was looked how many requests had come, and how many.
-        self._requests = self._began_at, sum(unit.requests for unit in group.units)
+        self._load = Load(group.units, self._began_at)
 
     @classmethod
     def resumed(cls, group: DriverGroup, states: Sequence[Mapping[str, Any] | None]) -> Verify:
@@ -210,28 +200,9 @@ class Verify:
 
     def end_if_hindered(self) -> None:
         """End early where it cannot go on, however long one waits."""
-        why = "" if self.over else self.obstacle(self.group, mending=self.phase == MEND)
+        why = "" if self.over else obstacle(self.group, mending=self.phase == MEND)
         if why:
             self.end(why)
-
-    @staticmethod
-    def obstacle(group: DriverGroup, mending: bool = False) -> str:
-        """Tell why a group cannot be verified now, however long one waits; "" if it can."""
-        failed = next((reason for unit in group.units for reason in unit.errors), "")
-        if failed or group.failures.stops_framing:
-            return failed or "a writelog has failed"
-        if group.bypass.phase != OFF:
-            return "the group is in bypass"
-        if group.backfresh.coming or group.backfresh.reason:
-            return group.backfresh.reason or "a backfresh is running"
-        if group.backfresh.stops_framing:
-            return "a backfresh is in progress"
-        if group.refresh_job is not None and not mending:
-            return "a refresh is in progress"
-        if not group.coherence.tracked:
-            # (One that differs is tracked, and may be looked at again.)
-            return f"the mirror is not coherent: {group.coherence.reason}"
-        return ""
 
     def _take_turn(self) -> None:
         self._send_lost_again()
@@ -268,19 +239,12 @@ class Verify:
             self.group.checkpoints.want_space()
             return False
         busy = (
-            self._is_application_busy(now)
+            self._load.is_busy(now)
             or unit.waiting.any
             or unit.appending
             or log.used_bytes > log.ring.size * REFRESH_RING_SHARE
         )
         return not busy or now >= self._due + VERIFY_TURN_SECONDS
-
-    def _is_application_busy(self, now: float) -> bool:
-        """Whether many requests have come since it was last asked; reads count as well."""
-        since, before = self._requests
-        requests = sum(unit.requests for unit in self.group.units)
-        self._requests = now, requests
-        return bool(requests - before > VERIFY_BUSY_REQUESTS * (now - since))
 
     def _send_lost_again(self) -> None:
         """Take what the secondary has passed without a word, by a crash or a lost link."""
@@ -377,7 +341,7 @@ class Verify:
         else:
             length = sum(row.length for row in rows)
             self._advance(part, length)
-            self._flying[frame.gsn_last] = _Flight(part._replace(length=length))
+            self._flying[frame.gsn_last] = Flight(part._replace(length=length))
             hashed = VERIFY_CHUNK_BYTES if rows[0].digest == ZEROES else length
             rate = self.group.config.tunables.verify_rate
             self._due = max(self._due, now) + hashed / rate

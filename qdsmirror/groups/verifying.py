@@ -14,6 +14,7 @@ from qdsmirror.core.verify import VERIFY, Range, Verdict
 from qdsmirror.errors import DegradedError, ProtocolError, QdsError, UsageError
 from qdsmirror.groups.coverage import DIRTY
 from qdsmirror.groups.verify import ENDED, Verify
+from qdsmirror.groups.verify_turns import obstacle
 from qdsmirror.limits import VERIFY_RETRY_SECONDS_MAX
 from qdsmirror.storage.bitmap import write_blocks
 from qdsmirror.storage.fingerprint import ranges_text
@@ -84,7 +85,7 @@ class Verifying:
 
     def _begin_asked(self, repair: bool) -> Deferred[dict[str, Any]]:
         group = self._group
-        why = Verify.obstacle(group)
+        why = obstacle(group)
         if why:
             raise DegradedError(
                 f"{group.name} cannot be verified: {why}",
@@ -171,7 +172,7 @@ class Verifying:
             and group.runtime.reactor.seconds() >= self._due
             and group.coherent
             and group.pmd.is_connected
-            and not Verify.obstacle(group)
+            and not obstacle(group)
         ):
             self._begin(repair=False).addErrback(self._note)
 

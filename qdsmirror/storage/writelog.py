@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from qdsmirror.core.beforeimage import area_bytes
-from qdsmirror.core.bitmap import BitmapArea
 from qdsmirror.core.extension import EXTENSION_SLOT_BYTES, Extension
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Buffer
 from qdsmirror.core.records import (
@@ -27,19 +25,16 @@ from qdsmirror.core.records import (
     pack_record,
 )
 from qdsmirror.core.ring import Extent, Place, Placement, Ring, align_up
-from qdsmirror.core.superblock import SLOT_BYTES, RingMemory, Superblock, layout, pack_slot, renewed
+from qdsmirror.core.superblock import SLOT_BYTES, RingMemory, Superblock, pack_slot, renewed
 from qdsmirror.errors import DegradedError, DeviceError, LimitError, UsageError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.limits import (
-    BEFORE_JOURNAL_SHARE,
-    CONTROL_RECORDS_MIN,
-    CONTROL_RESERVE_BYTES,
     EXTENSIONS_PER_LOG_MAX,
-    FRAME_BYTES_MAX,
     WRITELOG_BYTES_MIN,
 )
 from qdsmirror.storage.bitmap import initialise_bitmap
 from qdsmirror.storage.extension import PoolDevice, find_chained
+from qdsmirror.storage.loglayout import layout_of, reserve_bytes
 from qdsmirror.storage.logreader import LogReader
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.partition import Partition
@@ -49,47 +44,6 @@ _ZEROES = bytes(1 << 16)
 
 #: Where, by device and offset, which buffers are to be written.
 Writes = list[tuple[Place, list[Buffer]]]
-
-
-def _reserve(align: int) -> int:
-    return max(CONTROL_RESERVE_BYTES, CONTROL_RECORDS_MIN * align)
-
-
-def layout_of(
-    device: IBlockDevice, role: str, units: Sequence[BoundUnit], before_bytes: int = 0
-) -> tuple[int, Ring, BitmapArea | None]:
-    """Divide a device for a new log: the slots' size, the ring, the dirty bitmap's area.
-
-    :param before_bytes: of a journal, what the before-images get (:func:`before_bytes_for`).
-    :raises DeviceError: it is too small.
-    """
-    if isinstance(device, MemoryLogDevice):
-        return device.layout(units[0].size)
-    covered = units[0].size if role == "writelog" else None
-    return layout(device.size, len(units), device.physical_block, covered, before_bytes)
-
-
-def before_bytes_for(device: IBlockDevice, units: Sequence[BoundUnit], wanted: int) -> int:
-    """Give what the before-images of a new journal get (rules.md 15).
-
-    At most half of the device, and nothing that the primary's largest frames need; no more than
-    the mirror devices can need.
-
-    :param wanted: bytes, at most.
-    :raises DeviceError: the device is too small for a journal.
-    """
-    _, ring, _ = layout_of(device, "journal", units)
-    spare = ring.size - ring_bytes_for(FRAME_BYTES_MAX, ring.align)
-    spare = min(spare, int(device.size * BEFORE_JOURNAL_SHARE))
-    return area_bytes(wanted, [unit.size for unit in units], spare, ring.align)
-
-
-def ring_bytes_for(frame_bytes: int, align: int) -> int:
-    """Give the size of a ring that, empty, takes a frame wherever its head stands.
-
-    :param frame_bytes: of the largest frame; ``align``: of the ring's records.
-    """
-    return 2 * align_up(RECORD_HEADER_BYTES + frame_bytes, align) + _reserve(align)
 
 
 class SharedDevice(NamedTuple):
@@ -272,7 +226,7 @@ class Writelog:
 
     @property
     def _reserve(self) -> int:
-        return _reserve(self.ring.align)
+        return reserve_bytes(self.ring.align)
 
     def takes(self, frame_bytes: int) -> bool:
         """Tell whether a frame fits an empty log, wherever its head stands."""

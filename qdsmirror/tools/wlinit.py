@@ -25,11 +25,12 @@ from qdsmirror.storage.extension import PoolDevice, check_extension, read_extens
 from qdsmirror.storage.filedevice import FileDevice
 from qdsmirror.storage.identity import Identity, identify
 from qdsmirror.storage.latch import FailureLatch
+from qdsmirror.storage.loglayout import before_bytes_for, layout_of, ring_bytes_for
 from qdsmirror.storage.memory import absent_memory
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.partition import Partition, divide
 from qdsmirror.storage.probe import OWN_NAME, probe_signature
-from qdsmirror.storage.writelog import Writelog, before_bytes_for, layout_of, ring_bytes_for
+from qdsmirror.storage.writelog import Writelog
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
 from qdsmirror.tools.replaced import still_lacking, take_replaced

@@ -311,7 +311,7 @@ def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
     patch(DirtyBitmap, "damaged_ranges", [])
 
 
-@mutation("COHERENT", seeds=400)
+@mutation("COHERENT", first=231)
 def _compared_with_a_mirror_that_lags(patch: Patch) -> None:
     patch(Refresh, "_may_compare", lambda refresh: refresh.group.pmd.is_connected)
 
