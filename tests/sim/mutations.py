@@ -35,7 +35,6 @@ from qdsmirror.groups.direct import answer_all
 from qdsmirror.groups.memory import Cover, MemoryLogs, MemorySyncing
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
-from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
@@ -306,14 +305,9 @@ def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "is_all_applied", lambda _self: True)
 
 
-@mutation("NO-HIDDEN", first=123)
+@mutation("NO-HIDDEN", first=2)
 def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
     patch(DirtyBitmap, "damaged_ranges", [])
-
-
-@mutation("COHERENT", first=231)
-def _compared_with_a_mirror_that_lags(patch: Patch) -> None:
-    patch(Refresh, "_may_compare", lambda refresh: refresh.group.pmd.is_connected)
 
 
 @mutation("COHERENT")
@@ -464,13 +458,6 @@ def _bits_cleared_before_the_secondary_has_it(patch: Patch) -> None:
 def _bits_cleared_in_bypass(patch: Patch) -> None:
     _in_memory(patch)
     patch(MemoryLogs, "may_settle", property(lambda logs: logs._group.coherent))
-
-
-@mutation("DURABLE", first=915)
-def _replay_from_memory_in_order(patch: Patch) -> None:
-    _in_memory(patch)
-    # As any other log.
-    patch(recovery_module, "MemoryLogDevice", Mirror)
 
 
 @mutation("GENERATION")
@@ -673,7 +660,7 @@ def _before_images_behind_the_overwrite(patch: Patch) -> None:
     patch(Mirror, "apply", apply)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", first=1170)
 def _before_images_not_synced(patch: Patch) -> None:
     real = BeforeImages._write
 

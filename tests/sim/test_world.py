@@ -11,9 +11,9 @@ from tests.sim.runs import PROCESSES, a_base, beside, merged
 from tests.sim.world import World
 
 #: Seeds that are run every time.
-SEEDS = 1800
+SEEDS = 900
 #: And fresh ones; QDS_SIM_SEEDS gives another number.  `make soak` runs nothing else, without end.
-FRESH_SEEDS = int(os.environ.get("QDS_SIM_SEEDS", "200"))
+FRESH_SEEDS = int(os.environ.get("QDS_SIM_SEEDS", "100"))
 
 
 class SeedTests(SynchronousTestCase):

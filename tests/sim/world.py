@@ -580,8 +580,11 @@ class World(Clients):
                 self.ask()
                 self._after()
             self.step()
-        self._until(self._may_verify, "a verify and its repair")
+        self._until(lambda: self._may_verify() or self._needs_new_logs(), "a verify and its repair")
         assert self.driver is not None
+        if not self._may_verify():
+            self.count("needs new writelogs")
+            return
         self.verify("repair")
         run = self.driver.group.verifying.run
         self._until(lambda: self._is_verify_over() and self._at_rest(), "the last verify")
