@@ -236,9 +236,9 @@ class Coherence:
 
         A dirty refresh, which builds on it, ends.
         """
-        if not self.tracked:
-            return
         group, job = self._group, self.job
+        if not self.tracked and (job is None or job.kind != DIRTY):
+            return
         self.coherent = self.tracked = False
         self.reason = reason
         changes: dict[str, Any] = {}
