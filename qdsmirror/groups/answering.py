@@ -136,10 +136,6 @@ class Answering:
         """How many answered entries the operation lets be uncommitted, unless it is ASYNC."""
         return self._group.config.near_sync_entries if self.operation == NEAR_SYNC else 0
 
-    @property
-    def _is_connected(self) -> bool:
-        return bool(self._group.pmd.link["state"] == "connected")
-
     def _allowed(self) -> int | None:
         group = self._group
         promised = self._promised
@@ -152,7 +148,7 @@ class Answering:
             return None
         if group.config.on_disconnect == BLOCK:
             return promised
-        if not self._is_connected:
+        if not self._group.pmd.is_connected:
             return None
         self._catch_up = catch_up or CatchUp(self._numbers.uncommitted)
         return max(promised, self._catch_up.limit)
@@ -327,7 +323,7 @@ class Answering:
             return f"in bypass: {group.bypass.reason}"
         if not goes_on or all(unit.log_failed for unit in group.units):
             return ""
-        if not self._is_connected:
+        if not self._group.pmd.is_connected:
             link = group.pmd.link["reason"] or group.pmd.link["state"]
             return f"the secondary is not connected: {link}" if self._held else ""
         if self._skipped:
@@ -338,7 +334,7 @@ class Answering:
     @property
     def _is_caught_up(self) -> bool:
         return (
-            self._is_connected
+            self._group.pmd.is_connected
             and self._group.bypass.phase == OFF
             and self._group.coherent
             and self._numbers.skipped is None
@@ -392,7 +388,7 @@ class Answering:
         if group.bypass.phase == ON and not self.may_go_past:
             for unit in group.units:
                 abandon_all(unit.direct.drop())
-        if self._is_connected:
+        if self._group.pmd.is_connected:
             reactor = group.runtime.reactor
             self._deadline = reactor.callLater(STOP_ANSWER_SECONDS, self._end)
         else:
@@ -401,7 +397,7 @@ class Answering:
     def link_changed(self) -> None:
         """Learn that the secondary is there, or gone; at a stop nothing waits for it then."""
         self.look()
-        if self._leaving and not self._is_connected:
+        if self._leaving and not self._group.pmd.is_connected:
             self._end()
 
     def left(self) -> None:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configs, failed = primaries(paths, arguments)
     text = "in bypass; its mirror grows older until qdsbypass off"
     if arguments.to == "off":
-        text = "bypass left, a full refresh has begun; watch it with qdsinfo"
+        text = "bypass left, a refresh has begun; watch it with qdsinfo"
         for config in configs:
             wait_for_room(config, looking(paths))
     done = order_all(paths, configs, failed, "Bypass", to=arguments.to)

@@ -460,6 +460,13 @@ def _bits_cleared_in_bypass(patch: Patch) -> None:
     patch(MemoryLogs, "may_settle", property(lambda logs: logs._group.coherent))
 
 
+@mutation("DURABLE", first=915)
+def _replay_from_memory_in_order(patch: Patch) -> None:
+    _in_memory(patch)
+    # As any other log.
+    patch(recovery_module, "MemoryLogDevice", Mirror)
+
+
 @mutation("GENERATION")
 def _lost_memory_keeps_the_generation(patch: Patch) -> None:
     _in_memory(patch)

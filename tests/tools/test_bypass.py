@@ -47,7 +47,7 @@ class CommandTests(TestCase):
         driver = self.driver({"Bypass": {"kind": "full"}, "Status": driver_status()})
         code, output, _ = captured(self, bypass.main, "off", "--root", self.root)
         self.assertEqual(code, 0)
-        self.assertIn("a full refresh has begun", output)
+        self.assertIn("bypass left, a refresh has begun", output)
         self.assertEqual(driver.calls[-1], ("Bypass", {"to": "off"}))
 
     def test_neither(self) -> None:
