@@ -180,8 +180,6 @@ class Backfresh:
 
         Perhaps the only superblock that says so was in it; dead devices stand in the state file.
         """
-        if self.phase == BEGINNING:
-            return
         if self.job is not None:
             self.job.halt("a writelog has failed")
         for unit in self._group.units:

@@ -12,7 +12,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.core import nbd
 from qdsmirror.core.questions import READ
-from qdsmirror.errors import BrokenError, DegradedError
+from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.groups import agreeing
 from qdsmirror.groups import backfresh as backfresh_module
 from qdsmirror.groups import fetching as fetching_module
@@ -376,6 +376,23 @@ class InterruptedTests(MiddleTestCase):
         yield self.ended()
         self.sites.assert_equal()
         yield self.written(1, 0, b"e" * 512)
+
+    @inlineCallbacks
+    def test_a_writelog_that_fails_while_another_begins(self) -> Steps:
+        """Perhaps only its superblock would have said what the data devices lack."""
+        yield self.in_the_middle()
+        yield self.driver.kill_backfresh("")
+        quiet: list[bool] = []
+        self.patch(self.driver.backfresh, "_is_quiet", lambda: bool(quiet))
+        begun = self.begin()
+        unit = self.sites.unit(0)
+        unit.fail_log(OSError(errno.EIO, "gone"))
+        self.assertIn("incoherent", unit.dead)
+        self.assertIn("incoherent", self.sites.unit(1).dead)
+        quiet.append(True)
+        self.driver.bypass.poke()
+        yield self.assertFailure(begun, QdsError)
+        self.assertTrue(unit.closed)
 
     @inlineCallbacks
     def test_killed_and_opened_by_consent(self) -> Steps:

@@ -80,9 +80,24 @@ class Synchrony:
         driver = self._world.driver
         if before.degraded is None or now.degraded is not None or driver is None:
             return
-        config = driver.group.config
+        self._pay()
+
+    def changes(self) -> None:
+        """Learn that another operation is asked for: what was answered is no promise of that one.
+
+        Of an end of being degraded that is on its way to be durable, the one before decides.
+        """
+        assert self._world.driver is not None
+        if self._world.driver.group.answering.degraded is None:
+            self._pay()
+        self.near = []
+
+    def _pay(self) -> None:
+        """SYNC: what is answered and not committed is within the operation's promise."""
         owed, self.owed = self.owed, []
-        if config.operation == ASYNC:
+        assert self._world.driver is not None
+        config = self._world.driver.group.config
+        if config.operation == ASYNC or not owed:
             return
         self._world.count("degraded ended")
         limit = 0 if config.operation == SYNC else config.near_sync_entries

@@ -325,8 +325,7 @@ class World(Clients):
             settings["near_sync_entries"] = choose(("1", "3"))
         self.note(f"set {settings}")
         self.count("operation")
-        # What was answered before is no promise of the new one.
-        self.synchrony.near = []
+        self.synchrony.changes()
         if settings["operation"] == "async":
             self.synchrony.forget()
         changed = maybeDeferred(self.driver.group.set_live, json.dumps(settings))
