@@ -82,7 +82,7 @@ class TakeoverTests(TestCase):
         world.at("primary", "launchrmds")
         world.at("secondary", "launchdriver")
         world.at("secondary", "launchpmds")
-        world.at("secondary", "qdsrefresh", "--full")
+        world.at("secondary", "qdsrefresh")
 
     def assert_reversed(self, world: World) -> None:
         world.at("secondary", "qdsinfo", "--wait", "drained", "--timeout", "60")
