@@ -40,11 +40,12 @@ class Row(NamedTuple):
 class Verdict(NamedTuple):
     """What a secondary found when it came to a VERIFY frame.
 
-    :ivar gsn: the frame's; where what was found before is told again, the last one applied.
+    :ivar gsn: the frame's; where it is told again, the last one applied.
     :ivar ldsu: index of the LDSU.
     :ivar differs: what differs, or cannot be read.
     :ivar skipped: why nothing was compared; empty where it was.
     :ivar more: more was found before than can be told again.
+    :ivar again: it was found before, at whatever frame, and says nothing of this one.
     """
 
     gsn: int
@@ -52,6 +53,7 @@ class Verdict(NamedTuple):
     differs: Sequence[Range] = ()
     skipped: str = ""
     more: bool = False
+    again: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Give the form in which it travels back."""
@@ -61,6 +63,8 @@ class Verdict(NamedTuple):
             told["skipped"] = self.skipped
         if self.more:
             told["more"] = True
+        if self.again:
+            told["again"] = True
         return told
 
     @classmethod
@@ -77,7 +81,8 @@ class Verdict(NamedTuple):
         numbers = [gsn, ldsu, *(number for one in differs for number in one)]
         if type(skipped) is not str or any(type(n) is not int or n < 0 for n in numbers):
             raise ProtocolError("a report on a verify is of another form")
-        return cls(gsn, ldsu, differs, skipped, body.get("more") is True)
+        marks = (body.get(name) is True for name in ("more", "again"))
+        return cls(gsn, ldsu, differs, skipped, *marks)
 
 
 def rows_of(offset: int, length: int, digests: bytes) -> list[Row]:
@@ -152,8 +157,8 @@ class Kept:
 
     def verdicts(self, gsn: int) -> list[Verdict]:
         """Give what is told again, by one who has applied everything up to ``gsn``."""
-        told = [Verdict(gsn, ldsu, ranges) for ldsu, ranges in self.ranges.items()]
-        return [*told, Verdict(gsn, 0, more=True)] if self.more else told
+        told = [Verdict(gsn, ldsu, ranges, again=True) for ldsu, ranges in self.ranges.items()]
+        return [*told, Verdict(gsn, 0, more=True, again=True)] if self.more else told
 
 
 class Found:

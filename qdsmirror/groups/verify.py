@@ -374,7 +374,8 @@ class Verify:
         :returns: whether that is what this verify waits for.
         :raises ProtocolError: it was not asked about that.
         """
-        flight = self._flying.get(verdict.gsn)
+        # What is told again may bear the number of a frame whose hashes only a replay has passed.
+        flight = None if verdict.again else self._flying.get(verdict.gsn)
         if flight is None or flight.part.unit != verdict.ldsu or not self._goes_on:
             return False
         part = flight.part

@@ -67,7 +67,8 @@ class VerdictTests(SynchronousTestCase):
             Verdict(7, 0, []),
             Verdict(8, 3, [(0, 512), (4096, 4096)]),
             Verdict(9, 0, [], "a reason"),
-            Verdict(9, 0, [], more=True),
+            Verdict(9, 0, [], more=True, again=True),
+            Verdict(9, 0, [(0, 512)], again=True),
         ):
             self.assertEqual(Verdict.from_json(verdict.to_json()), verdict)
 
@@ -97,7 +98,11 @@ class KeptTests(SynchronousTestCase):
         kept.add(1, [(4608, 512)])
         again = Kept(json.loads(json.dumps(kept.to_json())))
         self.assertEqual(
-            again.verdicts(5), [Verdict(5, 1, [(4096, 1024)]), Verdict(5, 0, [(0, 512)])]
+            again.verdicts(5),
+            [
+                Verdict(5, 1, [(4096, 1024)], again=True),
+                Verdict(5, 0, [(0, 512)], again=True),
+            ],
         )
 
     def test_that_there_is_more_than_can_be_kept(self) -> None:
@@ -105,7 +110,8 @@ class KeptTests(SynchronousTestCase):
         for number in range(VERIFY_KEPT_MAX + 3):
             kept.add(number % 2, [(number * 1024, 512)])
         self.assertEqual(len(kept.to_json()["ranges"]), VERIFY_KEPT_MAX)
-        self.assertEqual(Kept(kept.to_json()).verdicts(5)[-1], Verdict(5, 0, more=True))
+        last = Kept(kept.to_json()).verdicts(5)[-1]
+        self.assertEqual(last, Verdict(5, 0, more=True, again=True))
 
 
 class FoundTests(SynchronousTestCase):

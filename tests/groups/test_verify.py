@@ -504,6 +504,20 @@ class ToldAgainTests(SynchronousTestCase):
         self.assertFalse(world.group.coherent)
         self.assertTrue(world.group.units[1].dirty.is_marked(CHUNK))
 
+    def test_it_says_nothing_of_the_frame_whose_number_it_bears(self) -> None:
+        """That frame was applied in a replay, which compares nothing."""
+        for told in ([(MIB, CHUNK)], [(0, CHUNK)], []):
+            world = VerifyWorld(self, size=2 * MIB)
+            world.begin_work()
+            world.verify()
+            world.settle(1)
+            waiting = world.status()["remaining_bytes"]
+            world.report(world.hashed[0][0], told, again=True, more=not told)
+            self.assertFalse(world.pmd.transport.disconnecting)
+            self.assertFalse(world.group.coherent)
+            self.assertEqual(world.status()["remaining_bytes"], waiting)
+            world.close()
+
     def test_a_verify_that_finds_nothing_any_more_does_not_call_the_mirror_equal(self) -> None:
         world = VerifyWorld(self, size=MIB)
         world.begin_work()

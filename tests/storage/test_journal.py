@@ -370,7 +370,7 @@ class ReplayTests(SynchronousTestCase):
         self.assertFalse(site.superblock.coherent)
         self.assertIn("mirror of qds1 differs (bytes 512 to 1023)", site.superblock.reason)
         mirror.applied = Cursor(0, site.maker.gsn)
-        self.assertEqual(mirror.found_before(), [Verdict(gsn, 1, [(512, 512)])])
+        self.assertEqual(mirror.found_before(), [Verdict(gsn, 1, [(512, 512)], again=True)])
         begin = site.maker.make(0, kind=REFRESH_BEGIN, control=ONE)
         mirror.reach(change_of(parse_header(begin), begin), mirror.applied, mirror.applied)
         skipped = apply(verify(before))
