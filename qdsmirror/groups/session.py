@@ -87,6 +87,7 @@ class Session:
         self._paused = False
         self._closed = False
         self._mail = Mail(lambda: self.links, self._paths > 1)
+        self._last_ack = b""
         self.links: list[Link] = []
 
     # -- paths --------------------------------------------------------------------------------
@@ -121,10 +122,10 @@ class Session:
     # -- for the group ------------------------------------------------------------------------
 
     def acknowledge(self, committed: int, mirrored: int) -> None:
-        """Send an ACK over all paths: whichever hangs, one brings it."""
-        ack = stream.pack_ack(committed, mirrored, self._mail.written)
+        """Send an ACK over all paths: whichever hangs or is lost, one brings it."""
+        self._last_ack = stream.pack_ack(committed, mirrored, self._mail.written)
         for link in self.links:
-            link.send(ack)
+            link.send(self._last_ack)
 
     def send(self, message: bytes) -> None:
         """Send a small message; it arrives as long as the session lasts."""
@@ -271,7 +272,11 @@ class Session:
             if self._paths > 1:
                 self._reorder = Reorder(self._next_gsn())
             self._owner.link_made(self)
-        elif self._paused:
+            return
+        if self._last_ack:
+            # Those that were here before may all be lost, and what they were to bring with them.
+            link.send(self._last_ack)
+        if self._paused:
             link.pause_reading()
 
     def link_message(self, link: Link, message: Message) -> None:

@@ -249,6 +249,24 @@ class LossTests(SynchronousTestCase):
         world.paths[1].forth()
         self.assertEqual(world.far.gsns, [1, 2])
 
+    def test_an_ack_that_went_with_the_only_path_comes_over_the_next(self) -> None:
+        """What is sent again is known there, and asks for nothing."""
+        world = World()
+        one, two = world.paths
+        two.lose()
+        world.send(2)
+        one.forth()
+        world.session.acknowledge(2, 1)
+        again = Path(world)
+        one.lose()
+        self.assertEqual(again.carries, [1, 2])
+        again.forth()
+        again.back()
+        self.assertEqual(world.far.gsns, [1, 2])
+        acks = [stream.parse_ack(m.payload) for m in world.near.messages]
+        self.assertEqual(acks, [stream.Ack(2, 1)])
+        self.assertEqual(len(world.band._unacknowledged), 0)
+
     def test_the_last_one_ends_the_session(self) -> None:
         world = World()
         gone = world.band.lost(world.paths[0].near)
