@@ -276,6 +276,7 @@ def _go_on_past(
                 refresh=None,
                 coherent=group.coherence.coherent,
                 reason=group.coherence.reason,
+                degraded=group.answering.degraded,
                 **taken.get(unit.index, {}),
                 **group.checkpoints.cursors(unit),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,21 @@ class WritelogTests(SynchronousTestCase):
         world.start()
         story.check()
         story.check_bypass("/near/log0", "/near/log1")
+
+    def test_degraded_is_completed_in_the_logs_that_are_left(self) -> None:
+        """SYNC: the crash came while it was recorded, and the one that says so may fail too."""
+        world = FailureWorld(self, 3)
+        world.config = replace(world.config, operation="sync", on_disconnect="async")
+        world.start()
+        world.log(0).fail("fdatasync")
+        asked = world.client.write(world.group.units[0], 0, unique(1))
+        world.settle()
+        self.assertTrue(world.client.answered(asked))
+        world.group.units[2].writelog.update(both=True, degraded=None)
+        world.crash(nothing)
+        world.start()
+        for index in (1, 2):
+            self.assertIsNotNone(durable_superblock(world.log(index).durable()).degraded)
 
     def test_log_fails_on_the_way_into_and_out_of_bypass(self) -> None:
         for to in ("on", "off"):
