@@ -196,7 +196,10 @@ class Coherence:
                 refresh=None, coherent=True, tracked=False, reason=""
             )
         except QdsError as error:
-            group.note_error(f"the refresh is complete, but that {error.message}")
+            self.reason = f"the refresh is complete, but that {error.message}"
+            group.note_error(self.reason)
+            if Mode.REFRESH in group.modes.modes:
+                group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
             return
         self.coherent = self.tracked = True
         self.reason = ""

@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import watermark
 from qdsmirror.core.frames import ENTRIES, entries
 from qdsmirror.core.records import Cursor
+from qdsmirror.core.states import Mode
 from qdsmirror.core.superblock import Superblock
 from qdsmirror.errors import DegradedError
 from qdsmirror.groups.refresh import Refresh
@@ -233,7 +234,7 @@ class EndTests(CoherenceTestCase):
 class SteppedEndTests(CoherenceTestCase):
     stepped = True
 
-    def test_coherent_once_every_log_says_so(self) -> None:
+    def until_its_end_is_committed(self) -> None:
         world = self.world
         world.refresh()
         for _ in range(300):
@@ -246,10 +247,26 @@ class SteppedEndTests(CoherenceTestCase):
         world.commit()
         self.assertIsNone(world.group.refresh_job)
         self.assertFalse(world.group.coherent)
+
+    def test_coherent_once_every_log_says_so(self) -> None:
+        world = self.world
+        self.until_its_end_is_committed()
         world.steps["qds0 commit"].step_all()
         self.assertFalse(world.group.coherent, "the other LDSU's superblock is not written")
         world.steps["qds1 commit"].step_all()
         self.assertTrue(world.group.coherent)
+
+    def test_an_end_that_cannot_be_recorded_is_told(self) -> None:
+        """LOUD: no refresh is running any more, and what is missing has a name."""
+        world = self.world
+        self.until_its_end_is_committed()
+        self.assertIn(Mode.REFRESH, world.group.modes.modes)
+        world.log(1).fail("pwritev")
+        for index in range(2):
+            world.steps[f"qds{index} commit"].step_all()
+        self.assertNotIn(Mode.REFRESH, world.group.modes.modes)
+        self.assertFalse(world.group.coherent)
+        self.assertIn("complete, but that", world.group.coherence.reason)
 
 
 class LossTests(CoherenceTestCase):
