@@ -153,17 +153,15 @@ class Modes(World):
         return self._fio is not None
 
     def writes_go_on(self) -> None:
-        """Wait until fio has written more, whatever mode that is in."""
+        """Wait until fio has written more to every LDSU, whatever mode that is in."""
         fio = self._fio
         assert fio is not None
+        before = self.ended_writes()
 
-        def written() -> int:
-            return sum(self.ended_writes())
+        def written() -> bool:
+            return all(map(int.__gt__, self.ended_writes(), before))
 
-        before = written()
-        self.until(
-            lambda: fio.poll() is not None or written() > before, "fio to write", PATIENCE_SECONDS
-        )
+        self.until(lambda: fio.poll() is not None or written(), "fio to write", PATIENCE_SECONDS)
         self.test.assertIsNone(fio.poll(), f"fio ended\n{self.logs()}")
 
     def ended_writes(self) -> list[int]:
