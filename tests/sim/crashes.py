@@ -12,19 +12,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from blake3 import blake3
 
+from qdsmirror.config import LdsuConfig
 from qdsmirror.core.generations import settle
 from qdsmirror.core.records import Point
 from qdsmirror.groups.driver import DriverGroup
+from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.extension import open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
-from tests.sim.disk import Disk
+from tests.sim.disk import Disk, Memory
 from tests.sim.history import SECTOR, Violation
 from tests.sim.process import Process
 from tests.sim.script import Moment, Script, Sequence
@@ -128,6 +131,11 @@ class Instant(Process):
         self, told: Callable[[bool, Any], None], job: Callable[..., Any], *args: Any
     ) -> None:
         told(True, job(*args))
+
+
+def _open_memory(process: Process, ldsu: LdsuConfig) -> IBlockDevice:
+    """Give the memory of another master: there is nothing in it."""
+    return process.open(Memory("memory", ldsu.memory_bytes), "memory", 512)
 
 
 class Recoverer:
@@ -241,11 +249,12 @@ class Recoverer:
             points = [unit.reached.point(unit.config.index) for unit in units]
             settled = settle([unit.writelog.superblock for unit in units])
             generation, bypass = settled.generations[-1].id, settled.bypass is not None
+            lost = [unit.loss.lost for unit in units]
         else:
             self.counts["whole drivers"] += 1
             group = DriverGroup(
                 script.config, script.host["alpha"], script.paths["alpha"], process, -1,
-                runtime=runtime,
+                runtime=runtime, open_memory=partial(_open_memory, process),
             )  # fmt: skip
             failures: list[Any] = []
             group.start().addErrback(failures.append)
@@ -254,7 +263,12 @@ class Recoverer:
                 failures[0].raiseException()
             points = [unit.framed_point for unit in group.units]
             generation, bypass = group.generation, group.bypass.phase != "off"
+            lost = [bypass and group.memory.used for _ in points]
         process.kill()
+        if script.profile.memory:
+            if not all(lost):
+                raise Violation("GENERATION: a writelog in memory was lost, and nobody says so")
+            return [self._judge_lost(moment, disks, index) for index in range(len(points))]
         return [
             self._judge_unit(moment, disks, index, generation, point, bypass)
             for index, point in enumerate(points)
@@ -278,6 +292,16 @@ class Recoverer:
         dirty = self.script.dirty_bitmap(disks, index) if bypass else None
         model.check_content(tip, content, generation, dirty)
         moment.sectors[index].check_survived(content, f"LDSU {index}")
+        return content
+
+    def _judge_lost(self, moment: Moment, disks: dict[str, Disk], index: int) -> bytes:
+        """Judge what a power cut leaves of an LDSU whose writelog was in memory."""
+        script = self.script
+        content = bytes(disks[script.config.ldsus[index].data_device].durable)
+        moment.sectors[index].check_survived(content, f"LDSU {index}")
+        if moment.coherent:
+            dirty = script.dirty_bitmap(disks, index)
+            script.model.check_difference(moment.held[index], content, dirty)
         return content
 
     def _recover_mirror(self, moment: Moment, disks: dict[str, Disk]) -> Any:

@@ -762,12 +762,20 @@ class Model:
         """NO-HIDDEN: where a device differs from a coherent mirror, a bit says so."""
         if not self.is_coherent() or ldsu in self.dead:
             return
-        held, dirty = self.held[ldsu].mirrored(), self.dirty(ldsu)
+        self.check_difference(self.held[ldsu], found, self.dirty(ldsu))
+
+    @staticmethod
+    def check_difference(last: Made, found: bytes, dirty: DirtyBitmap) -> None:
+        """Check that dirty bits stand for what a secondary lacks.
+
+        :param last: the last frame that it has.
+        """
+        held = last.mirrored()
         for at in range(0, len(found), SECTOR):
             if found[at : at + SECTOR] != held[at : at + SECTOR] and not dirty.is_marked(at):
                 raise Violation(
-                    f"NO-HIDDEN: data device {ldsu} differs from what the secondary holds at {at}, "
-                    "and no dirty bit says so"
+                    f"NO-HIDDEN: data device {last.ldsu} differs from what the secondary holds at "
+                    f"{at}, and no dirty bit says so"
                 )
 
     def _stand_at(self, index: int, point: Point) -> Made:

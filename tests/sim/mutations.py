@@ -35,6 +35,7 @@ from qdsmirror.groups.direct import answer_all
 from qdsmirror.groups.memory import Cover, MemoryLogs, MemorySyncing
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
@@ -65,6 +66,7 @@ class Mutation:
     :ivar seeds: how many seeds, at most, until the simulation has seen it.
     :ivar first: the first of them: one that is known to see it soon.
     :ivar sequence: one whose crash states are examined before the seeds are run.
+    :ivar schedule: the order in which its work is done.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Mutation:
     seeds: int
     sequence: tuple[str, ...] = ()
     first: int = 0
+    schedule: int = 0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -89,11 +92,15 @@ MUTATIONS: list[Mutation] = []
 
 
 def mutation(
-    breaks: str, seeds: int = 100, sequence: tuple[str, ...] = (), first: int = 0
+    breaks: str,
+    seeds: int = 100,
+    sequence: tuple[str, ...] = (),
+    first: int = 0,
+    schedule: int = 0,
 ) -> Callable[[Callable[[Patch], None]], Any]:
     def keep(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         name = apply.__name__.strip("_").replace("_", " ")
-        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence, first))
+        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence, first, schedule))
         return apply
 
     return keep
@@ -310,6 +317,16 @@ def _damage_of_a_bitmap_taken_for_clear(patch: Patch) -> None:
     patch(DirtyBitmap, "damaged_ranges", [])
 
 
+@mutation(
+    "COHERENT",
+    seeds=0,
+    sequence=("link down", "write", "bypass on", "trim", "smart refresh", "link up"),
+    schedule=23,
+)
+def _compared_with_a_mirror_that_lags(patch: Patch) -> None:
+    patch(Refresh, "_may_compare", lambda refresh: refresh.group.pmd.is_connected)
+
+
 @mutation("COHERENT")
 def _blocks_count_as_equal_without_a_look(patch: Patch) -> None:
     patch(Comparison, "_differs", lambda *_: None)
@@ -460,9 +477,8 @@ def _bits_cleared_in_bypass(patch: Patch) -> None:
     patch(MemoryLogs, "may_settle", property(lambda logs: logs._group.coherent))
 
 
-@mutation("DURABLE", first=915)
+@mutation("DURABLE", seeds=0, sequence=("in memory", "overlapping write", "flush", "kill driver"))
 def _replay_from_memory_in_order(patch: Patch) -> None:
-    _in_memory(patch)
     # As any other log.
     patch(recovery_module, "MemoryLogDevice", Mirror)
 

@@ -98,7 +98,7 @@ def mutate(mutations: Sequence[Mutation]) -> dict[str, Any]:
 def _seen(mutation: Mutation, base: Path, counts: Counter[str]) -> bool:
     with mutation.applied():
         if mutation.sequence:
-            result = crashes.run(base, [(0, mutation.sequence)])
+            result = crashes.run(base, [(mutation.schedule, mutation.sequence)])
             counts["sequences"] += 1
             if result["violations"]:
                 return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -13,11 +14,11 @@ from twisted.internet.defer import maybeDeferred
 
 from qdsmirror.core import nbd
 from qdsmirror.errors import QdsError
-from qdsmirror.limits import KIB, WRITELOG_BYTES_MIN
+from qdsmirror.limits import KIB, MEMORY_LOG_BYTES_MIN, WRITELOG_BYTES_MIN
 from tests.fakes import Choice, Unsynced
 from tests.sim.history import SECTOR, Made, Violation
 from tests.sim.profile import Profile
-from tests.sim.sites import AllButTheFirst
+from tests.sim.sites import AllButTheFirst, is_memory
 from tests.sim.watch import installed
 from tests.sim.world import World
 
@@ -55,6 +56,7 @@ PROFILE = Profile(
     before_images_full="give-up",
     faults={},
 )
+MEMORY_PROFILE = replace(PROFILE, memory=True, log=MEMORY_LOG_BYTES_MIN)
 
 
 # -- operations: what a sequence is made of ---------------------------------------------------
@@ -117,6 +119,28 @@ def _power_cut(world: Script) -> None:
     world.restart_primary()
 
 
+def _kill_driver(world: Script) -> None:
+    """The driver's child is killed, and starts again; its master keeps what is in memory."""
+    world.restart_driver()
+
+
+def _link_down(world: Script) -> None:
+    """The secondary is not reached any more; what is framed waits in the writelogs."""
+    world.lose_link()
+
+
+def _link_up(world: Script) -> None:
+    """It is reached again, and gets what has waited, and what there is to be refreshed."""
+    world.link_up = True
+    world.settle(3.0)
+
+
+def _smart_refresh(world: Script) -> None:
+    """A refresh begins that compares; it leaves bypass."""
+    world.change_group("refresh", "smart")
+    world.settle(0.01)
+
+
 def _refresh(world: Script) -> None:
     """A refresh begins, and ends if time passes; it leaves bypass, and is dirty then."""
     world.change_group("refresh", "auto")
@@ -174,6 +198,18 @@ _SYNCHRONOUSLY = (
     "bypass on", "refresh", "power cut",
 )  # fmt: skip
 
+#: Before the others: writelogs are in memory, and a child's death is another end than a power cut.
+IN_MEMORY = "in memory"
+KILL_DRIVER = "kill driver"
+_IN_MEMORY = (
+    "write", "overlapping write", "FUA write", "write to another", "flush", "trim", "ack",
+    "checkpoint", "bypass on", "refresh", "power cut", KILL_DRIVER,
+)  # fmt: skip
+
+#: Around others, each in an order of its own: the mirror may lag when a comparison begins.
+LINK_DOWN, SMART_REFRESH, LINK_UP = "link down", "smart refresh", "link up"
+_LAGGING = ("write", "overlapping write", "trim", "flush", "bypass on")
+
 Sequence = tuple[int, tuple[str, ...]]
 
 
@@ -188,6 +224,24 @@ def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
         for names in itertools.product(_SYNCHRONOUSLY, repeat=length):
             yield number % schedules, (SYNCHRONOUS, *names)
             number += 1
+    for length in range(1, LENGTH_MAX + 1):
+        for names in itertools.product(_IN_MEMORY, repeat=length):
+            # Of the longest those that end with what only these writelogs have.
+            if length < LENGTH_MAX or names[-1] == KILL_DRIVER:
+                yield number % schedules, (IN_MEMORY, *names)
+                number += 1
+    for names in itertools.product(_LAGGING, repeat=LENGTH_MAX):
+        yield number, (LINK_DOWN, *names, SMART_REFRESH, LINK_UP)
+        number += 1
+
+
+_ONLY_THERE = {
+    SYNCHRONOUS: _synchronous,
+    KILL_DRIVER: _kill_driver,
+    LINK_DOWN: _link_down,
+    SMART_REFRESH: _smart_refresh,
+    LINK_UP: _link_up,
+}
 
 
 # -- one sequence -------------------------------------------------------------------------------
@@ -208,6 +262,7 @@ class Moment(NamedTuple):
     :ivar held: by LDSU, the last frame that the secondary had durably.
     :ivar acked: the GSN up to which the secondary had acknowledged.
     :ivar promised: that up to which synchronous operation had answered.
+    :ivar coherent: whether the secondary called its mirror coherent.
     """
 
     site: str
@@ -217,6 +272,7 @@ class Moment(NamedTuple):
     held: tuple[Made, ...]
     acked: int
     promised: int
+    coherent: bool
 
 
 class Script(World):
@@ -227,8 +283,9 @@ class Script(World):
     """
 
     def __init__(self, base: Path, names: tuple[str, ...], schedule: int) -> None:
-        super().__init__(1, base, PROFILE)
-        self.names = names
+        in_memory = names[0] == IN_MEMORY
+        super().__init__(1, base, MEMORY_PROFILE if in_memory else PROFILE)
+        self.names = names[in_memory:]
         self._order = Random(schedule) if schedule else None
         self.done = 0
         self.moments: list[Moment] = []
@@ -269,11 +326,19 @@ class Script(World):
         self.power_cut("alpha")
         self._start_in_order("driver", "pmd")
 
+    def lose_link(self) -> None:
+        self.link_up = False
+        self._cut_link()
+
+    def restart_driver(self) -> None:
+        self.kill("driver")
+        self._start_in_order("driver")
+
     def _choice(self) -> Choice:
         return AllButTheFirst()
 
     def _operate(self, name: str) -> None:
-        (_synchronous if name == SYNCHRONOUS else OPERATIONS[name])(self)
+        (_ONLY_THERE.get(name) or OPERATIONS[name])(self)
         self.run_ready()
         self.done += 1
 
@@ -322,6 +387,8 @@ class Script(World):
 
     def _watch(self) -> None:
         for path, disk in self.disks.items():
+            if is_memory(path):
+                continue
             site = "beta" if path.startswith("/far/") else "alpha"
             disk.written = partial(self._keep, site)
             disk.synced = self._behind(disk.synced, site, path)
@@ -339,7 +406,7 @@ class Script(World):
         near = "/far/" if site == "beta" else "/near/"
         disks = {}
         for path, disk in self.disks.items():
-            if path.startswith(near):
+            if path.startswith(near) and not is_memory(path):
                 if path not in self._platters:
                     self._platters[path] = bytes(disk.durable)
                 disks[path] = Kept(self._platters[path], tuple(disk.unsynced))
@@ -352,5 +419,6 @@ class Script(World):
                 tuple(self.model.held),
                 self.acked,
                 self.synchrony.answered_gsn,
+                self.model.is_coherent(),
             )
         )
