@@ -100,7 +100,13 @@ class Coherence:
         """Mark the mirror incoherent durably, then begin (invariant COHERENT)."""
         group = self._group
         job = self.job = Refresh(group, kind)
-        yield group.checkpoints.record_everywhere(**self._marks(job))
+        try:
+            yield group.checkpoints.record_everywhere(**self._marks(job))
+        except QdsError as error:
+            job.forgo()
+            if self.job is job:
+                self._give_up_job(f"the refresh could not begin: {error.message}")
+            raise
         if self.job is job:
             group.modes.happen(event, group.runtime.wall(), reason)
             job.begin()
@@ -149,6 +155,16 @@ class Coherence:
         if not job.begun.called:
             job.begun.errback(DegradedError(f"{group.name}: {reason}"))
 
+    def _give_up_job(self, reason: str) -> None:
+        """Have no refresh any more, for want of a place to record what becomes of it (LOUD)."""
+        group, job = self._group, self.job
+        self.reason = reason
+        self.job = None
+        if job is not None:
+            job.stop()
+        if Mode.REFRESH in group.modes.modes:
+            group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), reason)
+
     @inlineCallbacks
     def restart(self, lost: str) -> Any:
         """Begin anew: the secondary has lost part of what the refresh with this id had sent it."""
@@ -196,10 +212,8 @@ class Coherence:
                 refresh=None, coherent=True, tracked=False, reason=""
             )
         except QdsError as error:
-            self.reason = f"the refresh is complete, but that {error.message}"
+            self._give_up_job(f"the refresh is complete, but that {error.message}")
             group.note_error(self.reason)
-            if Mode.REFRESH in group.modes.modes:
-                group.modes.happen(Event.REFRESH_KILLED, group.runtime.wall(), self.reason)
             return
         self.coherent = self.tracked = True
         self.reason = ""

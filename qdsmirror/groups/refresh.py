@@ -111,8 +111,7 @@ class Refresh:
             return None
         newest = max(known, key=lambda s: float(s["started"]))
         refresh = cls(group, newest["kind"], newest)
-        # Nobody waits to hear that it has begun.
-        refresh.begun.addErrback(_was_ended)
+        refresh.forgo()
         for index, state in enumerate(states):
             if state is not None and state["id"] == refresh.id.hex():
                 refresh._done[index] = min(state["done"], group.units[index].size)
@@ -146,6 +145,10 @@ class Refresh:
         return {"id": self.id.hex(), "cut": self.cut, "dirty": dirty}
 
     # -- the work -----------------------------------------------------------------------------
+
+    def forgo(self) -> None:
+        """Have it begin, or end, without a word: nobody waits to hear that it has begun."""
+        self.begun.addErrback(_was_ended)
 
     def begin(self) -> None:
         """Go to work: the mirror is durably marked incoherent by now (COHERENT)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -12,7 +13,7 @@ from qdsmirror.core.frames import ENTRIES, entries
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Mode
 from qdsmirror.core.superblock import Superblock
-from qdsmirror.errors import DegradedError
+from qdsmirror.errors import DegradedError, QdsError
 from qdsmirror.groups.refresh import Refresh
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, nothing
@@ -92,6 +93,20 @@ class BeginTests(CoherenceTestCase):
         self.assertEqual(len(self.world.frames), 1)
         self.assertFalse(self.world.frames[0].durable)
         return job
+
+    def test_a_begin_that_cannot_be_recorded_is_told(self) -> None:
+        world = self.world
+        asked = world.group.refresh("full")
+        world.log(1).fail("pwritev")
+        for index in range(2):
+            world.steps[f"qds{index} commit"].step_all()
+        self.assertIn("cannot be recorded", str(self.failureResultOf(asked, QdsError).value))
+        self.assertIsNone(world.group.refresh_job)
+        self.assertNotIn(Mode.REFRESH, world.group.modes.modes)
+        self.assertIn("could not begin", world.group.coherence.reason)
+        world.settle()
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_the_cut_is_announced_once_the_begin_mark_is_durable(self) -> None:
         world = self.world
