@@ -76,6 +76,8 @@ class Made:
     :ivar control: a control frame's payload: the id of a refresh or bypass.
     :ivar durable: seen on the writelog's platters.
     :ivar skipped: the secondary's history has begun behind it.
+    :ivar refreshed: what the mirror that stands here holds since the end of a refresh of another
+        generation, which has brought no frame of this LDSU: it was equal.
     :ivar is_loss: it is no frame, but stands for those that were lost with a writelog's memory.
     :ivar journaled: seen on the journal's platters; ``copies``: what was written there.
     """
@@ -83,7 +85,7 @@ class Made:
     __slots__ = (
         "_content", "begins_with", "chain", "control", "copies", "durable", "end", "entries",
         "generation", "gsn_first", "gsn_last", "is_loss", "journaled", "kind", "ldsu", "parent",
-        "sequence", "skipped", "writes",
+        "refreshed", "sequence", "skipped", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +116,7 @@ class Made:
         self.durable = self.journaled = self.skipped = self.is_loss = False
         self.copies: list[tuple[int, bytes]] = []
         self._content: bytes | None = None
+        self.refreshed: bytes | None = None
 
     @classmethod
     def root(cls, ldsu: int, generation: bytes, content: bytes) -> Made:
@@ -163,10 +166,10 @@ class Made:
         Behind a switch it is what it was before the bypass, until the refresh has ended.
         """
         at = self
-        while at.kind in _CHANGING_NOTHING and not at.is_loss:
+        while at.refreshed is None and at.kind in _CHANGING_NOTHING and not at.is_loss:
             assert at.parent is not None
             at = at.parent
-        return at.content()
+        return at.content() if at.refreshed is None else at.refreshed
 
     def line(self) -> str:
         entries = [(e.offset, e.length, e.kind) for e in self.entries]

@@ -559,12 +559,16 @@ class Model:
         wrong = [self._differing(end) for end in ends]
         if all(wrong):
             raise Violation(f"COHERENT: called coherent, and on its platters {wrong[-1]}")
+        for tip in self.tips:
+            made = self.upto(tip, ends[-1].gsn_last)
+            if made.generation != ends[-1].generation:
+                made.refreshed = self.content_in(made, ends[-1].generation)
 
     def _differing(self, end: Made) -> str:
         """Tell where the mirrors' platters hold what was before a frame, or never was."""
         for tip, mirror in zip(self.tips, self.mirrors, strict=True):
             made = self.upto(tip, end.gsn_last)
-            content = made.content()
+            content = self.content_in(made, end.generation)
             if mirror.durable == content:
                 continue
             for at in range(0, len(content), SECTOR):

@@ -698,7 +698,7 @@ class World(Clients):
         self.check_mirror()
         for index, ldsu in enumerate(self.config.ldsus):
             made = self.model.tips[index]
-            tip = made.content()
+            tip = self.model.content_in(made, self.model.lineage.newest)
             found = {
                 path: bytes(self.disks[path].seen)
                 for path in (ldsu.data_device, ldsu.mirror_device)
