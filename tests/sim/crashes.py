@@ -12,25 +12,30 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 from blake3 import blake3
 
 from qdsmirror.config import LdsuConfig
 from qdsmirror.core.generations import settle
 from qdsmirror.core.records import Point
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.interfaces import IBlockDevice
+from qdsmirror.storage import superblock as superblock_module
 from qdsmirror.storage.extension import open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
+from tests.fakes import Unsynced
 from tests.sim.disk import Disk, Memory
 from tests.sim.history import SECTOR, Violation
 from tests.sim.process import Process
-from tests.sim.script import Moment, Script, Sequence
+from tests.sim.script import Kept, Moment, Script, Sequence
 from tests.sim.watch import installed
 
 #: A write is torn into so many pieces at most.
@@ -108,17 +113,28 @@ Image = dict[str, bytes | bytearray]
 
 def image(moment: Moment, outcome: Pieces) -> Image:
     """Make the disks as the next start finds them."""
-    made: Image = {}
-    touched = {path for path, _ in outcome}
-    for path, (durable, unsynced) in moment.disks.items():
-        if path not in touched:
-            made[path] = durable
-            continue
-        content = made[path] = bytearray(durable)
-        for index, write in enumerate(unsynced):
-            for start, end in outcome.get((path, index), ()):
-                content[write.offset + start : write.offset + end] = write.data[start:end]
-    return made
+    return {
+        path: _platters(kept, _there(path, kept, outcome)) for path, kept in moment.disks.items()
+    }
+
+
+#: Of a disk's unsynced writes, oldest first: the pieces that are on the platters.
+_There = list[tuple[Unsynced, list[tuple[int, int]]]]
+
+
+def _there(path: str, kept: Kept, outcome: Pieces) -> _There:
+    found = ((write, outcome.get((path, index))) for index, write in enumerate(kept.unsynced))
+    return [(write, pieces) for write, pieces in found if pieces]
+
+
+def _platters(kept: Kept, there: _There) -> bytes | bytearray:
+    if not there:
+        return kept.durable
+    content = bytearray(kept.durable)
+    for write, pieces in there:
+        for start, end in pieces:
+            content[write.offset + start : write.offset + end] = write.data[start:end]
+    return content
 
 
 # -- recovery -----------------------------------------------------------------------------------
@@ -138,6 +154,18 @@ def _open_memory(process: Process, ldsu: LdsuConfig) -> IBlockDevice:
     return process.open(Memory("memory", ldsu.memory_bytes), "memory", 512)
 
 
+@contextmanager
+def _superblocks_known() -> Iterator[None]:
+    """Parse the same superblock once: crash states differ in other places."""
+    parse = lru_cache(maxsize=256)(superblock_module.parse_slot)
+
+    def parse_slot(raw: bytes, slot: int, slot_bytes: int) -> Superblock:
+        return parse(bytes(raw), slot, slot_bytes)
+
+    with mock.patch.object(superblock_module, "parse_slot", parse_slot):
+        yield
+
+
 class Recoverer:
     """Runs the real recovery over crash states and judges what it finds.
 
@@ -149,39 +177,42 @@ class Recoverer:
         self.states = states
         self.again = again
         self.counts: Counter[str] = Counter()
-        self._digests: dict[int, tuple[bytes, bytes]] = {}
+        self._digests: dict[tuple[Any, ...], bytes] = {}
 
-    def _digest(self, moment: Moment, content: Image) -> bytes:
-        """Tell states apart by what is on the platters and what was promised."""
-        hasher = blake3()
-        for path in sorted(content):
-            hasher.update(self._digest_of(content[path]))
-        hasher.update(
-            repr((moment.acked, moment.promised, [made.sequence for made in moment.held])).encode()
-        )
-        for sectors in moment.sectors:
-            hasher.update(sectors.fingerprint())
-        return hasher.digest(16)
+    def _digest_after(self, moment: Moment, outcome: Pieces, promises: bytes) -> bytes:
+        """Give :meth:`_digest` of an outcome's image, which is not made for that if it is known."""
+        digests = []
+        for path, kept in sorted(moment.disks.items()):
+            there = _there(path, kept, outcome)
+            # The same platters and writes are met again and again; the moments keep their ids.
+            key = (id(kept.durable), *((id(write), *pieces) for write, pieces in there))
+            known = self._digests.get(key)
+            if known is None:
+                known = self._digests[key] = blake3(_platters(kept, there)).digest(16)
+            digests.append(known)
+        return self._digest(digests, promises)
 
-    def _digest_of(self, content: bytes | bytearray) -> bytes:
-        if isinstance(content, bytearray):
-            return blake3(content).digest(16)
-        # The same platters are met again and again; keeping them keeps their id.
-        known = self._digests.get(id(content))
-        if known is None:
-            known = self._digests[id(content)] = (content, blake3(content).digest(16))
-        return known[1]
+    @staticmethod
+    def _digest(digests: Iterable[bytes], promises: bytes) -> bytes:
+        """Tell states apart by what is on the platters, in the order of paths, and promised."""
+        return blake3(b"".join(digests) + promises).digest(16)
+
+    @staticmethod
+    def _promises(moment: Moment) -> bytes:
+        held = [made.sequence for made in moment.held]
+        told = repr((moment.acked, moment.promised, held)).encode()
+        return told + b"".join(sectors.fingerprint() for sectors in moment.sectors)
 
     def examine(self, moment: Moment) -> None:
+        promises = self._promises(moment)
         for outcome in outcomes(moment):
-            content = image(moment, outcome)
-            key = self._digest(moment, content)
+            key = self._digest_after(moment, outcome, promises)
             if key in self.states:
                 continue
             self.states.add(key)
             self.counts[f"states of {moment.site}"] += 1
             try:
-                self.recover(moment, content)
+                self.recover(moment, image(moment, outcome))
             except Violation:
                 raise
             except Exception as error:
@@ -207,13 +238,15 @@ class Recoverer:
         first: Any,
     ) -> None:
         """Let the power go again within the recovery: of its writes any beginning remains."""
+        promises = self._promises(moment)
         for count in range(1, len(writes)):
             disks: Image = {path: bytearray(data) for path, data in content.items()}
             for path, offset, data in writes[:count]:
                 target = disks[path]
                 assert isinstance(target, bytearray)
                 target[offset : offset + len(data)] = data
-            key = self._digest(moment, disks)
+            digests = [blake3(data).digest(16) for _, data in sorted(disks.items())]
+            key = self._digest(digests, promises)
             if key in self.states:
                 continue
             self.states.add(key)
@@ -362,7 +395,7 @@ def examine(
     try:
         moments = script.play()
         counts["moments"] += len(moments)
-        with installed(script, watching=False):
+        with installed(script, watching=False), _superblocks_known():
             for moment in moments:
                 recoverer.examine(moment)
     except Violation as violation:

@@ -63,7 +63,8 @@ class Disk:
     def __init__(self, path: str, size: int, content: bytes = b"") -> None:
         self.path = path
         self.size = size
-        self.durable = bytearray(content.ljust(size, b"\0"))
+        self.durable = bytearray(content)
+        self.durable += bytes(size - len(content))
         self.seen: bytearray | mmap.mmap = bytearray(self.durable)
         self.unsynced: list[Unsynced] = []
         self.faults: dict[str, int] = {}
