@@ -542,7 +542,7 @@ def _frames_taken_twice(patch: Patch) -> None:
     patch(Reorder, "put", put)
 
 
-@mutation("PREFIX", seeds=200, first=25)
+@mutation("PREFIX", seeds=200, first=166)
 def _what_a_lost_path_had_is_not_sent_again(patch: Patch) -> None:
     patch(Band, "_again", lambda *_: None)
 
