@@ -368,10 +368,18 @@ class Bypass:
             raise DegradedError(
                 f"{group.name}: the secondary must first commit what was written before the "
                 "bypass: its writelogs have no room for another refresh",
-                hint="bring the secondary back; if it lost the history, initialise the writelogs "
-                f"anew (qdswlinit -g {group.number} --yes) and refresh",
+                hint=self._way_to_room(),
             )
         return generations
+
+    def _way_to_room(self) -> str:
+        group = self._group
+        back = "bring the secondary back; if it lost the history, "
+        if group.memory.used:
+            return f"{back}begin the writelogs in memory anew (killdriver, launchdriver)"
+        return (
+            f"{back}initialise the writelogs anew (qdswlinit -g {group.number} --yes) and refresh"
+        )
 
     @inlineCallbacks
     def leave(self, generations: tuple[Generation, ...], **changes: Any) -> Any:

@@ -351,3 +351,29 @@ class OverflowTests(MemoryCase):
         self.world.settle(1)
         self.assertEqual(self.switch("off")["kind"], "dirty")
         self.mirror_all()
+
+    def test_full_of_what_can_never_be_sent(self) -> None:
+        """Begun anew, as the hint says, they have room again, and a refresh leads out."""
+        self.world.config = replace(self.world.config, on_overflow="bypass")
+        self.world.kill()
+        self.unit = self.world.start()
+        for n in range(100):
+            self.world.client.write(self.unit, n * 4 * KIB % (16 * CHUNK), unique(n, 16 * KIB))
+        self.world.settle()
+        refused: list[Any] = []
+        for _turn in range(100):
+            self.world.group.refresh("full").addErrback(refused.append)
+            self.world.settle()
+            if refused:
+                break
+            self.switch("on")
+        self.assertIn("no room", refused[0].value.message)
+        self.assertIn("launchdriver", refused[0].value.hint)
+        self.world.kill_master()
+        self.unit = self.world.start()
+        self.world.attach()
+        begun = self.world.group.refresh("full")
+        self.world.settle()
+        self.successResultOf(begun)
+        self.mirror_all()
+        self.assertTrue(self.world.group.coherent)

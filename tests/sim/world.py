@@ -473,10 +473,22 @@ class World(Clients):
 
     def _needs_new_logs(self) -> bool:
         """Tell whether full writelogs hold what a secondary that was rolled back cannot take."""
+        return bool(self.model.rolled) and self._refused() and self._has_no_way_out()
+
+    def _needs_new_memory(self) -> bool:
+        """Tell whether full writelogs in memory hold what waits for a refresh without room."""
         group = self.driver.group if self.driver is not None and self.serving else None
-        if group is None or not self.model.rolled or not self._refused():
-            return False
-        if group.bypass.phase != "on":
+        return (
+            self.profile.memory
+            and group is not None
+            and group.pmd.awaits_refresh
+            and self._has_no_way_out()
+        )
+
+    def _has_no_way_out(self) -> bool:
+        """Tell whether the driver is in a bypass that its full writelogs do not let it leave."""
+        group = self.driver.group if self.driver is not None and self.serving else None
+        if group is None or group.bypass.phase != "on":
             return False
         try:
             group.bypass.next_generation()
@@ -516,6 +528,8 @@ class World(Clients):
                     self._go_on_without_rollback()
                 if not alone and (self._differs() or self._needs_refresh()):
                     self._refresh("auto")
+                if not alone and self._needs_new_memory():
+                    self.kill_master()
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
 
