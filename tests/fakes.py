@@ -66,13 +66,16 @@ def at_random(random: Random) -> Choice:
     return choose
 
 
+_ZEROES = bytes(4096)
+
+
 def extents_in(content: bytearray | mmap.mmap, offset: int, length: int) -> list[tuple[int, bool]]:
     """Give the (length, allocated) pieces of a range: blocks of nothing but zeroes are holes."""
     pairs: list[tuple[int, bool]] = []
     end = offset + length
     while offset < end:
         step = min(4096 - offset % 4096, end - offset)
-        allocated = any(content[offset : offset + step])
+        allocated = content[offset : offset + step] != _ZEROES[:step]
         if pairs and pairs[-1][1] == allocated:
             pairs[-1] = (pairs[-1][0] + step, allocated)
         else:

@@ -25,6 +25,9 @@ class Mode(StrEnum):
     SETUP = "setup"
 
 
+_IN_ORDER = tuple(Mode)
+
+
 class Event(Enum):
     """What moves a group from mode to mode."""
 
@@ -282,7 +285,7 @@ class GroupModes:
     @property
     def shown(self) -> list[Mode]:
         """The modes that hold, in the order of :class:`Mode`."""
-        return [mode for mode in Mode if mode in self._held]
+        return [mode for mode in _IN_ORDER if mode in self._held]
 
     @property
     def state(self) -> Mode:

@@ -182,7 +182,7 @@ class SimDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         self._enter("pread")
-        data = bytes(self.disk.seen[offset : offset + length])
+        data = bytes(memoryview(self.disk.seen)[offset : offset + length])
         if len(data) != length:
             raise OSError(errno.EIO, "read past the end", self.path)
         return data

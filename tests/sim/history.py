@@ -225,10 +225,6 @@ class Lineage:
         return self._contents[generation][ldsu]
 
 
-def _number(value: tuple[int, bytes]) -> int:
-    return value[0]
-
-
 class Sectors:
     """What a client may find in each sector of an LDSU.
 
@@ -268,7 +264,7 @@ class Sectors:
 
     def allowed(self, at: int, since: int) -> set[bytes]:
         values = self._values.get(at, [])
-        allowed = {tag for _, tag in values[bisect_left(values, since, key=_number) :]}
+        allowed = {tag for _, tag in values[bisect_left(values, (since,)) :]}
         if not since:
             allowed.add(self._base[at : at + TAG])
         return allowed

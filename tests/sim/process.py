@@ -355,7 +355,10 @@ class End:
     @property
     def ready(self) -> bool:
         """Whether stepping this end would do something."""
-        if self.lost or self.process.seconds() < self.wire.slow_until:
+        if self.lost:
+            return False
+        slow_until = self.wire.slow_until
+        if slow_until and self.process.seconds() < slow_until:
             return False
         if self._coming and self.reading:
             return True
