@@ -195,6 +195,9 @@ class DriverGroup:
         self._timer = self.runtime.reactor.callLater(
             self.config.tunables.metadata_seconds, self._tick
         )
+        now = self.runtime.reactor.seconds()
+        for unit in self.units:
+            unit.fill_rate.note(now, unit.writelog.used_bytes)
         self.checkpoints.take()
         self.verifying.tick()
 

@@ -101,8 +101,17 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
             "used_ratio": round(writelog.used_bytes / writelog.ring.size, 4),
             "entries": waiting,
             "oldest_age_seconds": round(age, 3) if waiting else 0.0,
+            "seconds_to_full": _seconds_to_full(unit),
         },
         "dead": bool(unit.dead),
         "closed": unit.closed,
         "errors": unit.errors,
     }
+
+
+def _seconds_to_full(unit: DriverUnit) -> float | None:
+    """Give when the writelog is full at its present rate; ``None`` while it is not filling."""
+    if unit.waits_for_room:
+        return 0.0
+    seconds = unit.fill_rate.seconds_to_full(unit.writelog.free_bytes - unit.kept_bytes)
+    return round(seconds, 1) if seconds is not None else None

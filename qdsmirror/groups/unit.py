@@ -20,6 +20,7 @@ from qdsmirror.config import LdsuConfig
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.allowance import SplitNumber
 from qdsmirror.core.bitmap import DirtyBitmap
+from qdsmirror.core.filling import FillRate
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
@@ -51,6 +52,7 @@ class DriverUnit:
     :ivar closed: why it is closed to applications, for a backfresh; empty while it is not.
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
+    :ivar fill_rate: of the writelog.
     :ivar requests: how many were submitted.
     :ivar appending: whether an append is under way.
     :ivar last_number: of the last entry that the application's frames had (see
@@ -96,6 +98,7 @@ class DriverUnit:
         self.dirty = dirty
         self.direct = Direct(self)
         self.full_since: float | None = None
+        self.fill_rate = FillRate()
         self.requests = 0
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self.appending = False
@@ -316,6 +319,11 @@ class DriverUnit:
     def has_frames(self) -> bool:
         """Whether a frame is under way that is not yet applied."""
         return self.appending or self.syncing.has_frames or self.applying.busy
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether a write waits for room in the writelog, and for nothing else."""
+        return bool(self.waiting) and not self.appending and self.group.may_frame
 
     @property
     def is_on_log(self) -> bool:

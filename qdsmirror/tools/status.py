@@ -251,6 +251,7 @@ def _primary_ldsu(paths: Paths, config: GroupConfig, ldsu: LdsuConfig) -> dict[s
             "used_ratio": None,
             "entries": None,
             "oldest_age_seconds": None,
+            "seconds_to_full": None,
         },
         "errors": [],
     }

@@ -145,6 +145,7 @@ def driver_status(number: int = 0, **changes: Any) -> dict[str, Any]:
                     "used_ratio": 0.01,
                     "entries": 12,
                     "oldest_age_seconds": 0.2,
+                    "seconds_to_full": None,
                 },
                 "errors": [],
             }
