@@ -141,7 +141,7 @@ class InstalledWheelTests(TestCase):
         names = set(zipfile.ZipFile(self.installed.wheel).namelist())
         wanted = {
             str(path.relative_to(source))
-            for pattern in ("*.py", "*.ini")
+            for pattern in ("*.py", "*.ini", "*.json")
             for path in (source / "qdsmirror").rglob(pattern)
         } | {"twisted/plugins/qdsmirror_plugins.py"}
         self.assertEqual(wanted - names, set())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
+from qdsmirror.core.filling import FillRate
 from qdsmirror.core.frames import Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
@@ -87,6 +88,7 @@ class Committing:
         self._journal_full = False
         self._idle: list[Deferred[None]] = []
         self._timer: Any = None
+        self._fill_rate = FillRate()
         self._tick()
 
     @property
@@ -194,6 +196,12 @@ class Committing:
     def _tick(self) -> None:
         self._timer = self._reactor.callLater(self.config.tunables.metadata_seconds, self._tick)
         self.mirroring.checkpoint()
+        self._fill_rate.note(self._reactor.seconds(), self.mirror.journal.used_bytes)
+
+    @property
+    def seconds_to_full(self) -> float | None:
+        """When the journal will be full at its present rate; ``None`` while it is not filling."""
+        return self._fill_rate.seconds_to_full(self.mirror.journal.free_bytes)
 
     # -- frames in, positions out -------------------------------------------------------------
 

@@ -118,10 +118,12 @@ def _journal_status(committing: Committing | None) -> dict[str, Any] | None:
     if committing is None:
         return None
     journal = committing.mirror.journal
+    full = committing.seconds_to_full
     return {
         "devices": [committing.mirror.config.journal_device],
         "size": journal.ring.size,
         "used_bytes": journal.used_bytes,
         "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
+        "seconds_to_full": None if full is None else round(full, 1),
         "entries": _unmirrored(committing),
     }

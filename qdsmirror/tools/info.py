@@ -6,12 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from qdsmirror.config import load_host
 from qdsmirror.core.states import Mode
 from qdsmirror.errors import (
     EXIT_DEGRADED,
+    EXIT_OK,
     ConfigError,
     DegradedError,
     QdsError,
@@ -51,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--wait", metavar="STATE", choices=PREDICATES, help="wait until every group is so"
     )
     how.add_argument("--watch", action="store_true", help="show the state again and again")
+    how.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of what --json prints"
+    )
     made.add_argument(
         "--timeout",
         metavar="S",
@@ -76,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--timeout goes with --wait", hint="qdsinfo --help")
     if arguments.interval is not None and not arguments.watch:
         raise UsageError("--interval goes with --watch", hint="qdsinfo --help")
+    if arguments.schema:
+        print(schema_text(), end="")
+        return EXIT_OK
     look, broken = _look(cli.paths_of(arguments), arguments)
     if arguments.watch:
         code = cli.report_all(broken, arguments.json)
@@ -98,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not code and arguments.is_state is not None and others(groups, arguments.is_state):
         return EXIT_DEGRADED
     return code
+
+
+def schema_text() -> str:
+    """Give the JSON schema of ``--json``, as it is published."""
+    return Path(__file__).parent.with_name("qdsinfo.schema.json").read_text("utf-8")
 
 
 def report(host: str, groups: list[Group]) -> dict[str, Any]:

@@ -264,6 +264,7 @@ def _secondary(config: GroupConfig, daemons: _Daemons) -> Group:
         "size": None,
         "used_bytes": None,
         "used_ratio": None,
+        "seconds_to_full": None,
         "entries": None,
     }
     ldsus: list[dict[str, Any]] = [

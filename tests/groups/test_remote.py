@@ -158,6 +158,22 @@ class RemoteWorld:
 class JournalTests(SynchronousTestCase):
     """A frame is in the durable journal before it is acknowledged, and before it is applied."""
 
+    def test_time_until_it_is_full(self) -> None:
+        """Nothing reaches the mirror devices: it fills at the rate of what comes."""
+        world = RemoteWorld(self)
+        group = world.start()
+        link = world.connect()
+        self.assertIs(group.status()["journal"]["seconds_to_full"], None)
+        for _ in range(10):
+            world.deliver(link, world.frame())
+            while world.steps[JOURNAL].step():
+                pass
+            world.reactor.advance(1)
+        told = group.status()["journal"]
+        free = told["size"] - told["used_bytes"]
+        wanted = free / (told["used_bytes"] / 10)
+        self.assertApproximates(told["seconds_to_full"], wanted, wanted / 5)
+
     def setUp(self) -> None:
         self.world = RemoteWorld(self)
         self.group = self.world.start()

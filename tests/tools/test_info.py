@@ -25,7 +25,7 @@ from qdsmirror.paths import Paths
 from qdsmirror.tools import info, info_view, status
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
-SCHEMA = json.loads((Path(__file__).parent / "qdsinfo.schema.json").read_text())
+SCHEMA = json.loads(info.schema_text())
 REFRESH = {
     "kind": "full",
     "id": "ab",
@@ -62,6 +62,7 @@ RMD = {
         "size": 1 << 27,
         "used_bytes": 0,
         "used_ratio": 0.0,
+        "seconds_to_full": None,
         "entries": 0,
     },
 }
@@ -305,6 +306,13 @@ class CommandTests(TestCase):
         report = json.loads(output)
         jsonschema.validate(report, SCHEMA)
         self.assertEqual((report["host"], len(report["groups"])), ("alpha", 1))
+
+    def test_schema(self) -> None:
+        """It is printed as it is published; no daemon or configuration is needed."""
+        code, output, errors = self.run_it("--schema", "--root", "/nowhere")
+        self.assertEqual((code, errors), (0, ""))
+        self.assertEqual(json.loads(output), SCHEMA)
+        jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
     def test_is(self) -> None:
         root = self.root(coherent=False)
