@@ -310,6 +310,10 @@ PATH_LOOK_SECONDS = 0.25
 PATH_STRIPE_SECONDS_MAX = 0.5
 PATH_FORGET_SECONDS = 30.0
 
+# -- statistics (performance tracking files, throttles) ----------------------------------------
+#: Changes of a group's modes that its driver keeps for whoever asks now and then.
+MODE_CHANGES_KEPT = 32
+
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB
 #: How long qdsconfigtool waits for a daemon to take up changed files.

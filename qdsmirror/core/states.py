@@ -8,10 +8,13 @@ tables below.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from qdsmirror.errors import DegradedError
+from qdsmirror.limits import MODE_CHANGES_KEPT
 
 
 class Mode(StrEnum):
@@ -264,18 +267,35 @@ class Holding:
     reason: str
 
 
+class Changed(NamedTuple):
+    """A change of modes.
+
+    :ivar number: of the change, from 1.
+    :ivar time: seconds since 1970.
+    :ivar modes: those that held from then on, in the order of :class:`Mode`.
+    """
+
+    number: int
+    time: float
+    modes: tuple[Mode, ...]
+    reason: str
+
+
 class GroupModes:
     """The modes of one group.
 
     :param name: the group's, and its number: for what is told to an operator.
     :param now: seconds since 1970.
     :ivar since: when the shown state was entered, seconds since 1970.
+    :ivar changes: the last ones, oldest first.
     """
 
     def __init__(self, name: str, number: int, now: float) -> None:
         self._name, self._number = name, number
         self._held = {Mode.SETUP: Holding(now, Event.DRIVER_STOPPED.value)}
         self.since = now
+        self.changes: deque[Changed] = deque(maxlen=MODE_CHANGES_KEPT)
+        self._count = 0
 
     @property
     def modes(self) -> frozenset[Mode]:
@@ -336,7 +356,7 @@ class GroupModes:
         way = next((way for way in TRANSITIONS if way.applies(event, self.modes)), None)
         if way is None:
             return False
-        before = self.state
+        before, held = self.state, self.modes
         for mode in way.leaves:
             self._held.pop(mode, None)
         for mode in way.enters:
@@ -344,4 +364,8 @@ class GroupModes:
             self._held[mode] = Holding(since, reason or event.value)
         if self.state is not before:
             self.since = now
+        if self.modes != held:
+            self._count += 1
+            changed = Changed(self._count, now, tuple(self.shown), reason or event.value)
+            self.changes.append(changed)
         return True

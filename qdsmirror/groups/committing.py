@@ -24,6 +24,7 @@ from qdsmirror.core.verify import Verdict
 from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
 from qdsmirror.groups.mirroring import Batch, Mirroring
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.traffic import Traffic
 from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
 from qdsmirror.storage.journal import CUTS, Change, Mirror
 from qdsmirror.storage.writelog import Writes
@@ -56,6 +57,7 @@ class Committing:
     :ivar failed: that reason; empty while all is well.
     :ivar received_bytes: taken, and not yet durable in the journal.
     :ivar mirroring: brings what is durable to the mirror devices.
+    :ivar traffic: counts what was taken.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Committing:
         self.holding = holding
         self.received_bytes = 0
         self.config = mirror.config
+        self.traffic = Traffic([ldsu.name for ldsu in self.config.ldsus])
         self._tell_acknowledge = acknowledge
         self._tell_press = press
         self.report = report
@@ -220,6 +223,7 @@ class Committing:
         brings = self._intake.generations[-1] if self._intake.generations != known else None
         self._received.append(_Received(Change(header, entries, control), frame, brings))
         self.received_bytes += len(frame)
+        self.traffic.count(header)
         if ack_wanted:
             self._ack_wanted = True
         self._press()

@@ -38,6 +38,10 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
             {"mode": mode.value, "since": held.since, "reason": held.reason}
             for mode, held in group.modes.details
         ],
+        "changes": [
+            {"number": one.number, "time": one.time, "modes": one.modes, "reason": one.reason}
+            for one in group.modes.changes
+        ],
         "since": group.failures.since if failed else group.modes.since,
         "reason": group.reason,
         "coherent": group.coherent,

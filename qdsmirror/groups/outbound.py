@@ -19,6 +19,7 @@ from qdsmirror.core.stream import Ack
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.traffic import Traffic
 from qdsmirror.interfaces import IWorker
 from qdsmirror.limits import MIB, SEND_BUFFER_BYTES, SEND_WINDOW_BYTES_MAX
 from qdsmirror.storage.logreader import LogFrame, LogReader
@@ -145,6 +146,7 @@ class Outbound:
     :param committed: told of (sent, committed, mirrored GSN, changed log ends).
     :param failed: told when a writelog cannot be read.
     :param stripe: bytes that are sent as one, more or less, if less than a buffer.
+    :param traffic: counts what is sent.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class Outbound:
         committed: Callable[[int, int, int, Iterable[Committed]], None],
         failed: Callable[[CorruptError], None],
         stripe: int = SEND_WINDOW_BYTES_MAX,
+        traffic: Traffic | None = None,
     ) -> None:
+        self._traffic = traffic or Traffic([unit.name for unit in units])
         self._units = {unit.index: unit for unit in units}
         self._worker = worker
         self.window = window
@@ -225,6 +229,7 @@ class Outbound:
             self._next_gsn = header.gsn_last + 1
             batch.append(frame)
             size += len(frame)
+            self._traffic.count(header)
             cursor = Cursor(
                 end, self._next_gsn, {unit.index: Point(header.sequence + 1, header.chain)}
             )

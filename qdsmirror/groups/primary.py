@@ -46,6 +46,7 @@ from qdsmirror.groups.resume import (
 )
 from qdsmirror.groups.retry import Retry
 from qdsmirror.groups.runtime import Runtime
+from qdsmirror.groups.traffic import Traffic
 from qdsmirror.groups.wire import Wire
 from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import COMPRESSION_THREADS, SEND_WINDOW_BYTES_MAX, STRIPE_BYTES
@@ -89,6 +90,7 @@ class PrimaryGroup:
         self._ways = NetworkPaths(config, host, self.runtime)
         self._method = Method.of(config.tunables.compression)
         self._wire = Wire(str(self._method))
+        self._traffic = Traffic([ldsu.name for ldsu in config.ldsus])
         self._compressors: list[IWorker] = []
         self._ended: Deferred[str] | None = None
         self.settings = LiveSettings(self, "pmd", self._go_by_settings)
@@ -295,6 +297,7 @@ class PrimaryGroup:
             self._committed,
             self._writelog_failed,
             STRIPE_BYTES if self._ways.several else SEND_WINDOW_BYTES_MAX,
+            self._traffic,
         )
         band = Band(
             self,
@@ -442,6 +445,7 @@ class PrimaryGroup:
             "gsn": self._gsn,
             "settings": self.settings.status(),
             "wire": self._wire.status(self._ways.status()),
+            "traffic": self._traffic.status(),
         }
 
 

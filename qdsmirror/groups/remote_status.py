@@ -76,6 +76,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         ],
         "journal": _journal_status(committing),
         "wire": group.wire.status(group.network_paths),
+        "traffic": committing.traffic.status() if committing is not None else None,
         "errors": list(group.notes),
     }
 

@@ -35,6 +35,8 @@ _ERRORS: dict[int, type[QdsError]] = {
     EXIT_CONFIG: ConfigError,
     EXIT_BROKEN: BrokenError,
 }
+#: What daemons tell each other only.
+_UNPUBLISHED = ("changes", "traffic")
 _GSN_PRIMARY = ("written", "durable", "applied", "sent", "committed", "mirrored")
 
 
@@ -185,7 +187,8 @@ def _merge(base: Any, news: Any) -> Any:
 def _overlay(group: Group, status: dict[str, Any], ldsus: list[dict[str, Any]]) -> Group:
     """Lay a daemon's status over the skeleton; LDSUs are matched by name."""
     told = {one.get("name"): one for one in status.get("ldsus") or []}
-    merged: Group = _merge(group, {k: v for k, v in status.items() if k != "ldsus"})
+    own = {k: v for k, v in status.items() if k != "ldsus" and k not in _UNPUBLISHED}
+    merged: Group = _merge(group, own)
     merged["ldsus"] = [_merge(one, told.get(one["name"])) for one in ldsus]
     return merged
 

@@ -18,6 +18,7 @@ from qdsmirror.core.states import (
     Mode,
 )
 from qdsmirror.errors import DegradedError
+from qdsmirror.limits import MODE_CHANGES_KEPT
 
 S, A, C, R = Mode.SETUP, Mode.ACCUMULATING, Mode.CONNECTED, Mode.REFRESH
 B, K = Mode.BYPASS, Mode.BACKFRESH
@@ -192,13 +193,14 @@ class RefusalTests(SynchronousTestCase):
 
 
 class WalkTests(SynchronousTestCase):
-    @given(st.lists(st.tuples(st.sampled_from(list(Event)), st.text(max_size=2)), max_size=40))
+    @given(st.lists(st.tuples(st.sampled_from(list(Event)), st.text(max_size=2)), max_size=80))
     def test_random_walks(self, steps: list[tuple[Event, str]]) -> None:
         """Whatever happens, each mode knows when it was entered, and by what last."""
         group = machine()
         modes: Modes = frozenset({S})
         held = {S: Holding(0.0, E.DRIVER_STOPPED.value)}
         shown_since = 0.0
+        changes: list[tuple[int, float, tuple[Mode, ...], str]] = []
         for count, (event, reason) in enumerate(steps):
             now = count + 1.0
             after = expected(modes, event)
@@ -207,6 +209,9 @@ class WalkTests(SynchronousTestCase):
                 was = group_state(modes)
                 for mode in after - modes:
                     held[mode] = Holding(now, reason or event.value)
+                if after != modes:
+                    shown = tuple(mode for mode in Mode if mode in after)
+                    changes.append((len(changes) + 1, now, shown, reason or event.value))
                 if after == modes:
                     kept = A if event is E.LINK_DOWN else R
                     held[kept] = Holding(held[kept].since, reason or event.value)
@@ -214,6 +219,7 @@ class WalkTests(SynchronousTestCase):
                 if group_state(modes) is not was:
                     shown_since = now
             self.assertEqual(group.modes, modes)
+            self.assertEqual(list(group.changes), changes[-MODE_CHANGES_KEPT:])
             self.assertEqual(dict(group.details), {mode: held[mode] for mode in modes})
             self.assertEqual((group.state, group.since), (group_state(modes), shown_since))
             for asked in ASKED:

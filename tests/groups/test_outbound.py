@@ -20,6 +20,7 @@ from qdsmirror.errors import CorruptError, DivergedError, ProtocolError, QdsErro
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.outbound import Outbound, OutUnit
+from qdsmirror.groups.traffic import Traffic
 from qdsmirror.groups.wire import Wire
 from qdsmirror.limits import MIB, SEND_BUFFER_BYTES
 from qdsmirror.net.link import ILinkOwner, Link
@@ -97,12 +98,14 @@ class PmdWorld:
         self.ends: list[list[Committed]] = []
         self.failures: list[CorruptError] = []
         self.link = FakeLink()
+        self.traffic = Traffic([unit.name for unit in self.units])
         self.out = Outbound(
             self.units,
             self.steps if stepped else ImmediateWorker(),
             window,
             self._committed,
             self.failures.append,
+            traffic=self.traffic,
         )
 
     def _committed(
@@ -140,6 +143,30 @@ class PmdWorld:
         """Give the place behind a frame of its LDSU's writelog."""
         index, raw, end = self.frames[gsn]
         return Cursor().after(parse_header(raw), end)
+
+
+class TrafficTests(SynchronousTestCase):
+    def test_what_was_sent_is_counted_by_ldsu(self) -> None:
+        world = PmdWorld(self, ldsus=2)
+        for index in (0, 1, 0):
+            world.frame(index, payload=1024)
+        world.frame(1, kind=VOID, gsns=5)
+        world.durable(2)
+        world.begin()
+        sizes = {0: 0, 1: 0}
+        for index, raw, _ in list(world.frames.values())[:2]:
+            sizes[index] += len(raw)
+        self.assertEqual(self.counts(world), [(sizes[0], 1024, 1), (sizes[1], 1024, 1)])
+        world.durable()
+        for index, raw, _ in list(world.frames.values())[2:]:
+            sizes[index] += len(raw)
+        self.assertEqual(self.counts(world), [(sizes[0], 2048, 2), (sizes[1], 1024, 1)])
+
+    def counts(self, world: PmdWorld) -> list[tuple[int, int, int]]:
+        status = world.traffic.status()
+        self.assertGreater(status["cpu_seconds"], 0)
+        self.assertEqual([one["name"] for one in status["ldsus"]], ["qds0", "qds1"])
+        return [(u["frame_bytes"], u["data_bytes"], u["entries"]) for u in status["ldsus"]]
 
 
 class OrderTests(SynchronousTestCase):

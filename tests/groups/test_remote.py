@@ -204,6 +204,15 @@ class JournalTests(SynchronousTestCase):
         world.step(JOURNAL)
         self.assertEqual(self.link.acks[-1], Ack(2, 0))
 
+    def test_what_was_taken_is_counted(self) -> None:
+        frames = [self.world.frame(index) for index in (0, 1, 0)]
+        for frame in frames:
+            self.world.deliver(self.link, frame)
+        first, second = self.group.status()["traffic"]["ldsus"]
+        expected = {"name": "qds0", "frame_bytes": len(frames[0] + frames[2])}
+        self.assertEqual(first, {**expected, "data_bytes": 2 * BLOCK, "entries": 2})
+        self.assertEqual((second["name"], second["entries"]), ("qds1", 1))
+
     def test_what_was_acknowledged_survives_a_power_cut(self) -> None:
         world = self.world
         for number in range(6):
