@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 
@@ -179,6 +179,24 @@ class GroupConfig:
             encoded = text.encode()
             digest.update(len(encoded).to_bytes(4, "big") + encoded)
         return digest.digest()
+
+    def comparable(self) -> dict[str, Any]:
+        """Give the keys that both systems' files have, less the LDSUs, as plain values.
+
+        Those of :meth:`identity_digest` must be equal; others may differ.
+        """
+        return {
+            "primary.host": self.primary_host,
+            "secondary.host": self.secondary_host,
+            "secondary.journal_device": self.journal_device,
+            "secondary.port": self.port,
+            "operation": self.operation,
+            "durability": self.durability,
+            "on_overflow": self.on_overflow,
+            "on_disconnect": self.on_disconnect,
+            "near_sync_entries": self.near_sync_entries,
+            **{f"tunables.{key}": value for key, value in asdict(self.tunables).items()},
+        }
 
     def devices(self) -> list[tuple[tuple[str, ...], str, str]]:
         """Give (key, host, path) of every device that the group uses, the path normalised."""

@@ -256,8 +256,16 @@ HANDSHAKE_BOX_BYTES_MAX = 64 * KIB
 CERTIFICATE_FILE_BYTES_MAX = MIB
 #: What is kept of an error text that the peer sent.
 PEER_TEXT_CHARACTERS_MAX = 1024
+#: What a secondary tells a visitor of a group, less its LDSUs: one value of one box.
+PEER_FACTS_BYTES_MAX = 32 * KIB
+assert PEER_FACTS_BYTES_MAX < HANDSHAKE_BOX_BYTES_MAX
+#: Notes of a group that a visitor is told, the newest.
+PEER_NOTES_MAX = 8
 UNAUTHENTICATED_MAX = 16
 UNAUTHENTICATED_PER_ADDRESS_MAX = 4
+#: Groups that a visiting process asks about at a time; the secondary counts its connections.
+VISITS_AT_ONCE = 2
+assert VISITS_AT_ONCE < UNAUTHENTICATED_PER_ADDRESS_MAX
 #: A connection that has not sent its ClientHello by then makes room for another: well before the
 #: deadline of one that waits in the backlog meanwhile, which counts from its own connecting.
 HELLO_SECONDS = 4.0

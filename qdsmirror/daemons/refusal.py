@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from zope.interface import implementer
 from qdsmirror import errors
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.errors import QdsError
+from qdsmirror.groups.describing import facts
 from qdsmirror.net.handshake import (
     IRemoteAuthority,
     RebasePosition,
@@ -55,8 +57,15 @@ class RefusingAuthority:
     """A group that maps no LDSU, as the handshake of one connection sees it."""
 
     def __init__(
-        self, config: GroupConfig, secret: bytes, error: QdsError, ended: Callable[[], None]
+        self,
+        config: GroupConfig,
+        host: HostConfig,
+        secret: bytes,
+        error: QdsError,
+        ended: Callable[[], None],
     ) -> None:
+        self._config = config
+        self._host = host
         self.group = config.number
         self.digest = config.identity_digest()
         self.secret = secret
@@ -79,6 +88,20 @@ class RefusingAuthority:
     def join(self, session: bytes) -> Factory:
         """Tell why not."""
         self._never()
+
+    def describe(self) -> dict[str, Any]:
+        """Tell a visitor why the group is not served."""
+        notes = [self._error.message]
+        return facts(self._config, self._host, time.time(), state="failed", notes=notes)
+
+    def describe_ldsu(self, index: int) -> tuple[str, str, int]:
+        """Tell a visitor what is configured; nobody has looked at the devices."""
+        ldsu = self._config.ldsus[index]
+        return ldsu.name, ldsu.mirror_device, 0
+
+    def left(self) -> None:
+        """Count the visit as over."""
+        self._ended()
 
     def _never(self) -> NoReturn:
         raise self._error
@@ -109,7 +132,7 @@ def refuse(
         context = server_context_factory(host, config.primary_host)
     except QdsError:
         return False
-    authority = RefusingAuthority(config, secret, error, ended)
+    authority = RefusingAuthority(config, host, secret, error, ended)
     factory = Factory.forProtocol(lambda: RemoteHandshake(authority, reactor))
     factory.noisy = False
     tls = TLSMemoryBIOFactory(context, False, factory)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
 from qdsmirror.errors import MismatchError, ProtocolError, QdsError
+from qdsmirror.groups.describing import facts
 from qdsmirror.net.handshake import IRemoteAuthority, RebasePosition, UnitPosition
 
 if TYPE_CHECKING:
@@ -76,6 +77,29 @@ class Authority:
         factory = self._group.joined(session).factory()
         self._ended()
         return factory
+
+    def describe(self) -> dict[str, Any]:
+        """Tell a visitor of the group: it supersedes nothing."""
+        group = self._group
+        return facts(
+            group.config,
+            group.host,
+            group.runtime.wall(),
+            state=str(group.link_state["state"]),
+            notes=[*group.notes, *([group.failed] if group.failed else [])],
+            journal_bytes=group.mirror.journal.ring.size if group.mirror is not None else 0,
+        )
+
+    def describe_ldsu(self, index: int) -> tuple[str, str, int]:
+        """Tell a visitor of one LDSU."""
+        ldsu = self._group.config.ldsus[index]
+        mirror = self._group.mirror
+        size = mirror.devices[index].size if mirror is not None else 0
+        return ldsu.name, ldsu.mirror_device, size
+
+    def left(self) -> None:
+        """Count the visit as over."""
+        self._ended()
 
     def _check_epoch(self) -> None:
         if self._epoch != self._group.epoch:

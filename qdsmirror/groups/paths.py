@@ -13,7 +13,12 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.endpoints import connectProtocol
-from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionRefusedError,
+    DNSLookupError,
+)
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
@@ -166,13 +171,7 @@ class NetworkPaths:
             await connectProtocol(endpoint, handshake)  # type: ignore[no-untyped-call]
         except (ConnectError, DNSLookupError, OSError) as error:
             handshake.done.addErrback(lambda _: None)
-            local, remote, port = path.way
-            source = f" from {local}" if local else ""
-            raise UnreachableError(
-                f"{self._config.secondary_host} does not answer at {remote} port {port}{source}: "
-                f"{why_unconnected(error)}",
-                hint="start its remote mirror daemon with launchrmds",
-            ) from None
+            raise unanswered(self._config, path.way, error) from None
         except (CancelledError, ConnectingCancelledError):
             # The connection may be made nevertheless: then it ends before it says anything.
             handshake.done.addErrback(lambda _: None)
@@ -231,6 +230,32 @@ class NetworkPaths:
         # Those that are cancelled were forgotten before.
         if self._keepers:
             self.log.failure("{group}: path", failure, group=self._config.name)
+
+
+def unanswered(config: GroupConfig, way: NetworkPath, error: Exception) -> UnreachableError:
+    """Say that nobody answered on a path, and why.
+
+    :param error: of the attempt to connect.
+    """
+    local, remote, port = way
+    source = f" from {local}" if local else ""
+    return UnreachableError(
+        f"{config.secondary_host} does not answer at {remote} port {port}{source}: "
+        f"{why_unconnected(error)}",
+        hint=_next_step(config, remote, port, error),
+    )
+
+
+def _next_step(config: GroupConfig, remote: str, port: int | None, error: Exception) -> str:
+    """Give what to do about an attempt to connect that failed."""
+    if isinstance(error, DNSLookupError):
+        return f"see what the name is here: qdshostinfo {remote}; correct address in {config.path}"
+    if isinstance(error, ConnectionRefusedError):
+        return f"on {config.secondary_host}: launchrmds; there, too: ss -ltn sport = {port}"
+    return (
+        f"see whether the network and its firewalls let TCP through: nc -vz {remote} {port}; "
+        f"on {config.secondary_host}: qdsinfo"
+    )
 
 
 def _state_after(error: QdsError) -> str:

@@ -96,7 +96,7 @@ class PrimaryGroup:
         self.settings = LiveSettings(self, "pmd", self._go_by_settings)
         self._retry = Retry(self._reactor, config.tunables.reconnect_max)
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
-        self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+        self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": "", "hint": ""}
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class PrimaryGroup:
             return
         except QdsError as error:
             lost = error.refresh if isinstance(error, RefreshLostError) else ""
-            self._say("connecting", error.message, refresh_lost=lost)
+            self._say("connecting", error.message, 0, error.hint, refresh_lost=lost)
             await self._retry.pause()
             return
         self._retry.succeeded()
@@ -212,7 +212,7 @@ class PrimaryGroup:
         was = self.link_state
         # Why there was no connection until now says nothing about the next try.
         reason = "" if was["state"] == "connecting" else was["reason"]
-        self._say(was["state"], reason, was["code"])
+        self._say(was["state"], reason, was["code"], was.get("hint", "") if reason else "")
         return driver
 
     def _detach(self) -> None:
@@ -265,7 +265,7 @@ class PrimaryGroup:
     def _say(self, state: str, reason: str, code: int = 0, hint: str = "", **more: Any) -> None:
         """Set the link's state and tell log and driver, with what else that must know now.
 
-        :param hint: the next step, for the log.
+        :param hint: the next step, for the log and for ``qdsdoctor``.
         """
         was = self.link_state
         if (state, reason) != (was["state"], was["reason"]) and (reason or state == "connected"):
@@ -273,7 +273,9 @@ class PrimaryGroup:
             text = f"{state}: {reason}" if reason else state
             text = f"{text}; {hint}" if hint else text
             tell("{group}: {text}", group=self.name, text=text)
-        self.link_state = {"state": state, "code": code, "reason": reason, "pid": os.getpid()}
+        self.link_state = {
+            "state": state, "code": code, "reason": reason, "hint": hint, "pid": os.getpid(),
+        }  # fmt: skip
         if self._driver is not None:
             said = {**self.link_state, **more}
             self._driver.write(watermark.pack_json(watermark.LINK, said))

@@ -89,7 +89,7 @@ class RemoteGroup:
         self.committing: Committing | None = None
         self.holding = Holding(self)
         self.epoch = 0
-        self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": ""}
+        self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": "", "hint": ""}
         self.since = self.runtime.wall()
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self._replies: Replies | None = None
@@ -179,10 +179,10 @@ class RemoteGroup:
     def _in_thread(self, job: Callable[..., Any], *args: Any) -> Deferred[Any]:
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), job, *args)
 
-    def _say(self, state: str, reason: str, code: int = 0) -> None:
+    def _say(self, state: str, reason: str, code: int = 0, hint: str = "") -> None:
         if state != self.link_state["state"]:
             self.since = self.runtime.wall()
-        self.link_state = {"state": state, "code": code, "reason": reason}
+        self.link_state = {"state": state, "code": code, "reason": reason, "hint": hint}
 
     # -- connections --------------------------------------------------------------------------
 
@@ -232,10 +232,10 @@ class RemoteGroup:
             # With a failed device every connection is refused, for that reason only.
             return
         if refused:
-            self._say("refused", error.message, error.exit_code)
+            self._say("refused", error.message, error.exit_code, error.hint)
         else:
             # A connection that broke says nothing about the next one.
-            self._say("connecting", error.message)
+            self._say("connecting", error.message, 0, error.hint)
 
     def supersede(self) -> None:
         """End the present session: an authenticated peer is about to begin another.

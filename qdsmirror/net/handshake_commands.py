@@ -15,9 +15,11 @@ from qdsmirror import errors
 from qdsmirror.core.authentication import NONCE_BYTES, PROOF_BYTES
 from qdsmirror.errors import ProtocolError, QdsError
 from qdsmirror.limits import (
+    DEVICE_PATH_BYTES_MAX,
     LDSUS_PER_GROUP_MAX,
     NBD_NAME_BYTES_MAX,
     PATHS_MAX,
+    PEER_FACTS_BYTES_MAX,
     PEER_TEXT_CHARACTERS_MAX,
 )
 
@@ -30,6 +32,10 @@ SESSION_BYTES = 16
 REFRESH_ID_BYTES = 16
 DIGEST_BYTES = 32
 COMPRESSION_NAME_BYTES_MAX = 16
+
+#: What a visit proves the secret over, where a session has the digest of its configuration.
+VISIT_DIGEST = b"qdsmirror: a visit, no session 1"
+assert len(VISIT_DIGEST) == DIGEST_BYTES
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,41 @@ class Authenticate(HandshakeCommand):
 
     arguments = [(b"mac", _Fixed(PROOF_BYTES))]
     response = [(b"mac", _Fixed(PROOF_BYTES))]
+
+
+class Visit(HandshakeCommand):
+    """In place of Hello: come to look, not to mirror; nothing is claimed of the configuration.
+
+    The transcript has ``VISIT_DIGEST`` where that of a session has the configuration's digest, so
+    that the proof of one is worth nothing in the other.
+    """
+
+    arguments = [
+        (b"version", _Number(2**32 - 1)),
+        (b"group", _Number(2**32 - 1)),
+        (b"nonce", _Fixed(NONCE_BYTES)),
+    ]
+    response = [
+        (b"version", _Number(2**32 - 1)),
+        (b"nonce", _Fixed(NONCE_BYTES)),
+    ]
+
+
+class DescribeGroup(HandshakeCommand):
+    """Tell a visitor what this end has of the group: one JSON object."""
+
+    response = [(b"facts", _Text(PEER_FACTS_BYTES_MAX))]
+
+
+class DescribeLDSU(HandshakeCommand):
+    """Tell a visitor what this end has of one LDSU; a size of 0 is not known."""
+
+    arguments = [(b"index", _INDEX)]
+    response = [
+        (b"name", _Text(NBD_NAME_BYTES_MAX)),
+        (b"mirror_device", _Text(DEVICE_PATH_BYTES_MAX)),
+        (b"size", _COUNT),
+    ]
 
 
 class MapLDSU(HandshakeCommand):

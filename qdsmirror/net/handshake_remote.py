@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from enum import Enum
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IProtocol, IReactorTime
 from twisted.internet.protocol import Factory
+from twisted.logger import LogLevel
 from zope.interface import Attribute, Interface
 
 from qdsmirror.core.authentication import NONCE_BYTES, Role, Transcript
@@ -33,7 +35,10 @@ from qdsmirror.net.handshake_checks import (
 )
 from qdsmirror.net.handshake_commands import (
     PROTOCOL_VERSION,
+    VISIT_DIGEST,
     Authenticate,
+    DescribeGroup,
+    DescribeLDSU,
     Hello,
     Join,
     MapLDSU,
@@ -42,6 +47,7 @@ from qdsmirror.net.handshake_commands import (
     Refuse,
     Start,
     UnitPosition,
+    Visit,
     error_from,
 )
 from qdsmirror.paths import group_name
@@ -50,7 +56,8 @@ from qdsmirror.paths import group_name
 class IRemoteAuthority(Interface):
     """The secondary's group, as the handshake of one connection sees it.
 
-    Of ``start``, ``join`` (returning) and ``refused`` exactly one happens to each connection.
+    Of ``start``, ``join`` (returning), ``left`` and ``refused`` exactly one happens to each
+    connection.
     """
 
     group: int = Attribute("number of the group")
@@ -73,12 +80,22 @@ class IRemoteAuthority(Interface):
     def refused(error: QdsError) -> None:
         """Take why this connection did not become a stream (it is in the log already)."""
 
+    def describe() -> dict[str, Any]:
+        """Give what an authenticated visitor is told of the group: plain JSON, no secrets."""
+
+    def describe_ldsu(index: int) -> tuple[str, str, int]:
+        """Give an LDSU's name, its mirror device and that one's bytes, 0 if not known."""
+
+    def left() -> None:
+        """Learn that a visitor, who wanted no stream, has gone."""
+
 
 class _Step(Enum):
     """What the secondary waits for."""
 
-    HELLO = "Hello"
+    HELLO = "Hello or Visit"
     AUTHENTICATE = "Authenticate"
+    VISITED = "what a visitor asks"
     MAP = "MapLDSU"
     DECISION = "Rebase or Start"
     REBASE = "the rest of Rebase"
@@ -98,6 +115,7 @@ class RemoteHandshake(HandshakeChannel):
         self._authority = authority
         self._step = _Step.HELLO
         self._transcript: Transcript | None = None
+        self._visiting = False
         self._compression = NONE
         self._mapped: dict[int, UnitPosition] = {}
         self._rebases: dict[int, RebasePosition] = {}
@@ -105,14 +123,19 @@ class RemoteHandshake(HandshakeChannel):
     def responders(self) -> Responders:
         """Give the commands of this step: the whole order of the handshake stands here."""
         hello = (Hello, self._hello)
+        visit = (Visit, self._visit)
         authenticate = (Authenticate, self._authenticate)
         map_ldsu = (MapLDSU, self._map_ldsu)
         rebase = (Rebase, self._rebase)
         start = (Start, self._start)
         join = (Join, self._join)
+        describe = (DescribeGroup, self._describe)
+        describe_ldsu = (DescribeLDSU, self._describe_ldsu)
         by_step: dict[_Step, list[Responder]] = {
-            _Step.HELLO: [hello],
+            _Step.HELLO: [hello, visit],
             _Step.AUTHENTICATE: [authenticate],
+            # Until it hangs up.
+            _Step.VISITED: [describe, describe_ldsu],
             # A new session, or a further path of the one that there is.
             _Step.MAP: [map_ldsu] if self._mapped else [map_ldsu, join],
             # Every LDSU is mapped: resume, or a new history for all of them.
@@ -126,8 +149,11 @@ class RemoteHandshake(HandshakeChannel):
         return {item[0].commandName: item for item in allowed}
 
     def ended(self, error: QdsError) -> None:
-        """Tell the group."""
-        self._authority.refused(error)
+        """Tell the group; a visitor who hangs up has been refused nothing."""
+        if self._step is _Step.VISITED:
+            self._authority.left()
+        else:
+            self._authority.refused(error)
 
     def _hello(
         self, version: int, group: int, digest: bytes, nonce: bytes, compression: str | None = None
@@ -147,6 +173,16 @@ class RemoteHandshake(HandshakeChannel):
             "compression": self._compression,
         }
 
+    def _visit(self, version: int, group: int, nonce: bytes) -> dict[str, Any]:
+        authority = self._authority
+        compare("protocol version", PROTOCOL_VERSION, version, HINT_VERSION)
+        compare("group", authority.group, group, "check the port and the group's file")
+        answer = secrets.token_bytes(NONCE_BYTES)
+        self._transcript = transcript_of(self, group, VISIT_DIGEST, nonce, answer)
+        self._visiting = True
+        self._step = _Step.AUTHENTICATE
+        return {"version": PROTOCOL_VERSION, "nonce": answer}
+
     def _authenticate(self, mac: bytes) -> dict[str, Any]:
         authority, transcript = self._authority, self._transcript
         assert transcript is not None
@@ -156,8 +192,23 @@ class RemoteHandshake(HandshakeChannel):
                 hint=hint_secret(authority.group),
             )
         self.peer_authenticated()
-        self._step = _Step.MAP if authority.ldsus else _Step.DECISION
+        if self._visiting:
+            self._step = _Step.VISITED
+            # It ends when the visitor hangs up, and that is no news.
+            self.verdict_level = LogLevel.debug
+        else:
+            self._step = _Step.MAP if authority.ldsus else _Step.DECISION
         return {"mac": transcript.proof(authority.secret, Role.SECONDARY)}
+
+    def _describe(self) -> dict[str, Any]:
+        facts = json.dumps(self._authority.describe(), ensure_ascii=False)
+        return {"facts": facts}
+
+    def _describe_ldsu(self, index: int) -> dict[str, Any]:
+        if index >= self._authority.ldsus:
+            raise MismatchError(f"LDSU {index}: the group has {self._authority.ldsus} here")
+        name, device, size = self._authority.describe_ldsu(index)
+        return {"name": name, "mirror_device": device, "size": size}
 
     def _map_ldsu(self, index: int, name: str, size: int) -> dict[str, Any]:
         ldsus = self._authority.ldsus

@@ -114,6 +114,8 @@ class Authority:
         self.joined: list[bytes] = []
         self.errors: list[QdsError] = []
         self.streams = RemoteStreams()
+        self.facts: dict[str, Any] = {"ldsus": 2, "version": "1"}
+        self.visits = 0
         vars(self).update(changes)
 
     def map_ldsu(self, index: int, name: str, size: int) -> UnitPosition:
@@ -139,6 +141,15 @@ class Authority:
 
     def refused(self, error: QdsError) -> None:
         self.errors.append(error)
+
+    def describe(self) -> dict[str, Any]:
+        return self.facts
+
+    def describe_ldsu(self, index: int) -> tuple[str, str, int]:
+        return f"qds{index}", f"/dev/mirror{index}", 4096 + index
+
+    def left(self) -> None:
+        self.visits += 1
 
 
 def resume(positions: list[UnitPosition]) -> Deferred[Sequence[RebasePosition]]:
@@ -306,14 +317,14 @@ class AcceptTests(HandshakeTestCase):
             self.assertEqual((told, authority.agreed), ([agreed], [(3, agreed)]))
 
     def test_an_older_primary_says_nothing_of_compression_and_paths(self) -> None:
-        original = PrimaryHandshake._ask
+        original = PrimaryHandshake.ask
 
         def older(channel: Any, command: Any, *args: Any, **values: Any) -> Any:
             for name in ("compression", "paths"):
                 values.pop(name, None)
             return original(channel, command, *args, **values)
 
-        self.patch(PrimaryHandshake, "_ask", older)
+        self.patch(PrimaryHandshake, "ask", older)
         primary, authority = self.shake()
         self.successResultOf(primary.done)
         self.assertEqual(authority.agreed, [(1, "none")])
@@ -354,14 +365,14 @@ class RefuseTests(HandshakeTestCase):
         self.assert_refused(primary, MismatchError, "group 0 here, 1 on the other side")
 
     def test_wrong_version(self) -> None:
-        original = PrimaryHandshake._ask
+        original = PrimaryHandshake.ask
 
         def newer(channel: Any, command: Any, *args: Any, **values: Any) -> Any:
             if command is commands.Hello:
                 values["version"] = 2
             return original(channel, command, *args, **values)
 
-        self.patch(PrimaryHandshake, "_ask", newer)
+        self.patch(PrimaryHandshake, "ask", newer)
         primary, _ = self.shake()
         self.assert_refused(primary, MismatchError, "protocol version 1 here, 2")
 
@@ -675,13 +686,13 @@ class AttackTests(HandshakeTestCase):
     def test_replay(self) -> None:
         """What a good primary sent on one connection is worth nothing on the next."""
         recorded: list[tuple[Any, dict[str, Any]]] = []
-        original = PrimaryHandshake._ask
+        original = PrimaryHandshake.ask
 
         def recording(channel: Any, command: Any, *args: Any, **values: Any) -> Any:
             recorded.append((command, values))
             return original(channel, command, *args, **values)
 
-        self.patch(PrimaryHandshake, "_ask", recording)
+        self.patch(PrimaryHandshake, "ask", recording)
         primary, _ = self.shake()
         self.successResultOf(primary.done)
         self.authority = Authority()
