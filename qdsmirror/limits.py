@@ -34,6 +34,15 @@ SEND_WINDOW_BYTES_MAX = 64 * MIB
 RECONNECT_MAX_SECONDS_MIN = 0.1
 RECONNECT_MAX_SECONDS_MAX = 300.0
 
+# -- throttles (patent: "each throttle may have up to sixteen actions") --------------------------
+THROTTLE_ACTIONS_MAX = 16
+#: Before each entry is sent, and before a write is answered.
+THROTTLE_SLEEP_USEC_MAX = 10_000_000
+THROTTLE_LIMIT_KBPS_MAX = 100_000_000
+#: Of one text, or of one word of a program's arguments; and how many of these.
+THROTTLE_TEXT_CHARS_MAX = 1024
+THROTTLE_WORDS_MAX = 64
+
 # -- writelog and journal ---------------------------------------------------------------------
 #: Records start on multiples of this, or of the physical block where that is larger.
 RECORD_ALIGN_BYTES = 4096
