@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qdsmirror import limits
 
 if TYPE_CHECKING:
+    from qdsmirror.core.latency import Begun
     from qdsmirror.interfaces import INbdConnection
 
 REQUEST_MAGIC = 0x25609513
@@ -95,9 +96,11 @@ class Request:
     :ivar length: bytes; of a read, write, trim, zeroes or status at least one minimum block.
     :ivar payload: a write's ``length`` bytes, never changed after parsing; else ``None``.
     :ivar state: whatever the export wants to remember.
+    :ivar begun: where it is measured how long it took, and since when; ``None``: nowhere.
     """
 
     __slots__ = (
+        "begun",
         "command",
         "connection",
         "cookie",
@@ -126,6 +129,7 @@ class Request:
         self.length = length
         self.payload = payload
         self.state: Any = None
+        self.begun: Begun | None = None
 
     def __repr__(self) -> str:
         return (

@@ -168,7 +168,7 @@ class Answering:
         """Answer an LDSU's requests, now or when that may be; locally they are due."""
         limit = self._limit
         if limit is None:
-            answer_all(requests)
+            answer_all(requests, self._group.runtime.reactor.seconds())
             return
         upto = self._numbers.answerable(limit)
         now: list[Request] = []
@@ -177,7 +177,7 @@ class Answering:
                 now.append(request)
             elif request.connection not in self._gone:
                 self._hold(unit, request)
-        answer_all(self._noted(now))
+        answer_all(self._noted(now), self._group.runtime.reactor.seconds())
         if len(now) == len(requests):
             return
         if self._leaving and self._deadline is None:
@@ -221,7 +221,7 @@ class Answering:
             free += [one[-1] for one in self._skipped]
             self._skipped.clear()
         if free:
-            answer_all(self._noted(free))
+            answer_all(self._noted(free), self._group.runtime.reactor.seconds())
 
     def forget(self, connection: INbdConnection) -> None:
         """Drop the answers of a client that is gone, also those that are yet to be given here."""

@@ -58,6 +58,8 @@ class Committing:
     :ivar received_bytes: taken, and not yet durable in the journal.
     :ivar mirroring: brings what is durable to the mirror devices.
     :ivar traffic: counts what was taken.
+    :ivar last_commit: when frames last became durable in the journal, seconds since 1970; ``None``:
+        not since the start.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Committing:
         self.report = report
         self._tell_failed = fail
         self._reactor = runtime.reactor
+        self._wall = runtime.wall
+        self.last_commit: float | None = None
         self._journal_worker = runtime.quick_worker(f"{self.config.name} journal")
         self._mirror_worker = runtime.quick_worker(f"{self.config.name} mirror")
         self.mirroring = Mirroring(self, self._mirror_worker)
@@ -223,7 +227,7 @@ class Committing:
         brings = self._intake.generations[-1] if self._intake.generations != known else None
         self._received.append(_Received(Change(header, entries, control), frame, brings))
         self.received_bytes += len(frame)
-        self.traffic.count(header)
+        self.traffic.count(header, frame)
         if ack_wanted:
             self._ack_wanted = True
         self._press()
@@ -318,6 +322,7 @@ class Committing:
             return
         self.received_bytes -= batch.size
         self.mirroring.take(batch)
+        self.last_commit = self._wall()
         if self._ack_wanted:
             # What came meanwhile and asked for one is in the next batch.
             self._ack_wanted = bool(self._received)

@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred
 
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.frames import Entry
+from qdsmirror.core.latency import note_end
 from qdsmirror.interfaces import INbdConnection
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.bitmap import write_blocks
@@ -63,7 +64,7 @@ class Direct:
     def release(self) -> None:
         """Answer the flushes held: everything answered before them is durable by now."""
         held, self.held = self.held, []
-        answer_all(held)
+        answer_all(held, self._now())
 
     def drop(self) -> list[Request]:
         """Give up what is not under way; the caller answers it."""
@@ -167,11 +168,15 @@ class Direct:
         self.go_on()
         self._unit.group.bypass.poke()
 
+    def _now(self) -> float:
+        now: float = self._unit.group.runtime.reactor.seconds()
+        return now
+
     def _answer(self) -> None:
         """Answer what was written, unless a change of operation must first be durable (SYNC)."""
         if self._written and self._unit.group.answering.may_go_past:
             written, self._written = self._written, []
-            answer_all(written)
+            answer_all(written, self._now())
 
 
 def _entry(request: Request) -> Entry:
@@ -191,8 +196,12 @@ def abandon_all(requests: Sequence[Request]) -> None:
         connection.abandon(own)
 
 
-def answer_all(requests: Sequence[Request]) -> None:
-    """Answer requests with success, each connection's at once."""
+def answer_all(requests: Sequence[Request], now: float) -> None:
+    """Answer requests with success, each connection's at once.
+
+    :param now: seconds of the reactor.
+    """
+    note_end(requests, now)
     for connection, own in _by_connection(requests).items():
         connection.answer(own)
 

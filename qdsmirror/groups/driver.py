@@ -57,7 +57,8 @@ class DriverGroup:
     :param latch: knows the group's failed devices, and learns of more.
     :param open_memory: gives the memory of writelogs that stand there.
     :ivar durable_gsn: every GSN up to this one is durable in its writelog.
-    :ivar committed_gsn: what the secondary has acknowledged.
+    :ivar committed_gsn: what the secondary has acknowledged; ``last_commit``: when it last
+        acknowledged more, seconds since 1970; ``None``: not since the start.
     """
 
     log = Logger()
@@ -95,6 +96,7 @@ class DriverGroup:
         self.marks = Marks(self)
         self.next_gsn = 1
         self.durable_gsn = self.committed_gsn = 0
+        self.last_commit: float | None = None
         self.notes: deque[str] = deque(maxlen=_ERRORS_KEPT)
         self._latch = latch or FailureLatch(paths.state_file(config.number))
         self.failures = Failures(self, self._latch)
@@ -410,7 +412,9 @@ class DriverGroup:
                 f"the pmd reports GSN {gsn} as committed, only {self.durable_gsn} is durable"
             )
             return
-        self.committed_gsn = max(gsn, self.committed_gsn)
+        if gsn > self.committed_gsn:
+            self.committed_gsn = gsn
+            self.last_commit = self.runtime.wall()
         for row in ends:
             if row.ldsu >= len(self.units):
                 self.note_error(f"the pmd reports on LDSU {row.ldsu}, which does not exist")

@@ -60,6 +60,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
             "bytes": sum(u.writelog.head - u.committed_end for u in group.units),
             "seconds": round(age, 3),
         },
+        "last_commit": group.last_commit,
         "refresh": group.refresh_job.status() if group.refresh_job is not None else None,
         "bypass": group.bypass.status(),
         "verify": group.verifying.status(),
@@ -70,6 +71,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "pmd": {"pid": link.get("pid"), **said},
         "rmd": {"pid": None, **said},
         "ldsus": [_unit_status(group, unit, age) for unit in group.units],
+        "latency": {unit.name: unit.latency.status() for unit in group.units},
         "errors": list(group.notes),
     }
 
@@ -115,7 +117,12 @@ def _unit_status(group: DriverGroup, unit: DriverUnit, age: float) -> dict[str, 
 
 def _seconds_to_full(unit: DriverUnit) -> float | None:
     """Give when the writelog is full at its present rate; ``None`` while it is not filling."""
-    if unit.waits_for_room:
+    if waits_for_room(unit):
         return 0.0
     seconds = unit.fill_rate.seconds_to_full(unit.writelog.free_bytes - unit.kept_bytes)
     return round(seconds, 1) if seconds is not None else None
+
+
+def waits_for_room(unit: DriverUnit) -> bool:
+    """Tell whether a write waits for room in the writelog, and for nothing else."""
+    return bool(unit.waiting) and not unit.appending and unit.group.may_frame

@@ -229,7 +229,7 @@ class Outbound:
             self._next_gsn = header.gsn_last + 1
             batch.append(frame)
             size += len(frame)
-            self._traffic.count(header)
+            self._traffic.count(header, frame)
             cursor = Cursor(
                 end, self._next_gsn, {unit.index: Point(header.sequence + 1, header.chain)}
             )

@@ -53,6 +53,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
             "bytes": _unmirrored_bytes(committing),
             "seconds": None,
         },
+        "last_commit": committing.last_commit if committing is not None else None,
         "refresh": None,
         "bypass": dict(bypass) if bypass is not None else None,
         "verify": None,

@@ -22,6 +22,7 @@ from qdsmirror.core.allowance import SplitNumber
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.filling import FillRate
 from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
+from qdsmirror.core.latency import LatencyHistogram
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
 from qdsmirror.groups import bypass
@@ -53,6 +54,7 @@ class DriverUnit:
     :ivar dirty: what was written past the writelog, by chunks.
     :ivar full_since: since when an application's write has waited for room (the reactor's seconds).
     :ivar fill_rate: of the writelog.
+    :ivar latency: from the arrival of writes, trims and zeroes to their answers.
     :ivar requests: how many were submitted.
     :ivar appending: whether an append is under way.
     :ivar last_number: of the last entry that the application's frames had (see
@@ -99,6 +101,7 @@ class DriverUnit:
         self.direct = Direct(self)
         self.full_since: float | None = None
         self.fill_rate = FillRate()
+        self.latency = LatencyHistogram()
         self.requests = 0
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self.appending = False
@@ -144,6 +147,7 @@ class DriverUnit:
         past: list[Request] = []
         refusal = self.refusal or self.closed
         self.requests += len(requests)
+        begun = self.latency, self.group.runtime.reactor.seconds()
         for request in requests:
             command = request.command
             if refusal:
@@ -154,8 +158,11 @@ class DriverUnit:
                 self.reading.block_status(request)
             elif self.group.bypass.phase == bypass.ON:
                 request.state = 0
+                if command != nbd.CMD_FLUSH:
+                    request.begun = begun
                 past.append(request)
             elif command != nbd.CMD_FLUSH:
+                request.begun = begun
                 self.waiting.add(request)
             elif self.group.bypass.phase == bypass.LEAVING:
                 self.direct.held.append(request)
@@ -319,11 +326,6 @@ class DriverUnit:
     def has_frames(self) -> bool:
         """Whether a frame is under way that is not yet applied."""
         return self.appending or self.syncing.has_frames or self.applying.busy
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether a write waits for room in the writelog, and for nothing else."""
-        return bool(self.waiting) and not self.appending and self.group.may_frame
 
     @property
     def is_on_log(self) -> bool:

@@ -36,7 +36,7 @@ _ERRORS: dict[int, type[QdsError]] = {
     EXIT_BROKEN: BrokenError,
 }
 #: What daemons tell each other only.
-_UNPUBLISHED = ("changes", "traffic")
+_UNPUBLISHED = ("changes", "latency", "traffic")
 _GSN_PRIMARY = ("written", "durable", "applied", "sent", "committed", "mirrored")
 
 
@@ -159,6 +159,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "peer": peer,
         "gsn": dict.fromkeys(_GSN_PRIMARY),
         "lag": {"entries": None, "bytes": None, "seconds": None},
+        "last_commit": None,
         "refresh": None,
         "bypass": None,
         "backfresh": None,

@@ -210,7 +210,8 @@ class JournalTests(SynchronousTestCase):
             self.world.deliver(self.link, frame)
         first, second = self.group.status()["traffic"]["ldsus"]
         expected = {"name": "qds0", "frame_bytes": len(frames[0] + frames[2])}
-        self.assertEqual(first, {**expected, "data_bytes": 2 * BLOCK, "entries": 2})
+        counts = {"data_bytes": 2 * BLOCK, "entries": 2, "refresh_bytes": 0, "verify_bytes": 0}
+        self.assertEqual(first, {**expected, **counts})
         self.assertEqual((second["name"], second["entries"]), ("qds1", 1))
 
     def test_what_was_acknowledged_survives_a_power_cut(self) -> None:
