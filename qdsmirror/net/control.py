@@ -176,7 +176,7 @@ class AttachPmd(_Command):
     ]
 
 
-class _BoundedAmp(amp.AMP):
+class BoundedAmp(amp.AMP):
     """AMP whose boxes are bounded: a stock peer can be grown without limit."""
 
     box_bytes_max = ampbox.REQUEST_BYTES_MAX
@@ -193,10 +193,12 @@ class _BoundedAmp(amp.AMP):
         self.transport = None
 
     def proto_key(self, string: bytes) -> str:
+        """Take a key; the end of a box ends its count."""
         self._box_bytes = self._box_bytes + len(string) if string else 0
         return str(super().proto_key(string))
 
     def proto_value(self, string: bytes) -> str:
+        """Take a value, unless the box is too long."""
         self._box_bytes += len(string)
         if self._box_bytes > self.box_bytes_max:
             _log.error("a control connection sent too long a box, over {n}", n=self.box_bytes_max)
@@ -205,7 +207,7 @@ class _BoundedAmp(amp.AMP):
         return str(super().proto_value(string))
 
 
-class _ControlProtocol(_BoundedAmp):
+class _ControlProtocol(BoundedAmp):
     """One connection to a daemon."""
 
     def __init__(self, server: ControlServer) -> None:
@@ -403,7 +405,7 @@ class ControlServer:
         return maybeDeferred(port.stopListening).addCallback(lambda _: None)
 
 
-class _AttachProtocol(_BoundedAmp):
+class _AttachProtocol(BoundedAmp):
     """The pmd's end: descriptors that were not claimed are closed with the connection."""
 
     box_bytes_max = ampbox.BOX_BYTES_MAX
