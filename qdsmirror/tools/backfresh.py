@@ -17,7 +17,6 @@ from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.orders import order_all, primaries, tell
 from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, Show, display, looking
-from qdsmirror.tools.replay import replay
 from qdsmirror.tools.status import Group, raise_failure
 
 _OPTIONS = ("dry-run", "discard", "force")
@@ -244,6 +243,8 @@ def _replay(
     configs: Sequence[GroupConfig],
     failed: list[QdsError],
 ) -> int:
+    from qdsmirror.tools.replay import replay
+
     done = [
         {**replay(paths, config, arguments.replay), "group": config.number} for config in configs
     ]

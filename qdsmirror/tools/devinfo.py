@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.errors import DeviceError
-from qdsmirror.storage.device import FileDevice, open_shared
-from qdsmirror.storage.identity import users_of
-from qdsmirror.storage.probe import probe_signature
 from qdsmirror.tools import cli
 
 #: Sizes in sectors are told in these, whatever the device's own sectors are.
@@ -44,6 +41,10 @@ def describe(path: str) -> dict[str, Any]:
     :return: what ``--json`` prints; sizes in bytes but for ``sectors``.
     :raises DeviceError: it cannot be opened or read.
     """
+    from qdsmirror.storage.device import FileDevice, open_shared
+    from qdsmirror.storage.identity import users_of
+    from qdsmirror.storage.probe import probe_signature
+
     fd = open_shared(path, "device")
     try:
         device = FileDevice(fd, path)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qdsmirror.config import parse_size
 from qdsmirror.errors import EXIT_OK, UsageError
 from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.lab_plan import Layout, Plan
-from qdsmirror.tools.lab_sites import Lab
+
+if TYPE_CHECKING:
+    from qdsmirror.tools.lab_sites import Lab
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.root is not None:
         raise UsageError("qdslab takes DIR, not --root", hint="qdslab --help")
+    from qdsmirror.tools.lab_sites import Lab
+
     lab = Lab(arguments.dir)
     if arguments.command == "create":
         return _create(lab, arguments)

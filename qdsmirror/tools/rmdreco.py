@@ -10,19 +10,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError, UsageError
 from qdsmirror.paths import Paths
-from qdsmirror.storage.device import open_device
-from qdsmirror.storage.journal import Mirror
-from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.rollback import roll_back
 from qdsmirror.tools import cli
 
+if TYPE_CHECKING:
+    from qdsmirror.storage.journal import Mirror
+
 #: Does something with a mirror that is open; gives what it has to say.
-_Work = Callable[[Mirror], dict[str, Any]]
+_Work = Callable[["Mirror"], dict[str, Any]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,6 +97,8 @@ def _work(arguments: argparse.Namespace) -> _Work:
 
 
 def _recover(paths: Paths, group: GroupConfig, work: _Work) -> dict[str, Any]:
+    from qdsmirror.storage.latch import FailureLatch
+
     used = (group.journal_device, *(ldsu.mirror_device for ldsu in group.ldsus))
     latch = FailureLatch(paths.state_file(group.number))
     latch.check(used)
@@ -118,10 +119,15 @@ def _replay(mirror: Mirror, release: bool) -> dict[str, Any]:
 
 
 def _roll_back(mirror: Mirror) -> dict[str, Any]:
+    from qdsmirror.storage.rollback import roll_back
+
     return {"frames": 0, "restored_bytes": roll_back(mirror).restored_bytes}
 
 
 def _run(group: GroupConfig, work: _Work) -> dict[str, Any]:
+    from qdsmirror.storage.device import open_device
+    from qdsmirror.storage.journal import Mirror
+
     mirror = Mirror.open(group, open_device)
     try:
         done = work(mirror)

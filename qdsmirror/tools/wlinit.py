@@ -6,121 +6,19 @@ Everything is opened and checked before anything is written.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qdsmirror.config import GroupConfig, LdsuConfig, load_host
-from qdsmirror.core.failures import Dead
-from qdsmirror.core.records import BoundUnit, Generation
-from qdsmirror.errors import BrokenError, ConfigError, CorruptError, DeviceError, UsageError
-from qdsmirror.limits import FRAME_BYTES_MAX, WRITELOG_BYTES_MIN, WRITELOG_BYTES_WARN
+from qdsmirror.config import GroupConfig, load_host
+from qdsmirror.errors import ConfigError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
-from qdsmirror.storage.device import open_device
-from qdsmirror.storage.extension import PoolDevice, check_extension, read_extension
-from qdsmirror.storage.filedevice import FileDevice
-from qdsmirror.storage.identity import Identity, identify
-from qdsmirror.storage.latch import FailureLatch
-from qdsmirror.storage.loglayout import before_bytes_for, layout_of, ring_bytes_for
-from qdsmirror.storage.memory import absent_memory
-from qdsmirror.storage.memorylog import MemoryLogDevice
-from qdsmirror.storage.partition import Partition, divide
-from qdsmirror.storage.probe import OWN_NAME, probe_signature
-from qdsmirror.storage.writelog import Writelog
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
-from qdsmirror.tools.replaced import still_lacking, take_replaced
 
-
-@dataclass
-class _Log:
-    """A log to be made: on which device, for which LDSUs.
-
-    :ivar whole: what ``device`` is, or a part of.
-    :ivar before_bytes: of a journal: what the before-images get of it.
-    :ivar backfresh: what its LDSU's data device lacks, as before.
-    """
-
-    group: GroupConfig
-    role: str
-    whole: FileDevice
-    device: FileDevice | Partition | MemoryLogDevice
-    units: list[BoundUnit] = field(default_factory=list)
-    before_bytes: int = 0
-    backfresh: dict[str, Any] | None = None
-
-    @property
-    def memory_bytes(self) -> int:
-        """What of it is in memory; 0 where all is on its device."""
-        device = self.device
-        return device.memory.size if isinstance(device, MemoryLogDevice) else 0
-
-    def check_size(self) -> None:
-        """Refuse a device that is too small for its superblocks and the least ring.
-
-        Of a journal's, find what the before-images can have.
-
-        A journal's ring must take any frame that a primary may send.
-
-        :raises DeviceError: it is.
-        """
-        device = self.device
-        try:
-            _, ring, _ = layout_of(device, self.role, self.units)
-            if self.role == "journal":
-                wanted = self.group.tunables.before_image_bytes
-                self.before_bytes = before_bytes_for(device, self.units, wanted)
-        except DeviceError as error:
-            raise DeviceError(
-                f"{device.role} {device.path}: {error.message}", hint=error.hint
-            ) from error
-        if device.size < WRITELOG_BYTES_MIN and not isinstance(device, MemoryLogDevice):
-            raise DeviceError(
-                f"{device.role} has {device.size} bytes of {device.path}; a log needs "
-                f"{WRITELOG_BYTES_MIN} at least",
-                hint="give a larger device",
-            )
-        needed = ring.start + ring_bytes_for(FRAME_BYTES_MAX, ring.align)
-        if self.role == "journal" and device.size < needed:
-            raise DeviceError(
-                f"{device.role} {device.path} has {device.size} bytes; the primary's frames "
-                f"(of up to {FRAME_BYTES_MAX} bytes) need {needed}",
-                hint="give a larger device",
-            )
-
-
-class _Devices:
-    """Opens the devices of this run, each for one use alone.
-
-    :param opened: closes them.
-    """
-
-    def __init__(self, opened: ExitStack) -> None:
-        self._opened = opened
-        self._uses: dict[Identity, str] = {}
-
-    def open(self, path: str, role: str, minimum_bytes: int = 1) -> FileDevice:
-        """Open and lock a device.
-
-        :raises DeviceError: it is missing, in use, too small, or here for something else already.
-        """
-        try:
-            use = self._uses.get(identify(path))
-        except OSError:
-            use = None  # open_device says what is wrong
-        if use is not None:
-            raise DeviceError(
-                f"{role} {path} is the same device as the {use}",
-                hint="name different devices in the group files",
-            )
-        device = open_device(path, writable=True, role=role, minimum_bytes=minimum_bytes)
-        self._opened.callback(device.close)
-        self._uses[device.identity] = f"{role} {path}"
-        return device
+if TYPE_CHECKING:
+    from qdsmirror.tools.initialising import Prepared
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,6 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--yes",
         action="store_true",
         help="also where a device holds something already, which is lost",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only check, and say what would be initialised and what would be lost",
     )
     parser.add_argument(
         "--pool",
@@ -163,46 +66,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise broken[0]
     if arguments.replaced:
         return _replaced(arguments, paths, host.name, groups)
+    here = [group for group in groups if host.name == group.primary_host]
+    if not arguments.pool:
+        here = [group for group in groups if group.role_of(host.name) is not None]
+    if not here:
+        part = "not the primary" if arguments.pool else "neither primary nor secondary"
+        raise ConfigError(
+            f"{host.name} is {part} of the groups selected",
+            hint="compare `name` in qds.cfg with `host` in the group files",
+        )
+    from qdsmirror.tools.initialising import prepare
+
     with ExitStack() as opened:
-        devices = _Devices(opened)
-        logs: list[_Log] = []
-        pool: list[_Spare] = []
-        for group in groups:
-            if arguments.pool:
-                if host.name == group.primary_host:
-                    pool += _pool(group, devices, arguments.yes, only_new=True)
-                continue
-            if host.name == group.primary_host:
-                cli.refuse_beside_daemon(paths, group, "driver")
-                pool += _pool(group, devices, arguments.yes)
-                logs += _writelogs(group, devices, arguments.yes, _dead(paths, group))
-            if host.name == group.secondary_host:
-                cli.refuse_beside_daemon(paths, group, "rmd")
-                logs.append(_journal(group, devices, arguments.yes))
-        if not logs and not any(host.name == group.primary_host for group in groups):
-            part = "not the primary" if arguments.pool else "neither primary nor secondary"
-            raise ConfigError(
-                f"{host.name} is {part} of the groups selected",
-                hint="compare `name` in qds.cfg with `host` in the group files",
-            )
-        for log in logs:
-            log.check_size()
-        made = [*_initialise(logs), *_initialise_pool(pool)]
-        for number, role in {(log.group.number, log.role) for log in logs}:
-            _forget_failures(paths, number, "qdsdriver" if role == "writelog" else "qdsrmd")
+        consent = arguments.yes or arguments.dry_run
+        prepared = prepare(paths, host.name, here, opened, consent, only_pool=arguments.pool)
+        if arguments.dry_run:
+            return _tell_plan(prepared, arguments.json)
+        made = prepared.carry_out(paths)
     if arguments.json:
         cli.print_json({"initialised": made})
     else:
-        if not made:
-            print("nothing new in the extension pools")
-        for one in made:
-            size = f"{one['size']} bytes"
-            if "memory_bytes" in one:
-                size = f"for a writelog of {one['memory_bytes']} bytes in memory"
-            print(f"{one['group']}: {one['role']} {one['device']} initialised, {size}")
-            if "before_image_bytes" in one:
-                print(f"{one['group']}: {_before_text(one['before_image_bytes'])}")
+        _print(made, "initialised")
     return 0
+
+
+def _tell_plan(prepared: Prepared, as_json: bool) -> int:
+    """Say what would be done, and what would be lost by it."""
+    if as_json:
+        lost = [{"role": role, "device": path, "holds": what} for role, path, what in prepared.lost]
+        cli.print_json({"would_initialise": prepared.described, "would_lose": lost})
+        return 0
+    _print(prepared.described, "would be initialised")
+    for role, path, what in prepared.lost:
+        print(f"{role} {path} holds {what}, which would be lost: that needs --yes")
+    return 0
+
+
+def _print(made: Sequence[dict[str, Any]], done: str) -> None:
+    if not made:
+        print("nothing new in the extension pools")
+    for one in made:
+        size = f"{one['size']} bytes"
+        if "memory_bytes" in one:
+            size = f"for a writelog of {one['memory_bytes']} bytes in memory"
+        print(f"{one['group']}: {one['role']} {one['device']} {done}, {size}")
+        if "before_image_bytes" in one:
+            print(f"{one['group']}: {_before_text(one['before_image_bytes'])}")
 
 
 def _before_text(size: int) -> str:
@@ -216,8 +125,10 @@ def _replaced(
     arguments: argparse.Namespace, paths: Paths, host: str, groups: Sequence[GroupConfig]
 ) -> int:
     """Take other data devices for some LDSUs."""
-    if arguments.pool or arguments.yes:
+    if arguments.pool or arguments.yes or arguments.dry_run:
         raise UsageError("--replaced goes with -g alone: nothing is initialised")
+    from qdsmirror.tools.replaced import take_replaced
+
     here = [group for group in groups if group.primary_host == host]
     made = []
     for group, devices, told in take_replaced(paths, here, arguments.replaced):
@@ -233,193 +144,3 @@ def _replaced(
     if arguments.json:
         cli.print_json({"initialised": made})
     return 0
-
-
-def _forget_failures(paths: Paths, number: int, daemon: str) -> None:
-    """Clear what a group's master, if it runs, and its state file say of failed devices.
-
-    :raises QdsError: one of them cannot be cleared.
-    """
-    if running_pid(paths.pid_file(daemon)) is not None:
-        ControlClient(paths.control_socket(daemon)).call("ForgetFailures", group=str(number))
-    FailureLatch(paths.state_file(number)).clear()
-
-
-def _initialise(logs: Sequence[_Log]) -> list[dict[str, Any]]:
-    for whole in {log.whole.path: log.whole for log in logs}.values():
-        # A log that runs out of space under load would fail its LDSU.
-        with cli.naming(f"{whole.role} {whole.path}: cannot allocate its {whole.size} bytes"):
-            whole.preallocate()
-    generations: dict[tuple[int, str], bytes] = {}
-    made = []
-    for log in logs:
-        generation = generations.setdefault((log.group.number, log.role), os.urandom(16))
-        with cli.naming(f"{log.device.role} {log.device.path}"):
-            Writelog.initialise(
-                log.device,
-                role=log.role,
-                group=log.group.number,
-                units=log.units,
-                # A journal is blank until a primary begins its history.
-                generations=[Generation(generation, 1)] if log.role == "writelog" else [],
-                before_bytes=log.before_bytes,
-                backfresh=log.backfresh,
-            )
-        made.append(
-            {
-                "group": log.group.name,
-                "role": log.role,
-                "device": log.device.path,
-                "size": log.device.size,
-                **({"memory_bytes": log.memory_bytes} if log.memory_bytes else {}),
-                **({"before_image_bytes": log.before_bytes} if log.role == "journal" else {}),
-            }
-        )
-    return made
-
-
-def _role(ldsu: LdsuConfig) -> str:
-    return f"{'bitmap device' if ldsu.memory_bytes else 'writelog'} of {ldsu.name}"
-
-
-def _dead(paths: Paths, group: GroupConfig) -> Mapping[int, Dead]:
-    """Give the data devices of a group that have failed, as far as that can be known."""
-    try:
-        return FailureLatch(paths.state_file(group.number)).group().dead
-    except BrokenError:
-        return {}
-
-
-def _writelogs(
-    group: GroupConfig, devices: _Devices, consent: bool, dead: Mapping[int, Dead]
-) -> list[_Log]:
-    """Open and check what makes a group's writelogs.
-
-    :param dead: its data devices that have failed.
-    """
-    logs = []
-    users: dict[str, list[str]] = {}
-    for ldsu in group.ldsus:
-        users.setdefault(ldsu.log_device, []).append(_role(ldsu))
-    parts: dict[str, Iterator[FileDevice | Partition]] = {}
-    wholes: dict[str, FileDevice] = {}
-    for ldsu in group.ldsus:
-        data = devices.open(ldsu.data_device, f"data device of {ldsu.name}")
-        if probe_signature(data) == OWN_NAME:
-            raise DeviceError(
-                f"data device {data.path} of {ldsu.name} holds a writelog or journal",
-                hint=f"name the right device in {group.path}",
-            )
-        path = ldsu.log_device
-        if path not in parts:
-            least = 1 if ldsu.memory_bytes else WRITELOG_BYTES_MIN
-            whole = devices.open(path, _role(ldsu), least)
-            _check_unused(whole, _role(ldsu), consent)
-            wholes[path] = whole
-            parts[path] = iter(divide(whole, users[path]) if len(users[path]) > 1 else [whole])
-        log: FileDevice | Partition | MemoryLogDevice = next(parts[path])
-        if ldsu.memory_bytes:
-            log = MemoryLogDevice(log, absent_memory(ldsu))
-        size, name = log.size, log.path
-        if isinstance(log, MemoryLogDevice):
-            size, name = log.memory.size, f"{ldsu.writelog_device} of {ldsu.name}"
-        if size < WRITELOG_BYTES_WARN:
-            print(
-                f"warning: writelog {name} has only {size} bytes; {WRITELOG_BYTES_WARN} "
-                "or more are advised",
-                file=sys.stderr,
-            )
-        unit = BoundUnit(ldsu.index, ldsu.name, data.size, ldsu.data_device, data.stable)
-        lacking = still_lacking(log, dead.get(ldsu.index))
-        logs.append(_Log(group, "writelog", wholes[path], log, [unit], backfresh=lacking))
-    return logs
-
-
-@dataclass
-class _Spare:
-    """A device that is to be in a group's extension pool."""
-
-    group: GroupConfig
-    device: FileDevice
-
-
-def _pool(
-    group: GroupConfig, devices: _Devices, consent: bool, *, only_new: bool = False
-) -> list[_Spare]:
-    """Open and check the devices of a group's extension pool.
-
-    :param only_new: leave alone those that are in it already: a writelog may have them.
-    """
-    found = []
-    for path in group.pool:
-        if only_new and _is_in_pool(path, group.number):
-            continue
-        role = f"extension of {group.name}"
-        device = devices.open(path, role)
-        _check_unused(device, role, consent)
-        try:
-            check_extension(device)
-        except DeviceError as error:
-            raise DeviceError(f"{role} {path}: {error.message}", hint=error.hint) from error
-        found.append(_Spare(group, device))
-    return found
-
-
-def _is_in_pool(path: str, number: int) -> bool:
-    """Look whether a device, which a driver may hold, is in a group's pool."""
-    try:
-        device = FileDevice(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
-    except OSError:
-        return False  # open_device says what is wrong
-    try:
-        return read_extension(device).group == number
-    except (OSError, CorruptError):
-        return False
-    finally:
-        device.close()
-
-
-def _initialise_pool(pool: Sequence[_Spare]) -> list[dict[str, Any]]:
-    made = []
-    for group, device in ((one.group, one.device) for one in pool):
-        with cli.naming(f"{device.role} {device.path}: cannot allocate its {device.size} bytes"):
-            device.preallocate()
-        with cli.naming(f"{device.role} {device.path}"):
-            PoolDevice.initialise(device, group.number)
-        made.append(
-            {
-                "group": group.name,
-                "role": "extension",
-                "device": device.path,
-                "size": device.size,
-            }
-        )
-    return made
-
-
-def _journal(group: GroupConfig, devices: _Devices, consent: bool) -> _Log:
-    units = []
-    for ldsu in group.ldsus:
-        mirror = devices.open(ldsu.mirror_device, f"mirror device of {ldsu.name}")
-        _check_unused(mirror, f"mirror device of {ldsu.name}", consent)
-        units.append(
-            BoundUnit(ldsu.index, ldsu.name, mirror.size, ldsu.mirror_device, mirror.stable)
-        )
-    journal = devices.open(group.journal_device, f"journal of {group.name}", WRITELOG_BYTES_MIN)
-    _check_unused(journal, f"journal of {group.name}", consent)
-    return _Log(group, "journal", journal, journal, units)
-
-
-def _check_unused(device: FileDevice, role: str, consent: bool) -> None:
-    found = probe_signature(device)
-    if found is None or consent:
-        return
-    what = (
-        "a writelog or journal of qdsmirror, or an extension"
-        if found == OWN_NAME
-        else f"something: {found}"
-    )
-    raise DeviceError(
-        f"{role} {device.path} already holds {what}",
-        hint="if it may be overwritten, say so with --yes",
-    )
