@@ -310,6 +310,11 @@ class BeforeImages:
                     hint="the mirror cannot be rolled back: make it anew with qdsrefresh",
                 )
 
+    @property
+    def restorable_bytes(self) -> int:
+        """How much :meth:`restore` would write."""
+        return sum(part.length for record in self._kept_records() for part in record.parts)
+
     def restore(self) -> int:
         """Write everything that was kept back to the mirror devices, and sync them.
 

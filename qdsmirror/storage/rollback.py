@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from qdsmirror.core.beforeimage import Period
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.errors import BrokenError, CorruptError, DegradedError
 from qdsmirror.storage.binding import look_ahead
@@ -29,12 +30,13 @@ class RolledBack(NamedTuple):
     restored_bytes: int
 
 
-def roll_back(mirror: Mirror) -> RolledBack:
-    """Roll a mirror back.
+def check_rollback(mirror: Mirror) -> Period:
+    """Check that a mirror can be rolled back; nothing is written to its devices.
 
     :param mirror: open, and not replayed.
+    :returns: the refresh that began to change it.
     :raises DegradedError: it is usable as it is.
-    :raises BrokenError: what it was is not known, or not all of it any more; nothing was written.
+    :raises BrokenError: what it was is not known, or not all of it any more.
     :raises OSError: a device refused.
     """
     config, journal, images = mirror.config, mirror.journal, mirror.images
@@ -54,6 +56,18 @@ def roll_back(mirror: Mirror) -> RolledBack:
             f"{config.name}: the mirror cannot be rolled back: {why}",
             hint=f"make it anew from the primary: qdsrefresh -g {config.number}",
         )
+    return period
+
+
+def roll_back(mirror: Mirror) -> RolledBack:
+    """Roll a mirror back.
+
+    :param mirror: open, and not replayed.
+    :raises QdsError: as :func:`check_rollback`; nothing was written.
+    :raises OSError: a device refused.
+    """
+    period = check_rollback(mirror)
+    journal, images = mirror.journal, mirror.images
     end = Cursor(_end(mirror), period.gsn + 1)
     journal.update(
         both=True,

@@ -134,17 +134,15 @@ def _check(arguments: argparse.Namespace, configs: Sequence[GroupConfig]) -> Non
     given = [name for name in ("keep", "replay") if getattr(arguments, name) is not None]
     if given and len(configs) > 1:
         raise UsageError(f"--{given[0]} is for one group", hint="select it with -g N")
-    if arguments.replay is not None and (
-        arguments.dry_run or arguments.discard or arguments.force or arguments.keep
-    ):
-        raise UsageError("--replay goes with --yes and -g alone")
+    if arguments.replay is not None and (arguments.discard or arguments.force or arguments.keep):
+        raise UsageError("--replay goes with --yes or --dry-run, and -g, alone")
     if arguments.dry_run and arguments.keep:
         raise UsageError("--dry-run overwrites nothing that could be kept")
     if not arguments.dry_run and not arguments.yes:
         names = ", ".join(ldsu.data_device for config in configs for ldsu in config.ldsus)
         raise UsageError(
             f"this overwrites {names}",
-            hint="see how much with --dry-run; if that is meant, say so with --yes",
+            hint="see how much with qdsbackfresh --dry-run; if that is meant, say so with --yes",
         )
 
 
@@ -246,13 +244,21 @@ def _replay(
     from qdsmirror.tools.replay import replay
 
     done = [
-        {**replay(paths, config, arguments.replay), "group": config.number} for config in configs
+        {
+            **replay(paths, config, arguments.replay, dry_run=arguments.dry_run),
+            "group": config.number,
+        }
+        for config in configs
     ]
     if arguments.json:
         return tell(True, done, "", failed)
     for one in done:
+        size = info_view.size_text(one["bytes"])
+        if arguments.dry_run:
+            print(f"{one['name']}: {one['records']} records, {size} would be written back")
+            continue
         print(
-            f"{one['name']}: {one['records']} records, {info_view.size_text(one['bytes'])} written "
+            f"{one['name']}: {one['records']} records, {size} written "
             "back; the mirror is not coherent until qdsrefresh"
         )
     return cli.report_all(failed, False)

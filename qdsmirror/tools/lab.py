@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("dir", metavar="DIR", help="the lab's directory")
     destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
     destroy.add_argument("dir", metavar="DIR", help="the lab's directory")
+    destroy.add_argument("--dry-run", action="store_true", help="only say what would be lost")
     destroy.add_argument("--yes", action="store_true", help="needed: all its data is lost")
     return made
 
@@ -110,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "status":
         return _status(lab, arguments.json)
     if arguments.command == "destroy":
+        if arguments.dry_run:
+            size = info_view.size_text(lab.used_bytes())
+            return _tell(arguments, f"{lab.directory}: would be removed, {size} in files")
         if not arguments.yes:
             raise UsageError(
                 f"destroy removes all data in {lab.directory}",

@@ -117,6 +117,15 @@ class Lab:
             raise
         return self.ports[listening[0]]
 
+    def used_bytes(self) -> int:
+        """Give how much room the lab's files take.
+
+        :raises QdsError: the directory holds no lab.
+        """
+        self._must_be()
+        files = (path for path in self.directory.rglob("*") if not path.is_symlink())
+        return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+
     def destroy(self) -> None:
         """Stop what runs, and remove the whole lab.
 

@@ -19,12 +19,16 @@ from qdsmirror.storage.recovery import OpenUnit, close_units, open_units
 from qdsmirror.tools import cli
 
 
-def replay(paths: Paths, config: GroupConfig, path: str) -> dict[str, Any]:
+def replay(
+    paths: Paths, config: GroupConfig, path: str, *, dry_run: bool = False
+) -> dict[str, Any]:
     """Write back what a file has kept; no driver runs.
 
     Before the first block is written it is durable that the mirror is no copy of the data devices;
     and of a backfresh that was under way, that it is no more.  Once all is written, and the file
     is that backfresh's, the data devices are whole again: what they were when it began.
+
+    :param dry_run: only check all of that.
 
     :raises CorruptError: the file is none, or damaged.
     :raises MismatchError: it is of other LDSUs.
@@ -44,8 +48,9 @@ def replay(paths: Paths, config: GroupConfig, path: str) -> dict[str, Any]:
         units = open_units(config, open_device, latch.group(), pool)
         stack.callback(close_units, units)
         _check_units(config, units, file)
-        with cli.naming(config.name):
-            _write_back(units, file)
+        if not dry_run:
+            with cli.naming(config.name):
+                _write_back(units, file)
         return {"name": config.name, "records": file.count, "bytes": file.kept_bytes}
 
 

@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of a mirror whose refresh is interrupted: go back to what it was before; needs --yes",
     )
+    made.add_argument(
+        "--dry-run", action="store_true", help="with --rollback: only say what would be done"
+    )
     made.add_argument("--yes", action="store_true", help="with --rollback: do it")
     return made
 
@@ -82,16 +85,20 @@ def _work(arguments: argparse.Namespace) -> _Work:
     :raises UsageError: the options do not go together, or consent is missing.
     """
     if not arguments.rollback:
-        if arguments.yes:
-            raise UsageError("--yes goes with --rollback", hint="qdsrmdreco --help")
+        for option in ("yes", "dry_run"):
+            if getattr(arguments, option):
+                name = option.replace("_", "-")
+                raise UsageError(f"--{name} goes with --rollback", hint="qdsrmdreco --help")
         return partial(_replay, release=arguments.release)
     if arguments.release:
         raise UsageError("--rollback goes without --release", hint="qdsrmdreco --help")
+    if arguments.dry_run:
+        return _look_back
     if not arguments.yes:
         raise UsageError(
             "--rollback gives up what the secondary received since the refresh began, and the "
             "primary must refresh it anew",
-            hint="add --yes if that is meant",
+            hint="see how much with --dry-run; if that is meant, add --yes",
         )
     return _roll_back
 
@@ -124,6 +131,13 @@ def _roll_back(mirror: Mirror) -> dict[str, Any]:
     return {"frames": 0, "restored_bytes": roll_back(mirror).restored_bytes}
 
 
+def _look_back(mirror: Mirror) -> dict[str, Any]:
+    from qdsmirror.storage.rollback import check_rollback
+
+    to = check_rollback(mirror).gsn
+    return {"would_roll_back_to": to, "would_restore_bytes": mirror.images.restorable_bytes}
+
+
 def _run(group: GroupConfig, work: _Work) -> dict[str, Any]:
     from qdsmirror.storage.device import open_device
     from qdsmirror.storage.journal import Mirror
@@ -133,6 +147,8 @@ def _run(group: GroupConfig, work: _Work) -> dict[str, Any]:
         done = work(mirror)
         for text in mirror.take_told():
             print(f"{group.name}: {text}", file=sys.stderr)
+        if "would_roll_back_to" in done:
+            return {"group": group.name, **done}
         mirror.seal()
         superblock = mirror.journal.superblock
         return {
@@ -149,6 +165,13 @@ def _run(group: GroupConfig, work: _Work) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
+    if "would_roll_back_to" in found:
+        print(
+            f"{found['group']}: would be rolled back to GSN {found['would_roll_back_to']}, "
+            f"{found['would_restore_bytes']} bytes restored; what its journal received since would "
+            "be given up"
+        )
+        return
     usable = "coherent" if found["coherent"] else f"NOT coherent ({found['reason']})"
     if "restored_bytes" in found:
         print(

@@ -98,7 +98,8 @@ def _tell_plan(prepared: Prepared, as_json: bool) -> int:
         return 0
     _print(prepared.described, "would be initialised")
     for role, path, what in prepared.lost:
-        print(f"{role} {path} holds {what}, which would be lost: that needs --yes")
+        when = " with the first refresh" if role.startswith("mirror device") else ""
+        print(f"{role} {path} holds {what}, which would be lost{when}: that needs --yes")
     return 0
 
 

@@ -79,7 +79,13 @@ class RollbackTests(TestCase):
         recover = ("secondary", "qdsrmdreco")
         self.assertNotEqual(self.mirrors(), then)
         self.assertEqual(world.ask(*recover, "--rollback").returncode, EXIT_USAGE)
+        would = json.loads(world.at(*recover, "--rollback", "--dry-run", "--json"))["groups"][0]
+        self.assertNotEqual(self.mirrors(), then)
         done = json.loads(world.at(*recover, "--rollback", "--yes", "--json"))["groups"][0]
+        self.assertEqual(
+            (would["would_roll_back_to"], would["would_restore_bytes"]),
+            (done["gsn"], done["restored_bytes"]),
+        )
         self.assertTrue(done["coherent"])
         self.assertGreater(done["restored_bytes"], 1 << 20)
         self.assertTrue(self.mirrors() == then, "not what it was")

@@ -13,7 +13,7 @@ from qdsmirror.core.records import Generation
 from qdsmirror.errors import BrokenError, DegradedError
 from qdsmirror.storage import beforeimages as module
 from qdsmirror.storage.journal import Mirror
-from qdsmirror.storage.rollback import roll_back
+from qdsmirror.storage.rollback import check_rollback, roll_back
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, at_random, everything, nothing
 from tests.storage.logworld import GENERATION, KIB, FrameMaker, append, config, initialise, opener
@@ -322,6 +322,18 @@ class DamageTests(RollbackTestCase):
         site.devices["/mirror0"].fdatasync()
         with self.assertRaisesRegex(BrokenError, "no before-images .*changed while"):
             roll_back(site.open())
+
+
+class DryRunTests(RollbackTestCase):
+    def test_says_what_a_run_does_and_writes_nothing(self) -> None:
+        site = Site()
+        site.fill()
+        site.open().replay()
+        before = {path: device.content() for path, device in site.devices.items()}
+        mirror = site.open()
+        told = (check_rollback(mirror).gsn, mirror.images.restorable_bytes)
+        self.assertEqual({path: one.content() for path, one in site.devices.items()}, before)
+        self.assertEqual(roll_back(site.open()), told)
 
 
 class EstimateTests(RollbackTestCase):

@@ -162,10 +162,10 @@ class ReplayTests(TestCase):
             with self.site.log(f"log{index}") as log:
                 log.update(both=True, coherent=True, backfresh=state.to_json())
 
-    def run_it(self, *words: str) -> tuple[int, str, str]:
+    def run_it(self, *words: str, consent: str = "--yes") -> tuple[int, str, str]:
         root = str(self.site.directory)
         return captured(
-            self, backfresh.main, "--root", root, "--replay", self.path, "--yes", *words
+            self, backfresh.main, "--root", root, "--replay", self.path, consent, *words
         )
 
     def superblocks(self) -> list[Any]:
@@ -186,6 +186,17 @@ class ReplayTests(TestCase):
             self.assertIsNone(one.backfresh)
             self.assertFalse(one.coherent)
             self.assertIn("got back", one.reason)
+
+    def test_dry_run(self) -> None:
+        """It checks what a run would, and changes nothing."""
+        self.left_by(RUNNING)
+        self.keep(Kept(0, 4096, b"a" * 512))
+        before = self.site.content()
+        code, output, _ = self.run_it(consent="--dry-run")
+        self.assertEqual((code, output), (0, "dsgrp000: 1 records, 512 B would be written back\n"))
+        self.assertEqual(self.site.content(), before)
+        self.left_by(NEEDED, "cd" * 16)
+        self.assertEqual(self.run_it(consent="--dry-run")[0], EXIT_CONFIG)
 
     def test_marked_before_the_first_block(self) -> None:
         from qdsmirror.storage.filedevice import FileDevice

@@ -183,6 +183,10 @@ class CommandTests(TestCase):
         code, _, errors = self.lab("destroy", place)
         self.assertEqual(code, 2)
         self.assertIn("--yes", errors)
+        code, output, _ = self.lab("destroy", place, "--dry-run")
+        self.assertEqual(code, 0)
+        self.assertRegex(output, "would be removed, [0-9.]+ MiB in files")
+        self.assertTrue(os.path.exists(place))
         self.assertEqual(self.lab("destroy", place, "--yes")[0], 0)
         self.assertFalse(os.path.exists(place))
 

@@ -147,14 +147,20 @@ class RecoverTests(RecoverTestCase):
         self.assertEqual(self.site.content()["mirror1"][:512], b"\11" * 512)
 
     def test_rolling_back_needs_consent_and_goes_with_nothing_else(self) -> None:
-        for words in (["--rollback"], ["--yes"], ["--rollback", "--yes", "--release"]):
+        for words in (
+            ["--rollback"],
+            ["--yes"],
+            ["--dry-run"],
+            ["--rollback", "--yes", "--release"],
+        ):
             self.assertEqual(self.site.run(main, *words)[0], EXIT_USAGE, words)
 
     def test_nothing_to_roll_back(self) -> None:
         self.fill()
         before = self.site.content()
-        code, _, errors = self.site.run(main, "--rollback", "--yes")
-        self.assertEqual(code, EXIT_DEGRADED)
+        for consent in ("--dry-run", "--yes"):
+            code, _, errors = self.site.run(main, "--rollback", consent)
+            self.assertEqual(code, EXIT_DEGRADED)
         self.assertIn("there is nothing to roll back", errors)
         self.assertEqual(self.site.content(), before)
 

@@ -147,6 +147,30 @@ class MakeTests(TestCase):
             self.assertEqual(site.run(main, "--yes")[0], 0)
             self.assertNotEqual(site.superblock(device).log, first)
 
+    def test_dry_run(self) -> None:
+        """It says what a run would make and lose, and writes nothing; what is refused still is."""
+        for name, device, other in (("alpha", "log0", None), ("beta", "journal0", "mirror0")):
+            site = Site(self, name, ldsus=1)
+            if other is not None:
+                site.put(other, *EXT4)
+            code, output, _ = site.run(main, "--dry-run", "--json")
+            planned = json.loads(output)
+            lost = [one["device"] for one in planned["would_lose"]]
+            self.assertEqual((code, lost), (0, [str(site.device(other))] if other else []))
+            self.assertNotIn("initialised", planned)
+            site.initialise()
+            before = site.content()
+            code, output, _ = site.run(main, "--dry-run")
+            self.assertEqual(code, 0)
+            self.assertIn(f"{site.device(device)} would be initialised", output)
+            self.assertIn(f"{site.device(device)} holds a writelog or journal", output)
+            self.assertIn("--yes", output)
+            self.assertEqual(site.content(), before)
+            code, output, _ = site.run(main, "--yes", "--json")
+            self.assertEqual(json.loads(output)["initialised"], planned["would_initialise"])
+            with site.locked(device):
+                site.refused(main, 1, "in use", argv=("--dry-run",))
+
 
 class RefuseTests(TestCase):
     """Nothing is written, even where only the last device is wrong."""
