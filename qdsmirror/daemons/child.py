@@ -119,6 +119,8 @@ class _Child:
             self._end,
             self._report_failure,
             self._handshake_over,
+            self._answer,
+            _runtime(reactor).credentials.reload,
         )
         if failures is not None:
             self._hosting.memory.take(failures)
@@ -157,6 +159,11 @@ class _Child:
     def _handshake_over(self, connection: int) -> None:
         assert self._channel is not None
         self._channel.send({"handshake": connection})
+
+    def _answer(self, number: int) -> None:
+        """Tell the master that this loop turns, and the channel works both ways."""
+        assert self._channel is not None
+        self._channel.send({"pong": number})
 
     def _finish(self) -> Deferred[None]:
         """Stop the groups; then close the channel, whose end from here on means nothing."""

@@ -48,6 +48,8 @@ Factory = Callable[[GroupParts], IGroup]
 Report = Callable[[int, str, str, int], None]
 #: Told (group number, device path, reason) of a failed sync.
 ReportFailure = Callable[[int, str, str], None]
+#: Has the sessions to come begun with the certificate, key and CA that the host's files hold now.
+Reload = Callable[[HostConfig], None]
 
 
 class HostedGroup:
@@ -243,6 +245,8 @@ class Hosting:
     :param end: called with an exit code when the only group did not start.
     :param report_failure: told of each failed sync.
     :param handshake_over: told the number that an adopted connection came with.
+    :param answer: called with the number of each question whether this loop turns.
+    :param reload: see :data:`Reload`.
     :ivar memory: the failed syncs that the master has told us of, and our own.
     """
 
@@ -256,10 +260,14 @@ class Hosting:
         end: Callable[[int], None],
         report_failure: ReportFailure,
         handshake_over: Callable[[int], None],
+        answer: Callable[[int], None],
+        reload: Reload = lambda _host: None,
     ) -> None:
         self.memory = FailureMemory()
         self._report_failure = report_failure
         self._handshake_over = handshake_over
+        self._answer = answer
+        self._reload = reload
         self._role = role
         self._paths = paths
         self._reactor = reactor
@@ -315,7 +323,8 @@ class Hosting:
         """Do what the master says with a group.
 
         ``start``, ``stop``, ``restart``, ``adopt`` a connection, take a ``hint``, ``remember``
-        failed devices (of any group) or ``forget`` a group's.
+        failed devices (of any group) or ``forget`` a group's; ``reload`` the host's certificate,
+        and answer a ``ping``.
         """
         order, number = message.get("order"), message.get("group")
         group = self._groups.get(number) if isinstance(number, int) else None
@@ -338,6 +347,10 @@ class Hosting:
             group.restart(passed.get("memory"))
         elif order == "hint" and group is not None:
             group.hint()
+        elif order == "ping":
+            self._answer(int(message["number"]))
+        elif order == "reload":
+            self._reload_credentials()
         elif order == "stop" and group is not None:
             del self._groups[group.number]
             group.stop().addCallback(lambda _: group.close())
@@ -345,3 +358,10 @@ class Hosting:
             _log.error("cannot {order} group {number}", order=order, number=number)
         for one in descriptors:
             os.close(one)
+
+    def _reload_credentials(self) -> None:
+        try:
+            self._reload(load_host(self._paths))
+        except QdsError as error:
+            # The master has tried it before it told us: somebody has changed them since.
+            _log.error("certificate, key and CA stay as they were: {error}", error=error)

@@ -32,6 +32,7 @@ from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_g
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.control import ControlServer
+from qdsmirror.net.credentials import Credentials
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import PidFile
 
@@ -63,12 +64,14 @@ class Master(Service):
     :cvar daemon: the name of its pid file, control socket and log, e.g. ``qdsdriver``.
     :cvar role: of its children.
     :cvar side: the part this host plays in the groups it takes.
+    :cvar has_certificate: whether its children show the host's certificate to peers.
     :param command: how a child is started.
     """
 
     daemon = ""
     role = ""
     side = ""
+    has_certificate = False
 
     def __init__(
         self, reactor: Any, paths: Paths, command: tuple[str, ...] = CHILD_COMMAND
@@ -80,6 +83,7 @@ class Master(Service):
         self._pid_file = PidFile(paths.pid_file(self.daemon))
         self._control = ControlServer(reactor, paths.control_socket(self.daemon), self)
         self._fingerprints: dict[int, Fingerprint] = {}
+        self._certificate: Fingerprint = ()
         self._problems: list[Problem] = []
         self._since = time.time()
         self._opened = False
@@ -115,7 +119,7 @@ class Master(Service):
         """Give the descriptor of the memory that a group's child works in."""
         return None
 
-    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
+    def depends_on(self, number: int) -> list[Path]:
         """Name the files whose change means a restart of a group's process."""
         return []
 
@@ -155,6 +159,7 @@ class Master(Service):
         self._tell_problems()
         self.groups = {group.number: group for group in mine}
         self._fingerprints = {group.number: self._fingerprint(group) for group in mine}
+        self._certificate = self._certificate_of(self._host)
 
     def _tell_problems(self) -> None:
         for problem in self._problems:
@@ -264,8 +269,10 @@ class Master(Service):
 
         A group whose file is broken goes on as it is.  What failed before is tried again.
 
-        :returns: the group numbers ``started``, ``stopped``, ``restarted``, ``retried``, and the
-            ``errors`` as lines.
+        A new certificate, key or CA is for the sessions to come; those that run go on.
+
+        :returns: the group numbers ``started``, ``stopped``, ``restarted``, ``retried``; the
+            certificate ``renewed``; and the ``errors`` as lines.
         :raises ConfigError: qds.cfg is wrong; nothing was changed.
         """
         host = load_host(self.paths)
@@ -280,12 +287,21 @@ class Master(Service):
         self._supervisor.children_max = host.children
         wanted = {one.number: one for one in found if one.role_of(host.name) == self.side}
         broken = {problem.file for problem in self._problems}
+        errors = [str(problem) for problem in self._problems]
+        renewed = False
+        try:
+            # Before links that were refused are tried again.
+            renewed = self._reload_certificate(host)
+        except QdsError as error:
+            _log.error("certificate, key and CA stay as they were: {error}", error=error)
+            errors.append(str(error))
         result: dict[str, list[Any]] = {
             "started": [],
             "stopped": [],
             "restarted": [],
             "retried": self._supervisor.retry(),
-            "errors": [str(problem) for problem in self._problems],
+            "renewed": [str(host.certificate)] if renewed else [],
+            "errors": errors,
         }
         for number in sorted(self.groups.keys() | wanted.keys()):
             try:
@@ -301,6 +317,8 @@ class Master(Service):
             for word in ("started", "stopped", "restarted", "retried")
             if result[word]
         ]
+        if renewed:
+            changes.append("new sessions show the certificate as it is now")
         _log.info("configuration applied: {done}", done="; ".join(changes) or "nothing to change")
         return result
 
@@ -343,8 +361,28 @@ class Master(Service):
         return "restarted"
 
     def _fingerprint(self, group: GroupConfig) -> Fingerprint:
-        files = self.depends_on(self._host, group.number)
-        return (group, *(_identity(path) for path in files))
+        return (group, *(_identity(path) for path in self.depends_on(group.number)))
+
+    def _reload_certificate(self, host: HostConfig) -> bool:
+        """Have the sessions to come begun with a new certificate; tell whether there is one.
+
+        Those that run go on.
+
+        :raises ConfigError: the new one cannot be used; the former stays.
+        """
+        found = self._certificate_of(host)
+        if found == self._certificate:
+            return False
+        Credentials.load(host)
+        self._certificate = found
+        self._supervisor.reload()
+        return True
+
+    def _certificate_of(self, host: HostConfig) -> Fingerprint:
+        if not self.has_certificate:
+            return ()
+        files = (host.certificate, host.key, host.ca)
+        return tuple((path, _identity(path)) for path in files)
 
     def _hang_up(self, _signal: int, _frame: object) -> None:
         self.reactor.callFromThread(self._apply_quietly)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdsmirror.config import HostConfig
 from qdsmirror.daemons.master import Master, Options, make_service
 
 
@@ -15,10 +14,11 @@ class PmdMaster(Master):
     daemon = "qdspmd"
     role = "pmd"
     side = "primary"
+    has_certificate = True
 
-    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
-        """Name the identity's files: a new certificate or secret takes effect by apply."""
-        return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
+    def depends_on(self, number: int) -> list[Path]:
+        """Name the group's secret: a new one takes effect by apply."""
+        return [self.paths.group_secret(number)]
 
 
 def makeService(options: Any) -> PmdMaster:  # noqa: N802

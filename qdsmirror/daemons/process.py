@@ -220,6 +220,11 @@ class Child(ProcessProtocol):
         if self._process is not None:
             self._order("forget", number)
 
+    def reload(self) -> None:
+        """Have the process begin sessions with the host's certificate as it is now."""
+        if self._channel is not None:
+            self._channel.send({"order": "reload", "group": None})
+
     def kick(self) -> None:
         """Start a child that waits or has failed now, with a fresh back-off."""
         if self._process is None:

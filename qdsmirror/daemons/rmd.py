@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from twisted.logger import Logger
 
-from qdsmirror.config import GroupConfig, HostConfig
+from qdsmirror.config import GroupConfig
 from qdsmirror.daemons import master
 from qdsmirror.daemons.refusal import refusal_of, refuse
 from qdsmirror.daemons.routing import (
@@ -52,6 +52,7 @@ class RmdMaster(master.Master):
     daemon = "qdsrmd"
     role = "rmd"
     side = "secondary"
+    has_certificate = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -92,9 +93,9 @@ class RmdMaster(master.Master):
         """Stop accepting."""
         self._router.close()
 
-    def depends_on(self, host: HostConfig, number: int) -> list[Path]:
-        """Name the identity's files: a new certificate or secret takes effect by apply."""
-        return [host.certificate, host.key, host.ca, self.paths.group_secret(number)]
+    def depends_on(self, number: int) -> list[Path]:
+        """Name the group's secret: a new one takes effect by apply."""
+        return [self.paths.group_secret(number)]
 
     def _is_starting(self, number: int) -> bool:
         return number in self.groups and self._supervisor.is_starting(number)

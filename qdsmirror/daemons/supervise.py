@@ -90,6 +90,11 @@ class Supervisor:
                         child.hint(number)
         return sorted(numbers)
 
+    def reload(self) -> None:
+        """Have every child begin sessions with the host's certificate as it is now."""
+        for child in self.children:
+            child.reload()
+
     def has_failed(self, number: int) -> bool:
         """Tell whether a group's start has failed for good."""
         child = self.child_of(number)

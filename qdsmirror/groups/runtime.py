@@ -22,6 +22,7 @@ from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.interfaces import IBlockDevice, IWorker
 from qdsmirror.limits import HANDSHAKE_SECONDS
 from qdsmirror.net.control import attach_to_driver
+from qdsmirror.net.credentials import Credentials, KeptCredentials
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.net.nbd_socket import bind_nbd
 from qdsmirror.net.tls import client_options, server_context_factory
@@ -35,10 +36,11 @@ READ_THREADS = 4
 
 
 def tls_endpoint(
-    reactor: Any, host: HostConfig, config: GroupConfig, way: NetworkPath
+    reactor: Any, host: HostConfig | Credentials, config: GroupConfig, way: NetworkPath
 ) -> IStreamClientEndpoint:
     """Give the way to a group's secondary: TCP, and TLS with our certificate.
 
+    :param host: whose files are loaded now; or what was loaded from them.
     :param way: the network path.
     :raises ConfigError: certificate or key cannot be used.
     """
@@ -72,6 +74,7 @@ class Runtime:
     :ivar endpoint: from reactor, host, group and network path, the way of a pmd to its secondary.
     :ivar server_tls: from the host and the peer's name, what makes TLS around an accepted
         connection; as :func:`qdsmirror.net.tls.server_context_factory`.
+    :ivar credentials: what a daemon's sessions are begun with.
     """
 
     reactor: Any
@@ -89,11 +92,18 @@ class Runtime:
         tls_endpoint
     )
     server_tls: Callable[[HostConfig, str], Any] = server_context_factory
+    credentials: KeptCredentials = field(default_factory=KeptCredentials)
 
     @classmethod
     def real(cls, reactor: Any) -> Runtime:
         """Give the runtime of a daemon."""
+        kept = KeptCredentials()
         return cls(
+            credentials=kept,
+            endpoint=lambda reactor, host, config, way: tls_endpoint(
+                reactor, kept.of(host), config, way
+            ),
+            server_tls=lambda host, peer: server_context_factory(kept.of(host), peer),
             reactor=reactor,
             open_device=open_device,
             quick_worker=lambda name: AdaptiveWorker(reactor, name),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import extract_patterns
 from service_identity.hazmat import DNS_ID, verify_service_identity
@@ -99,29 +97,18 @@ def _read(path: Path, key: str, *, secret: bool = False) -> bytes:
     return data
 
 
-def use_own(context: SSL.Context, host: HostIdentity, chain: Sequence[x509.Certificate]) -> None:
-    """Give a context the host's certificate, intermediate ones, and key.
+def load_key(host: HostIdentity) -> Any:
+    """Load the host's private key; its file's mode is checked on the opened descriptor.
 
-    :raises ConfigError: the key is unreadable, open to others, or of another certificate.
+    :raises ConfigError: it is unreadable, open to others, or no private key.
     """
-    key_path = Path(host.key)
+    path = Path(host.key)
     try:
-        key = load_pem_private_key(_read(key_path, "key", secret=True), None)
+        return load_pem_private_key(_read(path, "key", secret=True), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # Nothing of the file goes into the message: it is a secret.
         raise ConfigError(
-            f"{key_path}: not a private key in PEM form without a passphrase", hint=HINT_PKI
-        ) from None
-    try:
-        context.use_certificate(chain[0])
-        for intermediate in chain[1:]:
-            context.add_extra_chain_cert(intermediate)
-        context.use_privatekey(key)  # type: ignore[arg-type]
-        context.check_privatekey()
-    except (SSL.Error, TypeError, ValueError):
-        raise ConfigError(
-            f"{key_path}: not the key of the certificate in {os.fspath(host.certificate)}",
-            hint=HINT_PKI,
+            f"{path}: not a private key in PEM form without a passphrase", hint=HINT_PKI
         ) from None
 
 

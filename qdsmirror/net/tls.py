@@ -11,9 +11,7 @@ Source: RFC 8446, RFC 9525 (service identity, DNS-ID), RFC 9266 (channel binding
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -30,14 +28,8 @@ from zope.interface import implementer
 
 from qdsmirror.core.authentication import EXPORTER_BYTES
 from qdsmirror.errors import ConfigError, IdentityError, MismatchError, ProtocolError, QdsError
-from qdsmirror.net.certificates import (
-    HINT_PKI,
-    HostIdentity,
-    check_own_name,
-    describe,
-    load_certificates,
-    use_own,
-)
+from qdsmirror.net.certificates import HINT_PKI, HostIdentity, describe
+from qdsmirror.net.credentials import Credentials
 
 #: RFC 9266 section 2.
 EXPORTER_LABEL = b"EXPORTER-Channel-Binding"
@@ -163,7 +155,9 @@ class _Judge:
 class _Creator:
     """Makes the OpenSSL connection of a TLSMemoryBIOProtocol, for either end."""
 
-    def __init__(self, host: HostIdentity, expected_peer: str, sni: str | None = None) -> None:
+    def __init__(
+        self, host: HostIdentity | Credentials, expected_peer: str, sni: str | None = None
+    ) -> None:
         self._expected_peer = expected_peer
         self._sni = sni
         self._context, self._own_certificate = _context(host, expected_peer)
@@ -186,9 +180,10 @@ class _Creator:
         return connection
 
 
-def client_options(host: HostIdentity, expected_peer: str, sni: str) -> _Creator:
+def client_options(host: HostIdentity | Credentials, expected_peer: str, sni: str) -> _Creator:
     """Make what ``wrapClientTLS`` wants, for the primary's end.
 
+    :param host: whose files are loaded now; or what was loaded from them.
     :param expected_peer: the secondary's ``host``; the server's certificate must be for it.
     :param sni: server name that routes the connection (``core.clienthello.server_name_for``).
     :raises ConfigError: a file is missing, unreadable, wrong, or the key's mode is not 0600.
@@ -196,9 +191,10 @@ def client_options(host: HostIdentity, expected_peer: str, sni: str) -> _Creator
     return _Creator(host, expected_peer, sni)
 
 
-def server_context_factory(host: HostIdentity, expected_peer: str) -> _Creator:
+def server_context_factory(host: HostIdentity | Credentials, expected_peer: str) -> _Creator:
     """Make what ``TLSMemoryBIOFactory`` wants, for the secondary's end.
 
+    :param host: as for ``client_options``.
     :param expected_peer: the primary's ``host``; the client's certificate must be for it.
     :raises ConfigError: as for ``client_options``.
     """
@@ -252,10 +248,9 @@ def _openssl_reason(reason: Failure) -> str:
     return str(error.args[0][-1][2]) if error.args[0] else ""
 
 
-def _context(host: HostIdentity, expected_peer: str) -> tuple[SSL.Context, str]:
+def _context(host: HostIdentity | Credentials, expected_peer: str) -> tuple[SSL.Context, str]:
     """Make the context of either end, and the words for our own certificate."""
-    chain = load_certificates(Path(host.certificate), "certificate")
-    own = f"our certificate (for {describe(chain[0])})"
+    own = host if isinstance(host, Credentials) else Credentials.load(host)
     try:
         expected = DNS_ID(expected_peer)
     except ValueError:
@@ -263,21 +258,15 @@ def _context(host: HostIdentity, expected_peer: str) -> tuple[SSL.Context, str]:
             f"the host {expected_peer!r} is not a DNS name that a certificate could be for",
             hint="set `host` in the group's file to the name in that host's certificate",
         ) from None
-    check_own_name(host, chain[0])
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     # No session outlives its connection: a resumed one would skip the certificates.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    use_own(context, host, chain)
-    store = context.get_cert_store()
-    if store is None:  # pragma: no cover - a new context always has one
-        raise ConfigError("OpenSSL has no certificate store")
-    for authority in load_certificates(Path(host.ca), "ca"):
-        store.add_cert(crypto.X509.from_cryptography(authority))
+    own.apply_to(context)
     context.set_verify(
         SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT,
-        _Judge(expected, expected_peer, os.fspath(host.ca)),
+        _Judge(expected, expected_peer, own.ca_file),
     )
-    return context, own
+    return context, f"our certificate (for {describe(own.chain[0])})"

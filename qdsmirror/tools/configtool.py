@@ -261,6 +261,7 @@ def _print_answers(answers: dict[str, dict[str, Any]]) -> None:
             for what in ("started", "stopped", "restarted", "retried")
             if answer.get(what)
         ]
+        done += [f"new sessions show {path}" for path in answer.get("renewed", [])]
         print(f"{name}: {', '.join(done) or 'nothing to change'}")
         for error in answer.get("errors", []):
             print(cli.one_line(f"{name}: {error}"))

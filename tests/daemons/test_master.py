@@ -178,7 +178,14 @@ class ApplyTests(MasterCase):
         result = master.apply()
         self.assertEqual(
             result,
-            {"started": [5], "stopped": [1], "restarted": [2], "retried": [], "errors": []},
+            {
+                "started": [5],
+                "stopped": [1],
+                "restarted": [2],
+                "retried": [],
+                "renewed": [],
+                "errors": [],
+            },
         )
         await until(lambda: len(self.world.events(1)) == 2 and len(self.world.events(2)) == 3)
         await self.running(master, 0, 2, 5)

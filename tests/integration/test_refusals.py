@@ -345,6 +345,10 @@ class RefusalTests(TestCase):
 
         exchange("primary")
         self.apply(world, "primary")
+        # The session that runs goes on (tests/integration/test_certificate_reload.py).
+        self.assertEqual(world.info()["state"], "connected")
+        world.at("secondary", "killrmds")
+        world.at("secondary", "launchrmds")
         self.refused(world, 0, IDENTITY, "certificate")
         self.no_storm(world, 0)
         mend("primary")
