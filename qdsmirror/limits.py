@@ -341,6 +341,15 @@ CHILD_RESTART_SECONDS_MAX = 5.0
 #: A child that ran this long was healthy: its back-off starts anew.
 CHILD_HEALTHY_SECONDS = 30.0
 STOP_SECONDS_MAX = 30.0
+#: Children are asked whether they live so often within a watchdog's time; the rest is for those
+#: that are slow.
+WATCHDOG_SHARE = 1 / 4
+#: A child that has left so many questions unanswered is killed: one that has answered before, and
+#: one that still loads its program.
+UNANSWERED_MAX = 2
+UNANSWERED_AT_START_MAX = 8
+#: What systemctl shows of a daemon.
+STATUS_TEXT_CHARACTERS_MAX = 240
 #: A launch command waits so long for its daemon and that one's groups ...
 LAUNCH_SECONDS_MAX = 60.0
 #: ... and so long for a group whose start failed and is tried again.

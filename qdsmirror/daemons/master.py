@@ -29,7 +29,9 @@ from twisted.python.util import switchUID
 
 from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
+from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
+from qdsmirror.daemons.vigil import Vigil
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.control import ControlServer
 from qdsmirror.net.credentials import Credentials
@@ -90,6 +92,7 @@ class Master(Service):
         self._log_descriptor: int | None = None
         self._host: HostConfig
         self._supervisor: Supervisor
+        self._vigil: Vigil
 
     # -- what a role adds -----------------------------------------------------------------------
 
@@ -200,8 +203,10 @@ class Master(Service):
             self._children_log,
             self._command,
             memory_of=self.memory,
+            changed=lambda: self._vigil.look(),
         )
         self._supervisor = Supervisor(setting, self._host.children)
+        self._vigil = Vigil(self.reactor, Notifier(), self._supervisor)
         # Not before the reactor reaps.
         self.reactor.callWhenRunning(self._start_children)
         signal.signal(signal.SIGHUP, self._hang_up)
@@ -209,6 +214,7 @@ class Master(Service):
     def _start_children(self) -> None:
         if self.running:
             self._supervisor.start(self.groups)
+            self._vigil.begin()
 
     def _children_log(self) -> int:
         return 2 if self._log_descriptor is None else self._log_descriptor
@@ -240,6 +246,7 @@ class Master(Service):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _log.info("{daemon} is told to end", daemon=self.daemon)
         super().stopService()
+        self._vigil.end()
         self.close()
         yield self._supervisor.stop()
         self._supervisor.keep_failures()
@@ -388,10 +395,12 @@ class Master(Service):
         self.reactor.callFromThread(self._apply_quietly)
 
     def _apply_quietly(self) -> None:
+        self._vigil.reloading()
         try:
             self.apply()
         except QdsError as error:
             _log.error("configuration not applied: {error}", error=error)
+        self._vigil.reloaded()
 
 
 _M = TypeVar("_M", bound=Master)

@@ -24,6 +24,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from qdsmirror import limits
+from qdsmirror.daemons import notify
 from qdsmirror.daemons.channel import Channel, Message, channel_pair
 from qdsmirror.daemons.hosting import FATAL_CODES
 from qdsmirror.errors import EXIT_FAILED
@@ -62,6 +63,7 @@ class Setting:
     :ivar log: gives the descriptor that becomes a child's standard output and error.
     :ivar memory: devices whose sync has failed, kept for the master's life (rules.md 4).
     :ivar memory_of: by group, the descriptor of the memory that it works in (rules.md 23).
+    :ivar changed: called when the state of a group may have changed.
     """
 
     reactor: Any
@@ -72,6 +74,7 @@ class Setting:
     command: Sequence[str] = CHILD_COMMAND
     memory: FailureMemory = field(default_factory=FailureMemory)
     memory_of: Callable[[int], int | None] = lambda _number: None
+    changed: Callable[[], None] = lambda: None
 
 
 class Child(ProcessProtocol):
@@ -97,6 +100,10 @@ class Child(ProcessProtocol):
         self._handshakes: dict[int, Callable[[], None]] = {}
         self._connections = 0
         self._last_names = ""
+        self._questions = 0
+        #: ``None``: nothing was asked yet.
+        self._unanswered: int | None = None
+        self._has_answered = False
 
     @property
     def pid(self) -> int | None:
@@ -151,6 +158,7 @@ class Child(ProcessProtocol):
         descriptors = {named[name]: here for name, here in inherited.items()}
         self.state = "starting"
         self.memory = None
+        self._unanswered, self._has_answered = None, False
         self._fork(arguments, descriptors)
         self._channel = Channel(self._reactor, ours, self._received, _ignore_end)
 
@@ -224,6 +232,30 @@ class Child(ProcessProtocol):
         """Have the process begin sessions with the host's certificate as it is now."""
         if self._channel is not None:
             self._channel.send({"order": "reload", "group": None})
+
+    def ask(self) -> None:
+        """Ask the process for a sign of life; kill it if it has left too many unanswered."""
+        if self._channel is None or self.state == "stopping":
+            return
+        allowed = limits.UNANSWERED_MAX if self._has_answered else limits.UNANSWERED_AT_START_MAX
+        if self._unanswered == allowed:
+            _log.error(
+                "{names}: {role}, pid {pid}, does not answer and is killed",
+                names=self.names,
+                role=self._setting.role,
+                pid=self.pid,
+            )
+            self._signal("KILL")
+        self._unanswered = (self._unanswered or 0) + 1
+        self._questions += 1
+        self._channel.send({"order": "ping", "group": None, "number": self._questions})
+
+    @property
+    def answered(self) -> bool | None:
+        """Whether it has answered the last question; ``None`` where none had to be answered."""
+        if self._channel is None or self.state == "stopping" or self._unanswered is None:
+            return None
+        return self._unanswered == 0
 
     def kick(self) -> None:
         """Start a child that waits or has failed now, with a fresh back-off."""
@@ -309,10 +341,16 @@ class Child(ProcessProtocol):
             if group.state not in ("retrying", "failed"):
                 group.reason, group.code = text, code
             group.state = state
+        self._setting.changed()
 
     def _received(self, message: Message, descriptors: list[int]) -> None:
         for one in descriptors:
             os.close(one)
+        if "pong" in message:
+            self._has_answered = True
+            if message["pong"] == self._questions:
+                self._unanswered = 0
+            return
         if "handshake" in message:
             ended = self._handshakes.pop(message["handshake"], None)
             if ended is not None:
@@ -336,6 +374,7 @@ class Child(ProcessProtocol):
             one.state != "starting" for one in self.groups.values()
         ):
             self.state = "running"
+        self._setting.changed()
 
     def _order_with_descriptors(self, order: str, number: int) -> None:
         """Give an order, and what the group needs of us: all of it, in case some has changed."""
@@ -379,7 +418,7 @@ def _ignore_end() -> None:
 
 def _environment() -> dict[str, str]:
     """Give a child's environment: ours, without what is meant for the master alone."""
-    private = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET")
+    private = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", *notify.VARIABLES)
     return {name: value for name, value in os.environ.items() if name not in private}
 
 

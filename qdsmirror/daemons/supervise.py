@@ -95,6 +95,16 @@ class Supervisor:
         for child in self.children:
             child.reload()
 
+    def ask_all(self) -> None:
+        """Ask every child for a sign of life, and kill those that have not given any for long."""
+        for child in self.children:
+            child.ask()
+
+    def answers(self) -> bool:
+        """Tell whether any child has answered, or none had to."""
+        answers = [child.answered for child in self.children if child.answered is not None]
+        return not answers or any(answers)
+
     def has_failed(self, number: int) -> bool:
         """Tell whether a group's start has failed for good."""
         child = self.child_of(number)

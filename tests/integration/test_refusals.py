@@ -392,9 +392,12 @@ class RefusalTests(TestCase):
             ("primary", "expired", "expired, by its clock", "expired on"),
             ("primary", "early", "secondary refuses our certificate", "is not valid before"),
         ):
+            # What a daemon has loaded stays in use until it is told, and a session goes on.
+            world.at("primary", "killpmds")
             for one in SITES:
                 certify(one, **{how: one == site})
-            self.apply(world)
+            self.apply(world, "secondary")
+            world.at("primary", "launchpmds")
             self.refused(world, 0, IDENTITY, primary, secondary)
         self.no_storm(world, 0)
         self.untouched(world, before)
