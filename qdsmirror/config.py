@@ -167,6 +167,8 @@ def read_host(path: Path) -> tuple[HostConfig | None, list[Problem]]:
         ca=Path(values["ca"] or path.absolute().parent / "ca.pem"),
         user=values["user"],
         children=values["children"],
+        mail_relay=values["mail_relay"],
+        allow_exec=values["allow_exec"],
     ), []
 
 

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from qdsmirror.configvalues import NetworkPath, memory_bytes
+from qdsmirror.configvalues import NetworkPath, Relay, memory_bytes, parse_relay
 from qdsmirror.limits import (
     BEFORE_IMAGE_BYTES_DEFAULT,
     CHILDREN_DEFAULT,
     METADATA_ENTRIES_DEFAULT,
     METADATA_SECONDS_DEFAULT,
     NEAR_SYNC_ENTRIES_DEFAULT,
+    PERF_INTERVAL_SECONDS,
+    PRF_LIMIT_BYTES,
     RECONNECT_SECONDS_MAX,
     SEND_WINDOW_BYTES,
     VERIFY_RATE_BYTES,
@@ -37,6 +39,9 @@ class HostConfig:
     :ivar ca: PEM file; default ``ca.pem``.
     :ivar user: whom the daemons run as; empty: whoever starts them.
     :ivar children: child processes per daemon at most; more groups share them (rules.md 18).
+    :ivar mail_relay: ``HOST`` or ``HOST:PORT`` that takes what throttles mail; empty: none does.
+    :ivar allow_exec: whether throttles may run programs; honoured only where the file is safe
+        (:func:`qdsmirror.configsafety.why_unsafe`).
     """
 
     name: str
@@ -45,6 +50,13 @@ class HostConfig:
     ca: Path
     user: str = ""
     children: int = CHILDREN_DEFAULT
+    mail_relay: str = ""
+    allow_exec: bool = False
+
+    @property
+    def relay(self) -> Relay | None:
+        """The mail relay, taken apart."""
+        return parse_relay(self.mail_relay) if self.mail_relay else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Tunables:
     :ivar before_image_bytes: of a journal's device, at most, for what a refresh overwrites.
     :ivar before_images_full: what happens when they are used up: rolling back is given up
         (``give-up``), or the refresh stops (``stop``).
+    :ivar perf_interval: seconds between two rows of the performance tracking file.
+    :ivar prf_limit: bytes up to which that file grows.
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
@@ -77,6 +91,8 @@ class Tunables:
     compression: str = "none"
     before_image_bytes: int = BEFORE_IMAGE_BYTES_DEFAULT
     before_images_full: str = "give-up"
+    perf_interval: float = PERF_INTERVAL_SECONDS
+    prf_limit: int = PRF_LIMIT_BYTES
 
 
 @dataclass(frozen=True)

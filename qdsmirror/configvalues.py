@@ -19,6 +19,8 @@ from qdsmirror.limits import (
     RECORD_ALIGN_BYTES,
 )
 
+#: Where a host takes mail, unless another port is given (RFC 5321).
+SMTP_PORT = 25
 #: What a writelog's place begins with that stands in memory; its size follows.
 MEMORY_PREFIX = "memory:"
 
@@ -49,6 +51,17 @@ class NetworkPath(NamedTuple):
             return f"{self.local}>{self.remote}"
         remote = f"[{self.remote}]" if ":" in self.remote else self.remote
         return f"{self.local}>{remote}:{self.port}"
+
+
+class Relay(NamedTuple):
+    """The host that takes mail for others.
+
+    :ivar host: IP address or host name.
+    :ivar port: TCP port.
+    """
+
+    host: str
+    port: int = SMTP_PORT
 
 
 def shown(value: str) -> str:
@@ -257,6 +270,20 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return host, _whole_number(port, "1", "65535") if colon else 0
 
 
+def parse_relay(text: str) -> Relay:
+    """Read ``HOST`` or ``HOST:PORT``.
+
+    :raises ValidateError: it is neither.
+    """
+    host, port = _host_and_port(text)
+    return Relay(_address(host), port or SMTP_PORT)
+
+
+def _relay(value: str) -> str:
+    parse_relay(value)
+    return value
+
+
 def _user_name(value: str) -> str:
     if not _USER.fullmatch(value):
         raise ValidateError(f"{shown(value)} is not a user's name")
@@ -283,4 +310,5 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "user_name": _or_default(_user_name),
     "compression": _compression,
     "network_paths": _or_default(_network_paths),
+    "relay": _or_default(_relay),
 }

@@ -328,6 +328,12 @@ PATH_STRIPE_SECONDS_MAX = 0.5
 PATH_FORGET_SECONDS = 30.0
 
 # -- statistics (performance tracking files, throttles) ----------------------------------------
+PERF_INTERVAL_SECONDS = 10.0
+PERF_INTERVAL_SECONDS_MIN = 1.0
+PERF_INTERVAL_SECONDS_MAX = 3600.0
+PRF_LIMIT_BYTES = 64 * KIB
+PRF_LIMIT_BYTES_MIN = 16 * KIB
+PRF_LIMIT_BYTES_MAX = 64 * MIB
 #: Changes of a group's modes that its driver keeps for whoever asks now and then.
 MODE_CHANGES_KEPT = 32
 

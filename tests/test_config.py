@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from qdsmirror.config import (
     read_group,
     scan_groups,
 )
+from qdsmirror.configsafety import why_unsafe
 from qdsmirror.configvalues import NetworkPath
 from qdsmirror.errors import EXIT_CONFIG, ConfigError
 from qdsmirror.paths import Paths
@@ -292,6 +294,8 @@ class GroupTests(RootedTestCase):
             ],
             "tunables.before_image_bytes": ["-1", "17T", "all", ""],
             "tunables.before_images_full": ["go", "Stop", ""],
+            "tunables.perf_interval": ["0", "0.9", "3601", "1 d", "never", ""],
+            "tunables.prf_limit": ["15K", "65M", "0", "64 KB", ""],
         }.items():
             section, name = key.split(".")
             for value in values:
@@ -375,6 +379,10 @@ class GroupTests(RootedTestCase):
             ("before_image_bytes", 0, "0"),
             ("before_image_bytes", 16 << 40, "16T"),
             ("before_images_full", "stop", "stop"),
+            ("perf_interval", 1.0, "1000ms"),
+            ("perf_interval", 3600.0, "1 h"),
+            ("prf_limit", 16 * limits.KIB, "16K"),
+            ("prf_limit", 64 * limits.MIB, "64M"),
         ):
             text = GROUP.replace("[ldsus]", f"[tunables]\n{name} = {given_value}\n[ldsus]")
             self.assertEqual(getattr(self.group(text).tunables, name), value)
@@ -655,8 +663,55 @@ class HostTests(RootedTestCase):
             ("name = a\nuser = a b\n", "user's name"),
             ("name = a\nconsole = 127.0.0.1:80\n", "unknown key"),
             ("name = a\n[primary]\n", "unknown section"),
+            ("name = a\nallow_exec = true\n", "allow_exec"),
+            ("name = a\nmail_relay = a b\n", "not an IP address or host name"),
+            ("name = a\nmail_relay = a:0\n", "0 is not from 1 to 65535"),
+            ("name = a\nmail_relay = a:x\n", "is not a whole number"),
+            ("name = a\nmail_relay = :25\n", "not an IP address or host name"),
         ):
             self.assertIn(part, str(self.assertRaises(ConfigError, self.load, text)))
+
+    def test_mail_and_programs(self) -> None:
+        host = self.load("name = a\n")
+        self.assertEqual((host.relay, host.allow_exec), (None, False))
+        for text, relay in (
+            ("mail.example.com", ("mail.example.com", 25)),
+            ("10.0.0.1:2525", ("10.0.0.1", 2525)),
+            ("[fd00::1]:2525", ("fd00::1", 2525)),
+            ("fd00::1", ("fd00::1", 25)),
+        ):
+            host = self.load(f"name = a\nmail_relay = {text}\nallow_exec = Yes\n")
+            self.assertEqual((host.relay, host.allow_exec), (relay, True))
+
+
+class SafetyTests(RootedTestCase):
+    """Whose file may have programs run (security.md 9)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.file = self.paths.host_config
+        self.file.write_text("")
+
+    def test_modes(self) -> None:
+        for mode in (0o400, 0o600, 0o644, 0o755):
+            self.file.chmod(mode)
+            self.assertEqual(why_unsafe(self.file), "")
+        for mode in (0o620, 0o664, 0o602, 0o777):
+            self.file.chmod(mode)
+            self.assertIn(f"can be written by others (mode {mode:04o})", why_unsafe(self.file))
+
+    def test_owners(self) -> None:
+        found = self.file.stat()
+        for uid, own, safe in ((0, 1000, True), (1000, 1000, True), (1001, 1000, False)):
+            fields = list(found)
+            fields[stat.ST_UID] = uid
+            self.patch(os, "fstat", lambda _, fields=fields: os.stat_result(fields))
+            self.patch(os, "geteuid", lambda own=own: own)
+            self.assertEqual(not why_unsafe(self.file), safe, (uid, own))
+
+    def test_what_is_no_file(self) -> None:
+        self.assertIn("No such file", why_unsafe(self.paths.etc / "missing"))
+        self.assertIn("not a regular file", why_unsafe(self.paths.etc))
 
 
 class GroupsTests(RootedTestCase):
@@ -859,7 +914,9 @@ class SampleTests(RootedTestCase):
             plain = load()
             opened, count = re.subn(r"^# ([a-z_]+ = .*)$", r"\1", text, flags=re.MULTILINE)
             self.assertGreaterEqual(count, 2)
-            target.write_text(opened.replace("user = qdsmirror\n", ""))
+            # These have no default that can be written.
+            opened = re.sub(r"^(user|mail_relay) = .*\n", "", opened, flags=re.MULTILINE)
+            target.write_text(opened)
             self.assertEqual(load(), plain)
 
     def test_every_key_of_the_configspecs_and_no_other(self) -> None:
@@ -941,6 +998,24 @@ class SpecTests(TestCase):
                 "verify_every",
                 lambda text: 0.0 if text == "never" else float(text),
                 (limits.VERIFY_EVERY_SECONDS_MIN, limits.VERIFY_EVERY_SECONDS_MAX, 0.0),
+            ),
+            (
+                "perf_interval",
+                parse_seconds,
+                (
+                    limits.PERF_INTERVAL_SECONDS_MIN,
+                    limits.PERF_INTERVAL_SECONDS_MAX,
+                    limits.PERF_INTERVAL_SECONDS,
+                ),
+            ),
+            (
+                "prf_limit",
+                parse_size,
+                (
+                    limits.PRF_LIMIT_BYTES_MIN,
+                    limits.PRF_LIMIT_BYTES_MAX,
+                    limits.PRF_LIMIT_BYTES,
+                ),
             ),
             (
                 "verify_rate",

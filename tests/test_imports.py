@@ -41,7 +41,16 @@ IMPURE = frozenset(
 #: Rooms (and modules beside them) of the package, and which other rooms each may import.
 BASE = frozenset({"errors", "limits"})
 #: Small modules beside the rooms, that need no reactor.
-PLAIN = BASE | {"paths", "config", "configsource", "configvalues", "configlive", "pidfile", "core"}
+PLAIN = BASE | {
+    "paths",
+    "config",
+    "configsafety",
+    "configsource",
+    "configvalues",
+    "configlive",
+    "pidfile",
+    "core",
+}
 SHARED = PLAIN | {"interfaces"}
 RULES: dict[str, frozenset[str]] = {
     "": frozenset(),
@@ -52,6 +61,7 @@ RULES: dict[str, frozenset[str]] = {
     "interfaces": BASE | {"core"},
     "configvalues": BASE,
     "configmodel": BASE | {"configvalues"},
+    "configsafety": frozenset(),
     "configsource": BASE | {"configvalues"},
     "configlive": BASE | {"configmodel", "configvalues"},
     "config": BASE | {"paths", "configmodel", "configsource", "configvalues", "core"},

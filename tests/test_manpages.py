@@ -31,6 +31,7 @@ OTHERS = (
     ("qds.cfg", 5),
     ("dsgrp.cfg", 5),
     ("qdskeep", 5),
+    ("qdsprf", 5),
     ("qdswritelog", 5),
     ("qdsmirror", 7),
     ("qdsmirror-architecture", 7),
@@ -43,6 +44,7 @@ OTHERS = (
 #: Other projects' pages that ours refer to.
 FOREIGN = frozenset(
     {
+        "awk(1)",
         "fdatasync(2)",
         "fsync(2)",
         "write(2)",

@@ -1,6 +1,6 @@
 """The lines that grow beside a group: its performance tracking file, and its events.
 
-Both are ASCII files in the var directory (pages qdsprf(5) and qdsevt(5)).  One that has reached its
+Both are ASCII files in the var directory (page qdsprf(5)).  One that has reached its
 limit is renamed to ``NAME.1``, where it replaces the previous generation, and a new one begins
 (patent: "These performance files are allowed to grow to a configurable limit ...  One previous
 generation ... is retained").  Whatever moment a crash comes at, all lines that were synced, but
