@@ -367,6 +367,13 @@ CHANNEL_DESCRIPTORS_MAX = 4
 #: Lines of the log that may wait for it; and how long an ending process waits for them.
 LOG_QUEUE_BYTES = 256 * KIB
 LOG_END_SECONDS = 1.0
+#: An entry's longest field: a datagram must fit the socket's buffer (208 KiB by default).
+LOG_ENTRY_BYTES_MAX = 64 * KIB
+#: Of lines that are alike so many pass within a period, of all together so many; the kinds known.
+LOG_PERIOD_SECONDS = 30.0
+LOG_ALIKE_LINES_MAX = 20
+LOG_LINES_MAX = 1000
+LOG_KINDS_MAX = 1024
 #: What is kept of the reason for a failure that travels from a child to its master.
 REASON_CHARACTERS_MAX = 1024
 

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig, load_group, load_host
+from qdsmirror.daemons import logfields
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.interfaces import IGroup
 from qdsmirror.net.control import ControlServer
@@ -163,6 +164,7 @@ class HostedGroup:
             self._failed(error)
             return
         self.group, self._control = group, control
+        logfields.follow(group_name(self.number), lambda: getattr(group, "log_gsn", None))
         self._delay_seconds = limits.CHILD_RESTART_SECONDS_MIN
         self._report(self.number, "running", "", 0)
 
@@ -213,6 +215,7 @@ class HostedGroup:
     @inlineCallbacks
     def _stop(self) -> Any:
         group, self.group = self.group, None
+        logfields.forget(group_name(self.number))
         control, self._control = self._control, None
         try:
             if control is not None:

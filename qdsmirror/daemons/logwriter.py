@@ -34,7 +34,10 @@ class LogWriter:
 
     def write(self, text: str) -> None:
         """Queue a line, or drop it; never waits."""
-        data = text.encode(errors="backslashreplace")
+        self.put(text.encode(errors="backslashreplace"))
+
+    def put(self, data: bytes) -> None:
+        """Queue what is written as one, or drop it; never waits."""
         with self._changed:
             if self._bytes + len(data) > self._limit:
                 self.dropped += 1
@@ -68,9 +71,9 @@ class LogWriter:
                 self._bytes -= len(data)
                 self.dropped += lost
                 if self.dropped and not lost:
-                    line = f"\t({self.dropped} lines of the log before this one were lost)\n"
+                    line = self._loss(self.dropped)
                     self.dropped = 0
-                    self._waiting.appendleft(line.encode())
+                    self._waiting.appendleft(line)
                     self._bytes += len(line)
                 self._changed.notify_all()
 
@@ -85,6 +88,10 @@ class LogWriter:
             except OSError:
                 return False
         return True
+
+    def _loss(self, count: int) -> bytes:
+        """Make the line that tells of lost ones."""
+        return f"\t({count} lines of the log before this one were lost)\n".encode()
 
     def _forked(self) -> None:
         """Begin anew after a fork: our thread is not there, and our parent has the lines."""

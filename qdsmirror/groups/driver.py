@@ -312,6 +312,11 @@ class DriverGroup:
         self.notes.append(text)
         self.log.error("{group}: {text}", group=self.name, text=text)
 
+    @property
+    def log_gsn(self) -> int:
+        """The sequence number that lines of the log bear: what is written."""
+        return self.next_gsn - 1
+
     # -- coherence ----------------------------------------------------------------------------
 
     @property

@@ -141,6 +141,11 @@ class PrimaryGroup:
             self.log.failure("{group}: pmd", failure, group=self.name)
             self._say("refused", f"internal error: {failure.getErrorMessage()}", 1)
 
+    @property
+    def log_gsn(self) -> int | None:
+        """The sequence number that lines of the log bear: what is sent."""
+        return self._gsn["sent"]
+
     def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
         """See :meth:`LiveSettings.set`."""
         return self.settings.set(settings)

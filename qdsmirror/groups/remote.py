@@ -111,6 +111,11 @@ class RemoteGroup:
         """Why nothing is committed any more; empty while all is well."""
         return self.committing.failed if self.committing is not None else ""
 
+    @property
+    def log_gsn(self) -> int | None:
+        """The sequence number that lines of the log bear: what is committed."""
+        return self.committing.committed_gsn if self.committing is not None else None
+
     # -- life ---------------------------------------------------------------------------------
 
     @inlineCallbacks

@@ -11,7 +11,7 @@ from twisted.python import log as legacy
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from qdsmirror.daemons import logs
+from qdsmirror.daemons import logfields, logs
 
 
 class LogTests(TestCase):
@@ -56,3 +56,16 @@ class LogTests(TestCase):
         self.patch(sys, "stderr", self.output)
         Logger("qdsmirror", observer=LogPublisher(logs.twistd())).info("hello")
         self.assertIn(" qdsrmd[", self.lines()[0])
+
+    def test_where_the_group_is_stands_behind_the_text(self) -> None:
+        logfields.follow("dsgrp004", lambda: 812)
+        self.addCleanup(logfields.forget, "dsgrp004")
+        log = Logger("qdsmirror.groups", observer=self.publisher)
+        log.error("{group}: {text}", group="dsgrp004", text="one\ntwo")
+        log.info("{group}: void from {gsn}", group="dsgrp004", gsn=5)
+        log.info("{group}: connected", group="dsgrp005")
+        first, second, third, fourth = self.lines()
+        self.assertTrue(first.endswith("error: dsgrp004: one (GSN 812)"), first)
+        self.assertEqual(second, "\ttwo")
+        self.assertTrue(third.endswith("dsgrp004: void from 5"), third)
+        self.assertTrue(fourth.endswith("dsgrp005: connected"), fourth)

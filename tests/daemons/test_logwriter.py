@@ -82,13 +82,13 @@ class LogWriterTests(SynchronousTestCase):
             "from qdsmirror.daemons import logs; from twisted.logger import Logger\n"
             # The writing thread gets its turn only where the main one waits.
             "import sys; sys.setswitchinterval(100)\n"
-            "logs.begin('rmd'); [Logger('qdsmirror').info('line {n}', n=n) for n in range(50)]"
+            "logs.begin('rmd'); [Logger('qdsmirror').info('line{n}', n=n) for n in range(50)]"
         )
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
         )
         self.assertEqual(len(done.stderr.splitlines()), 50)
-        self.assertTrue(done.stderr.endswith("line 49\n"))
+        self.assertTrue(done.stderr.endswith("line49\n"))
 
     def test_after_a_fork(self) -> None:
         writer = self.pipe()
