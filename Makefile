@@ -3,6 +3,7 @@
 # make lint          ruff and mypy
 # make fuzz          the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
 # make sim           the simulation: seeds, crash states, broken builds (SIM='7' runs seed 7 again)
+# make completion   make the completion for bash and zsh anew from the parsers
 # make man           draw qdsmirror-modes(7) anew from the state machine's tables
 # make soak          the simulation with fresh seeds, until it is stopped
 # make bench         qdsmirror beside its peers (see bench/README.md)
@@ -21,12 +22,12 @@ BIN := $(VENV)/bin
 DEBIAN := make python3 python3-venv git \
           nbdkit libnbd-bin nbdfuse python3-libnbd qemu-utils qemu-system-common fio \
           fuse3 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk util-linux mount kmod iproute2 procps socat openssl \
-          sqlite3 mandoc man-db \
+          sqlite3 mandoc man-db zsh \
           qemu-system-x86 linux-image-amd64 busybox-static
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
 
-.PHONY: demo test lint fuzz sim soak man bench clean install-deps venv
+.PHONY: demo test lint fuzz sim soak man completion bench clean install-deps venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m qdsmirror.tools.demo
@@ -51,6 +52,9 @@ soak: $(VENV)/installed-dev
 
 man: $(VENV)/installed
 	$(BIN)/python man/modes.py
+
+completion: $(VENV)/installed
+	$(BIN)/python completion/make.py
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/peers.py $(BENCH)

@@ -154,6 +154,17 @@ class InstalledWheelTests(TestCase):
         share = self.directory / "installed" / "share" / "man"
         self.assertEqual({str(p.relative_to(share)) for p in share.glob("man*/*")}, pages)
 
+    def test_completion_is_installed(self) -> None:
+        """Where bash-completion and zsh look, below the environment's share."""
+        share = self.directory / "installed" / "share"
+        for folder, place in (
+            ("bash", share / "bash-completion" / "completions"),
+            ("zsh", share / "zsh" / "site-functions"),
+        ):
+            ours = {path.name for path in (ROOT / "completion" / folder).iterdir()}
+            self.assertGreater(len(ours), 0)
+            self.assertEqual({path.name for path in place.iterdir()}, ours)
+
     def test_sdist_is_complete(self) -> None:
         with tarfile.open(self.installed.sdist) as archive:
             names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--mark", metavar="NAME", help="at the primary: have one taken behind what is written now"
     )
-    cli.add_selection(made, "on, off or list; then: only the groups that have these LDSUs")
+    cli.add_selection(made, "on, off or list; then: only the groups that have these LDSUs", _WORDS)
     return made
 
 

@@ -127,12 +127,20 @@ def paths_of(arguments: argparse.Namespace) -> Paths:
 # -- selection of groups ---------------------------------------------------------------------------
 
 
+def completes(action: argparse.Action, words: Iterable[str]) -> None:
+    """Have the shells offer words for an argument that takes others, too."""
+    action.completes = tuple(words)  # type: ignore[attr-defined]
+
+
 def add_selection(
-    to: argparse.ArgumentParser, names_help: str = "only the groups that have these LDSUs"
+    to: argparse.ArgumentParser,
+    names_help: str = "only the groups that have these LDSUs",
+    words: Iterable[str] = (),
 ) -> None:
     """Add ``-g N`` (repeatable) and ``LDSU...``; :func:`select_groups` evaluates them.
 
     :param names_help: what LDSUs select.
+    :param words: what may stand there beside LDSUs.
     """
     to.add_argument(
         "-g",
@@ -143,7 +151,7 @@ def add_selection(
         default=[],
         help=f"only logical group N, 0 to {GROUPS_MAX - 1}; may be repeated (default: all)",
     )
-    to.add_argument("names", metavar="LDSU", nargs="*", help=names_help)
+    completes(to.add_argument("names", metavar="LDSU", nargs="*", help=names_help), words)
 
 
 def _group_number(text: str) -> int:

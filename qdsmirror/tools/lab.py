@@ -82,12 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
     stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
     for one in (start, stop):
         one.add_argument("dir", metavar="DIR", help="the lab's directory")
-        one.add_argument(
+        sites = one.add_argument(
             "sites",
             metavar="SITE",
             nargs="*",
             help="primary, secondary, secondary2 ... (default: all)",
         )
+        cli.completes(sites, ("primary", "secondary"))
     show = cli.subcommand(commands, "status", "show daemons and groups of every site")
     show.add_argument("dir", metavar="DIR", help="the lab's directory")
     destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")

@@ -25,7 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
         "Change settings of running groups until the next start; without any, show them.",
         epilog=f"Settings: {', '.join(SETTINGS)}.  See dsgrp.cfg(5).",
     )
-    cli.add_selection(made, "KEY=VALUE, as in dsgrp.cfg(5), or an LDSU: only the groups with these")
+    cli.add_selection(
+        made,
+        "KEY=VALUE, as in dsgrp.cfg(5), or an LDSU: only the groups with these",
+        [f"{name}=" for name in SETTINGS],
+    )
     return made
 
 
