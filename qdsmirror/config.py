@@ -16,7 +16,9 @@ from typing import Any
 
 from qdsmirror.configmodel import POOL_KEY, GroupConfig, HostConfig, LdsuConfig, Role, Tunables
 from qdsmirror.configsource import Problem, ProblemsError, Source, parse, read_text
+from qdsmirror.configthrottles import read_throttles
 from qdsmirror.configvalues import parse_seconds, parse_size, shown
+from qdsmirror.core.throttles import Throttle
 from qdsmirror.errors import ConfigError
 from qdsmirror.limits import GROUPS_MAX, LDSU_NAME_CHARS_MAX, LDSUS_PER_GROUP_MAX, SECRET_BYTES
 from qdsmirror.paths import Paths, group_name
@@ -182,7 +184,7 @@ def read_group(path: Path) -> tuple[GroupConfig | None, list[Problem]]:
     source = _source(path, "dsgrp.ini")
     if source.problems:
         return None, source.problems
-    group = _group(int(match[1]), path, source.values)
+    group = _group(int(match[1]), path, source.values, read_throttles(source))
     _judge(group, source)
     return (None, source.problems) if source.problems else (group, [])
 
@@ -197,7 +199,9 @@ def _source(path: Path, spec: str) -> Source:
         return Source(path, problems=[Problem(path, 0, "", message)])
 
 
-def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
+def _group(
+    number: int, path: Path, values: dict[str, Any], throttles: tuple[Throttle, ...]
+) -> GroupConfig:
     primary, secondary = values["primary"], values["secondary"]
     return GroupConfig(
         number=number,
@@ -221,6 +225,7 @@ def _group(number: int, path: Path, values: dict[str, Any]) -> GroupConfig:
         on_disconnect=values["on_disconnect"],
         near_sync_entries=values["near_sync_entries"],
         paths=secondary["paths"] or (),
+        throttles=throttles,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
 
 from qdsmirror.configvalues import NetworkPath, Relay, memory_bytes, parse_relay
+from qdsmirror.core.throttles import Throttle
 from qdsmirror.limits import (
     BEFORE_IMAGE_BYTES_DEFAULT,
     CHILDREN_DEFAULT,
@@ -20,6 +21,7 @@ from qdsmirror.limits import (
     PRF_LIMIT_BYTES,
     RECONNECT_SECONDS_MAX,
     SEND_WINDOW_BYTES,
+    THROTTLE_INTERVAL_SECONDS,
     VERIFY_RATE_BYTES,
 )
 
@@ -78,6 +80,7 @@ class Tunables:
         (``give-up``), or the refresh stops (``stop``).
     :ivar perf_interval: seconds between two rows of the performance tracking file.
     :ivar prf_limit: bytes up to which that file grows.
+    :ivar throttle_interval: seconds between two evaluations of the throttles.
     """
 
     metadata_entries: int = METADATA_ENTRIES_DEFAULT
@@ -93,6 +96,7 @@ class Tunables:
     before_images_full: str = "give-up"
     perf_interval: float = PERF_INTERVAL_SECONDS
     prf_limit: int = PRF_LIMIT_BYTES
+    throttle_interval: float = THROTTLE_INTERVAL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class GroupConfig:
     :ivar on_disconnect: ``block`` or ``async``: what happens then to writes that the secondary
         cannot commit.
     :ivar near_sync_entries: answered entries that it may lack in near-synchronous operation.
+    :ivar throttles: in the file's order; they may differ on the two systems.
     """
 
     number: int
@@ -162,6 +167,7 @@ class GroupConfig:
     on_disconnect: str = "block"
     near_sync_entries: int = NEAR_SYNC_ENTRIES_DEFAULT
     paths: tuple[NetworkPath, ...] = ()
+    throttles: tuple[Throttle, ...] = ()
 
     @property
     def ways(self) -> tuple[NetworkPath, ...]:
@@ -173,6 +179,17 @@ class GroupConfig:
     def in_memory(self) -> bool:
         """Whether its writelogs are in memory: all of them are, or none."""
         return any(ldsu.memory_bytes for ldsu in self.ldsus)
+
+    def of_data_path(self) -> GroupConfig:
+        """Give what matters to who moves data, without what only those go by who watch."""
+        others = Tunables()
+        plain = replace(
+            self.tunables,
+            throttle_interval=others.throttle_interval,
+            perf_interval=others.perf_interval,
+            prf_limit=others.prf_limit,
+        )
+        return replace(self, throttles=(), tunables=plain)
 
     def role_of(self, host: str) -> Role | None:
         """Tell which part a host plays in this group, by its configured name."""

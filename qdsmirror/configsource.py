@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ from qdsmirror.errors import ConfigError
 from qdsmirror.limits import CONFIG_FILE_BYTES_MAX, CONFIG_LINE_CHARS_MAX, CONFIG_PROBLEMS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+#: A throttle's name may have blanks in it, and its actions stand on several lines.
+_TITLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]*")
+_TITLED = "throttles"
+_LONG_KEY = "actions"
+_LONG_QUOTES = ('"""', "'''")
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,15 @@ class Source:
     :ivar values: sections as dictionaries in file order, values converted, defaults filled in.
         Only complete when there are no problems.
     :ivar lines: where each section and key stands, by its path, e.g. ``("secondary", "port")``.
+    :ivar columns: of keys, how many characters stand in the line before the value.
+    :ivar blocks: values of several lines, joined by line ends; the first stands behind the quotes.
     """
 
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    columns: dict[tuple[str, ...], int] = field(default_factory=dict)
+    blocks: dict[tuple[str, ...], str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def complain(self, path: tuple[str, ...], message: str, line: int | None = None) -> None:
@@ -133,6 +142,7 @@ def parse(path: Path, text: str, spec: str) -> Source:
         source.complain((), f"{reason}: {shown(lines[where - 1])}", where)
         return source
     _unquote(parsed)
+    _put_blocks(source, parsed)
     specification = ConfigObj(
         Path(__file__).with_name(spec).read_text("utf-8").splitlines(),
         interpolation=False,
@@ -153,7 +163,8 @@ def _canonical_lines(source: Source, text: str) -> list[str]:
     """Take each line apart; give it back as ``[[name]]``, ``key = "value"`` or nothing."""
     canonical: list[str] = []
     section: tuple[str, ...] = ()
-    for number, raw in enumerate(text.split("\n"), 1):
+    raw_lines = enumerate(text.split("\n"), 1)
+    for number, raw in raw_lines:
         canonical.append("")
         line = raw.strip(" \t\r")
         if not line or (line.startswith("#") and len(line) <= CONFIG_LINE_CHARS_MAX):
@@ -161,19 +172,62 @@ def _canonical_lines(source: Source, text: str) -> list[str]:
         try:
             _refuse_strange(line)
             if line.startswith("["):
-                depth, name = _section_line(line)
+                depth, name = _section_line(line, section)
                 section = (*section[: depth - 1], name)
                 path, made = section, "[" * depth + name + "]" * depth
+            elif (quotes := _long_quotes(line, section)) is not None:
+                path, made = (*section, _LONG_KEY), f'{_LONG_KEY} = "-"'
+                source.lines.setdefault(path, number)
+                source.columns[path] = raw.index(quotes) + len(quotes)
+                source.blocks[path] = _block(source, raw, quotes, raw_lines, canonical)
             else:
                 key, value = _key_line(line)
                 quote = "'" if '"' in value else '"'
                 path, made = (*section, key), f"{key} = {quote}{value}{quote}"
+                source.columns[path] = raw.index(value, raw.index("=") + 1)
         except ValueError as error:
             source.complain((), str(error), number)
             continue
         source.lines.setdefault(path, number)
-        canonical[-1] = made
+        canonical[number - 1] = made
     return canonical
+
+
+def _long_quotes(line: str, section: tuple[str, ...]) -> str | None:
+    """Give the quotes of a value that may go on in the lines below; ``None`` where it has none."""
+    key, _, rest = line.partition("=")
+    if section[:1] != (_TITLED,) or key.strip() != _LONG_KEY:
+        return None
+    return rest.strip()[:3] if rest.strip()[:3] in _LONG_QUOTES else None
+
+
+def _block(
+    source: Source,
+    raw: str,
+    quotes: str,
+    following: Iterator[tuple[int, str]],
+    canonical: list[str],
+) -> str:
+    """Take the lines up to the closing quotes.
+
+    :param canonical: gets an empty line for each.
+    :raises ValueError: they are not closed, or more than a comment stands behind them.
+    """
+    lines = [raw[raw.index(quotes) + len(quotes) :].rstrip("\r")]
+    while quotes not in lines[-1]:
+        number, line = next(following, (0, ""))
+        if not number:
+            raise ValueError(f"{_LONG_KEY}: the {quotes} that begin here are not closed")
+        canonical.append("")
+        lines.append(line.rstrip("\r"))
+        try:
+            _refuse_strange(lines[-1])
+        except ValueError as error:
+            source.complain((), str(error), number)
+    lines[-1], _, rest = lines[-1].partition(quotes)
+    if rest.strip() and not rest.strip().startswith("#"):
+        raise ValueError(f"{_LONG_KEY}: {shown(rest.strip())} stands behind the closing {quotes}")
+    return "\n".join(lines)
 
 
 def _refuse_strange(line: str) -> None:
@@ -184,7 +238,7 @@ def _refuse_strange(line: str) -> None:
             raise ValueError(f"a control character (U+{ord(character):04X}) stands in the line")
 
 
-def _section_line(line: str) -> tuple[int, str]:
+def _section_line(line: str, section: tuple[str, ...]) -> tuple[int, str]:
     inner = line.lstrip("[")
     depth = len(line) - len(inner)
     name, bracket, rest = inner.partition("]")
@@ -193,7 +247,8 @@ def _section_line(line: str) -> tuple[int, str]:
     name, closing = name.strip(), closing.strip()
     if closed != depth or (closing and not closing.startswith("#")):
         raise ValueError(f"{shown(line)} is not a section: write [name] or [[name]]")
-    if not _NAME.fullmatch(name):
+    named = _TITLE if depth == 2 and section[:1] == (_TITLED,) else _NAME
+    if not named.fullmatch(name):
         raise ValueError(f"{shown(name)} is not a section's name (letters, digits, -_.)")
     return depth, name
 
@@ -230,6 +285,15 @@ def _unquote(section: Any) -> None:
         section[key] = section[key][1:-1]
     for name in section.sections:
         _unquote(section[name])
+
+
+def _put_blocks(source: Source, parsed: Any) -> None:
+    """Put the values of several lines where something stands for them."""
+    for path, value in source.blocks.items():
+        place = parsed
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
 
 
 def _drop_unknown(source: Source, section: Any, spec: Any, path: tuple[str, ...]) -> None:

@@ -296,6 +296,8 @@ def _or_default(check: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CHECKS: dict[str, Callable[..., Any]] = {
+    # Taken apart elsewhere.
+    "text": str,
     "one_of": _one_of,
     "yes_no": _yes_no,
     "whole_number": _whole_number,

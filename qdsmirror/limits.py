@@ -36,6 +36,11 @@ RECONNECT_MAX_SECONDS_MAX = 300.0
 
 # -- throttles (patent: "each throttle may have up to sixteen actions") --------------------------
 THROTTLE_ACTIONS_MAX = 16
+#: "In one exemplary implementation, throttles are evaluated every ten seconds by default".
+THROTTLE_INTERVAL_SECONDS = 10.0
+THROTTLE_INTERVAL_SECONDS_MIN = 1.0
+THROTTLE_INTERVAL_SECONDS_MAX = 3600.0
+THROTTLE_NAME_CHARS_MAX = 64
 #: Before each entry is sent, and before a write is answered.
 THROTTLE_SLEEP_USEC_MAX = 10_000_000
 THROTTLE_LIMIT_KBPS_MAX = 100_000_000

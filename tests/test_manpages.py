@@ -32,6 +32,7 @@ OTHERS = (
     ("dsgrp.cfg", 5),
     ("qdskeep", 5),
     ("qdsprf", 5),
+    ("qdsthrottle", 5),
     ("qdswritelog", 5),
     ("qdsmirror", 7),
     ("qdsmirror-architecture", 7),

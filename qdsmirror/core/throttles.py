@@ -60,14 +60,16 @@ class ThrottleError(ConfigError):
     code = "throttle"
 
     def __init__(self, column: int, word: str, expected: str, line: int = 1) -> None:
-        found = f'"{_shown(word)}"' if word else "nothing"
-        super().__init__(
-            f"column {column}: {found} where {expected} was expected", "see qdsthrottle(5)"
-        )
         self.line = line
         self.column = column
         self.word = word
         self.expected = expected
+        super().__init__(self.at(column), "see qdsthrottle(5)")
+
+    def at(self, column: int) -> str:
+        """Say what is wrong, and in which column of a whole line."""
+        found = f'"{_shown(self.word)}"' if self.word else "nothing more"
+        return f"column {column}: expected {self.expected}, found {found}"
 
 
 def _shown(word: str) -> str:
@@ -110,7 +112,7 @@ def parse_time(text: str) -> time | None:
         return None
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ThrottleError(1, text, f"a time as HH:MM:SS, or {ALWAYS},")
+        raise ThrottleError(1, text, f"a time as HH:MM:SS, or {ALWAYS}")
     return time(int(match[1]), int(match[2]), int(match[3]))
 
 
@@ -183,12 +185,12 @@ def parse_test(text: str) -> Test:
     place = _blank(text, place)
     operator, place = _take(_OPERATOR, text, place)
     if not operator:
-        raise _wrong(text, place, "", f"a relation, {_one_of((*RELATIONS, *TRANSITIONS), '')},")
+        raise _wrong(text, place, "", f"a relation: {_one_of((*RELATIONS, *TRANSITIONS), '')}")
     place = _blank(text, place)
     word, place = _take(_VALUE, text, place)
     value = _test_value(measure, word)
     if value is None:
-        places = ", three places at most," if measure == "lag" else ""
+        places = " (three places at most)" if measure == "lag" else ""
         expected = f"a{'' if places else ' whole'} number from 0 to {MEASURES[measure]}{places}"
         raise _wrong(text, place - len(word), word, expected)
     place = _blank(text, place)
@@ -328,7 +330,7 @@ def parse_actions(lines: Sequence[str]) -> tuple[Action, ...]:
                 f"the end ({THROTTLE_ACTIONS_MAX} actions at most)", number_,
             )  # fmt: skip
     if not actions:
-        raise ThrottleError(1, "", f"an action, {_one_of(ACTIONS, '')},", max(1, len(lines)))
+        raise ThrottleError(1, "", f"an action: {_one_of(ACTIONS, '')}", max(1, len(lines)))
     return tuple(actions)
 
 
@@ -342,7 +344,7 @@ def parse_action(line: str) -> Action:
 
 def _action(line: str, words: Sequence[_Word]) -> Action:
     arguments = _Arguments(line, words)
-    kind = arguments.take(f"an action, {_one_of(ACTIONS, words[0].text)},", ACTIONS)
+    kind = arguments.take(f"an action: {_one_of(ACTIONS, words[0].text)}", ACTIONS)
     if kind in (SLEEP, WRITESLEEP):
         how = arguments.take("set, inc or dec", (SET, INC, DEC))
         action = Action(kind, how, arguments.number(THROTTLE_SLEEP_USEC_MAX, "microseconds"))
@@ -394,7 +396,7 @@ class _Arguments:
         if self._words and self._words[0].text == OFF:
             self._words.pop(0)
             return None
-        return self.number(THROTTLE_LIMIT_KBPS_MAX, "KB a second", f", or {OFF},")
+        return self.number(THROTTLE_LIMIT_KBPS_MAX, "KB a second", f", or {OFF}")
 
     def address(self) -> str:
         """Take a mail's address."""
@@ -406,7 +408,7 @@ class _Arguments:
 
     def text(self) -> str:
         """Take all that is left as a text."""
-        first = self._next('a text, such as "over 200 KB/s",')
+        first = self._next('a text, such as "over 200 KB/s"')
         text = " ".join([first.text, *(word.text for word in self._words)])
         self._words.clear()
         _check_text(first.column, text)

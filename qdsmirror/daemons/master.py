@@ -368,7 +368,8 @@ class Master(Service):
         return "restarted"
 
     def _fingerprint(self, group: GroupConfig) -> Fingerprint:
-        return (group, *(_identity(path) for path in self.depends_on(group.number)))
+        files = self.depends_on(group.number)
+        return (group.of_data_path(), *(_identity(path) for path in files))
 
     def _reload_certificate(self, host: HostConfig) -> bool:
         """Have the sessions to come begun with a new certificate; tell whether there is one.

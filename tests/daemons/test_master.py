@@ -227,6 +227,19 @@ class ApplyTests(MasterCase):
         self.world.paths.group_secret(0).write_text("new")
         self.assertEqual(master.apply()["restarted"], [0])
 
+    async def test_new_throttles_disturb_nobody(self) -> None:
+        self.world.host()
+        self.world.group(0)
+        master = self.begin()
+        await self.running(master, 0)
+        path = self.world.paths.group_config(0)
+        text = path.read_text()
+        path.write_text(f"{text}[throttles]\n[[one]]\ntest = lag > 1\nactions = extend\n")
+        result = master.apply()
+        self.assertEqual((result["restarted"], result["errors"]), ([], []))
+        path.write_text(f"{text}[throttles]\n[[one]]\ntest = lug > 1\nactions = extend\n")
+        self.assertIn('found "lug"', master.apply()["errors"][0])
+
     async def test_hang_up_applies(self) -> None:
         self.world.host()
         self.world.group(0)
