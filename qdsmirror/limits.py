@@ -339,6 +339,23 @@ PERF_INTERVAL_SECONDS_MAX = 3600.0
 PRF_LIMIT_BYTES = 64 * KIB
 PRF_LIMIT_BYTES_MIN = 16 * KIB
 PRF_LIMIT_BYTES_MAX = 64 * MIB
+#: Changes of modes are looked for this often at least.
+MODES_INTERVAL_SECONDS = 10.0
+#: A daemon that does not answer in this time is left out of a sample.
+STATISTICS_ASK_SECONDS = 5.0
+#: Lines that may wait for the disk: more are dropped, and that is told.
+TRACKING_LINES_MAX = 1024
+EVENT_LINE_CHARS_MAX = 2048
+#: Texts for the console, and errors, that are kept for whoever asks.
+CONSOLE_TEXTS_KEPT = 64
+STATISTICS_ERRORS_KEPT = 8
+#: Actions of throttles: how long one may take, how many of a kind may wait, and what is kept of
+#: what a program says.
+EXEC_SECONDS_MAX = 60.0
+MAIL_SECONDS_MAX = 60.0
+ORDER_SECONDS_MAX = 20.0
+ACTIONS_WAITING_MAX = 64
+EXEC_OUTPUT_BYTES_MAX = 1024
 #: Changes of a group's modes that its driver keeps for whoever asks now and then.
 MODE_CHANGES_KEPT = 32
 

@@ -96,3 +96,20 @@ class Paths:
     def state_file(self, number: int) -> Path:
         """The host state file of a group: latched device failures (rules.md 4)."""
         return self.var / f"{group_name(number)}.state"
+
+    def tracking_file(self, number: int) -> Path:
+        """``dsgrpNNN.prf``: the performance tracking file of a group (qdsprf(5))."""
+        return self.var / f"{group_name(number)}.prf"
+
+    def event_file(self, number: int) -> Path:
+        """``dsgrpNNN.evt``: what has happened to a group (qdsprf(5))."""
+        return self.var / f"{group_name(number)}.evt"
+
+    def statistics_file(self, number: int) -> Path:
+        """What the process for statistics of a group leaves to its successor."""
+        return self.run / f"{group_name(number)}.stats.json"
+
+    @property
+    def console(self) -> Path:
+        """The host's console device; below a root a file of this name, if there is one."""
+        return Path("/dev/console") if self.root is None else self.dev / "console"

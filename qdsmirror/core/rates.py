@@ -19,6 +19,7 @@ class Reading:
     :ivar driver: the driver's status, at the primary; ``None``: it did not answer.
     :ivar mirror: likewise of the pmd, at the secondary of the rmd.
     :ivar gone: whether nobody is there who could be the mirror daemon: it moves nothing.
+    :ivar driver_gone: likewise the driver.
     """
 
     epoch: float
@@ -26,6 +27,7 @@ class Reading:
     driver: Status | None = None
     mirror: Status | None = None
     gone: bool = False
+    driver_gone: bool = False
 
 
 class Rates:
@@ -41,6 +43,11 @@ class Rates:
         #: The last reading, and the last one in which the mirror daemon answered.
         self._last: Reading | None = None
         self._known: Reading | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a reading that the next one can be compared with."""
+        return self._last is not None
 
     def sample(self, reading: Reading) -> GroupSample:
         """Give the sample that ends with a reading; at the first one no rate is known."""

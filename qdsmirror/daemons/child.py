@@ -43,7 +43,7 @@ _MALLOC_KEPT_BYTES = 8 * limits.MIB
 #: A worker thread that holds the interpreter delays the reactor by at most this.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 #: Where processors are short the application's writes come first: the writelog absorbs the rest.
-_NICE = {"driver": 0, "pmd": 5, "rmd": 5}
+_NICE = {"driver": 0, "pmd": 5, "rmd": 5, "stats": 0}
 
 
 @functools.cache
@@ -87,8 +87,23 @@ def _remote(parts: GroupParts) -> IGroup:
     return group
 
 
+def _statistics(parts: GroupParts) -> IGroup:
+    from qdsmirror.groups.statistics import Machine, StatisticsGroup
+
+    role = parts.config.role_of(parts.host.name)
+    assert role is not None
+    machine = Machine.real(parts.reactor)
+    group: IGroup = StatisticsGroup(parts.config, role, parts.paths, machine)
+    return group
+
+
 #: What each role's groups are; the modules load only in the processes that need them.
-FACTORIES: Mapping[str, Factory] = {"driver": _driver, "pmd": _primary, "rmd": _remote}
+FACTORIES: Mapping[str, Factory] = {
+    "driver": _driver,
+    "pmd": _primary,
+    "rmd": _remote,
+    "stats": _statistics,
+}
 
 
 class _Child:

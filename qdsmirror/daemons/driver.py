@@ -28,6 +28,7 @@ class DriverMaster(Master):
     daemon = "qdsdriver"
     role = "driver"
     side = "primary"
+    has_statistics = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -30,6 +30,7 @@ from twisted.python.util import switchUID
 from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
 from qdsmirror.daemons.notify import Notifier
+from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.daemons.vigil import Vigil
 from qdsmirror.errors import ConfigError, QdsError
@@ -66,6 +67,7 @@ class Master(Service):
     :cvar daemon: the name of its pid file, control socket and log, e.g. ``qdsdriver``.
     :cvar role: of its children.
     :cvar side: the part this host plays in the groups it takes.
+    :cvar has_statistics: whether a process for their statistics runs beside its other children.
     :cvar has_certificate: whether its children show the host's certificate to peers.
     :param command: how a child is started.
     """
@@ -74,6 +76,7 @@ class Master(Service):
     role = ""
     side = ""
     has_certificate = False
+    has_statistics = False
 
     def __init__(
         self, reactor: Any, paths: Paths, command: tuple[str, ...] = CHILD_COMMAND
@@ -93,6 +96,7 @@ class Master(Service):
         self._host: HostConfig
         self._supervisor: Supervisor
         self._vigil: Vigil
+        self._statistics: Statistics | None = None
 
     # -- what a role adds -----------------------------------------------------------------------
 
@@ -206,6 +210,10 @@ class Master(Service):
             changed=lambda: self._vigil.look(),
         )
         self._supervisor = Supervisor(setting, self._host.children)
+        if self.has_statistics:
+            self._statistics = Statistics(
+                self.reactor, self.paths, self._children_log, self._command
+            )
         self._vigil = Vigil(self.reactor, Notifier(), self._supervisor)
         # Not before the reactor reaps.
         self.reactor.callWhenRunning(self._start_children)
@@ -215,6 +223,8 @@ class Master(Service):
         if self.running:
             self._supervisor.start(self.groups)
             self._vigil.begin()
+            if self._statistics is not None:
+                self._statistics.start(self.groups)
 
     def _children_log(self) -> int:
         return 2 if self._log_descriptor is None else self._log_descriptor
@@ -248,6 +258,9 @@ class Master(Service):
         super().stopService()
         self._vigil.end()
         self.close()
+        if self._statistics is not None:
+            # Before the daemons that it asks: it has nothing to say of their end.
+            yield self._statistics.stop()
         yield self._supervisor.stop()
         self._supervisor.keep_failures()
         for number in list(self.groups):
@@ -269,6 +282,7 @@ class Master(Service):
             "since": self._since,
             "errors": [str(problem) for problem in self._problems],
             **self._supervisor.status(),
+            "statistics": self._statistics.status() if self._statistics is not None else None,
         }
 
     def apply(self) -> dict[str, list[Any]]:
@@ -290,6 +304,8 @@ class Master(Service):
             )
         found, self._problems = scan_groups(self.paths)
         self._tell_problems()
+        if self._statistics is not None:
+            self._statistics.retry()
         self._host = host
         self._supervisor.children_max = host.children
         wanted = {one.number: one for one in found if one.role_of(host.name) == self.side}
@@ -319,6 +335,8 @@ class Master(Service):
             else:
                 if done:
                     result[done].append(number)
+                    if self._statistics is not None:
+                        self._statistics.changed(done, number)
         changes = [
             f"{word} {', '.join(map(group_name, result[word]))}"
             for word in ("started", "stopped", "restarted", "retried")

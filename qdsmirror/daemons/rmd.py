@@ -52,6 +52,7 @@ class RmdMaster(master.Master):
     daemon = "qdsrmd"
     role = "rmd"
     side = "secondary"
+    has_statistics = True
     has_certificate = True
 
     def __init__(self, *arguments: Any) -> None:

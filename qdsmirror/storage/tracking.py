@@ -182,3 +182,13 @@ class GrowingFile:
         self.close()
         self._directory.rename(self.name, f"{self.name}.1")
         self._open()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Give a file another content, all or nothing of it, for as long as the machine runs.
+
+    :raises OSError: it has the old one.
+    """
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)

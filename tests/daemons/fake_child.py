@@ -97,5 +97,23 @@ class FakeGroup:
             connection.sendall(b"adopted %d %d" % (self.number, hello[0]))
 
 
+@implementer(IGroup)
+class FakeStatistics:
+    """Of groups that are fake there are none."""
+
+    def __init__(self, parts: GroupParts) -> None:
+        self.number = parts.config.number
+
+    def start(self) -> Deferred[None]:
+        return succeed(None)
+
+    def stop(self) -> Deferred[None]:
+        return succeed(None)
+
+    def status(self) -> dict[str, Any]:
+        return {"group": self.number}
+
+
 if __name__ == "__main__":
-    sys.exit(child.main(factories=dict.fromkeys(("driver", "pmd", "rmd"), FakeGroup)))
+    factories = dict.fromkeys(("driver", "pmd", "rmd"), FakeGroup)
+    sys.exit(child.main(factories={**factories, "stats": FakeStatistics}))

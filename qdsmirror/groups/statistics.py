@@ -1,0 +1,240 @@
+"""The statistics of a group: samples, its performance tracking file, events, throttles.
+
+The patent: "throttle evaluation and performance data collection can be separated from the primary
+and secondary mirror daemons and placed in a separate daemon executed on the primary and secondary
+computer systems".  It asks the group's daemons over their control sockets, as a tool does; nothing
+of the data path ever waits for it, and it goes on while the pmd, or the driver, is down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks, succeed
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from qdsmirror.config import GroupConfig, Role
+from qdsmirror.core.events import EVENT_HEAD, Seen, mode_lines
+from qdsmirror.core.localtime import WallClock
+from qdsmirror.core.rates import Rates, Reading
+from qdsmirror.core.samples import header, row
+from qdsmirror.errors import QdsError
+from qdsmirror.groups.tracking import Tracking
+from qdsmirror.interfaces import IGroup, IWorker
+from qdsmirror.limits import MODES_INTERVAL_SECONDS, STATISTICS_ASK_SECONDS
+from qdsmirror.net.asking import NobodyThereError, ask
+from qdsmirror.net.control import Status
+from qdsmirror.paths import Paths
+from qdsmirror.storage.tracking import Directory, GrowingFile
+from qdsmirror.storage.worker import ThreadWorker
+
+
+@dataclass
+class Machine:
+    """What the statistics need of the machine, so that tests can give them another one.
+
+    :ivar reactor: timers and sockets.
+    :ivar worker: by name, for what may block.
+    :ivar ask: asks a daemon; as :func:`qdsmirror.net.asking.ask`.
+    :ivar directory: by path, where files grow.
+    :ivar wall: seconds since 1970; ``clock``: what the clocks on the wall show then.
+    :ivar master: the number of the process that supervises this one.
+    """
+
+    reactor: Any
+    worker: Callable[[str], IWorker]
+    ask: Callable[..., Deferred[Any]] = ask
+    directory: Callable[..., Directory] = Directory
+    wall: Callable[[], float] = time.time
+    clock: WallClock = datetime.fromtimestamp
+    master: int = 0
+
+    @classmethod
+    def real(cls, reactor: Any) -> Machine:
+        """Give that of a daemon."""
+        return cls(reactor, lambda name: ThreadWorker(reactor, name), master=os.getppid())
+
+
+class _Rhythm:
+    """Something that is done again and again; a turn that is missed is left out."""
+
+    def __init__(self, interval: float, do: Callable[[Reading], None]) -> None:
+        self.interval = interval
+        self.do = do
+        self.due = 0.0
+
+    def take(self, now: float) -> bool:
+        """Tell whether it is its turn, and note that it was."""
+        if now < self.due:
+            return False
+        begun = self.due or now
+        missed = (now - begun) // self.interval
+        self.due = begun + (missed + 1) * self.interval
+        return True
+
+
+@implementer(IGroup)
+class StatisticsGroup:
+    """What the process for statistics does for one group.
+
+    :ivar rows: written to the performance tracking file since the start.
+    """
+
+    log = Logger()
+
+    def __init__(self, config: GroupConfig, role: Role, paths: Paths, machine: Machine) -> None:
+        self.config = config
+        self.role = role
+        self.number = config.number
+        self.name = config.name
+        self.rows = 0
+        self._paths = paths
+        self._machine = machine
+        self._reactor = machine.reactor
+        names = [ldsu.name for ldsu in config.ldsus]
+        limit = config.tunables.prf_limit
+        directory = machine.directory(paths.var)
+        self._rows = GrowingFile(
+            directory, paths.tracking_file(self.number).name, limit, header(names)
+        )
+        self._events = GrowingFile(
+            directory, paths.event_file(self.number).name, limit, EVENT_HEAD, durable=True
+        )
+        self._rates = Rates(names, role)
+        self._rhythms = [
+            _Rhythm(config.tunables.perf_interval, self._track),
+            _Rhythm(MODES_INTERVAL_SECONDS, lambda _reading: None),
+        ]
+        self._tracking: Tracking
+        self._seen = Seen()
+        self._kept = ""
+        self._timer: IDelayedCall | None = None
+        self._asking = False
+        self._stopping: Deferred[None] | None = None
+        self._since = machine.wall()
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def start(self) -> Deferred[None]:
+        """Begin to ask; succeeds at once, whether anybody answers or not."""
+        self._tracking = Tracking(self.name, self._machine.worker(f"{self.name} files"))
+        self._take_up()
+        self._turn()
+        return succeed(None)
+
+    @inlineCallbacks
+    def stop(self) -> Any:
+        """Ask nobody any more, and write what waits."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        if self._asking:
+            self._stopping = Deferred()
+            yield self._stopping
+        yield self._tracking.stop(self._rows, self._events)
+
+    def status(self) -> dict[str, Any]:
+        """Describe what it does."""
+        return {
+            "group": self.number,
+            "name": self.name,
+            "role": self.role,
+            "pid": os.getpid(),
+            "since": self._since,
+            "rows": self.rows,
+            "errors": [self._tracking.error] if self._tracking.error else [],
+        }
+
+    # -- readings -------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Do what is due now, and come back when something is again."""
+        now = self._reactor.seconds()
+        due = [one for one in self._rhythms if one.take(now)]
+        next_ = min(one.due for one in self._rhythms)
+        self._timer = self._reactor.callLater(max(0.0, next_ - now), self._turn)
+        # Who has not answered yet is not asked again: that turn is left out.
+        if due and not self._asking:
+            self._asking = True
+            self._read().addCallback(self._take, due).addBoth(self._asked)
+
+    def _asked(self, failure: Failure | None) -> None:
+        self._asking = False
+        if failure is not None:
+            self.log.failure("{group}: statistics", failure, group=self.name)
+        stopping, self._stopping = self._stopping, None
+        if stopping is not None:
+            stopping.callback(None)
+
+    @inlineCallbacks
+    def _read(self) -> Any:
+        """Ask the group's daemons at the same time."""
+        mirror = "pmd" if self.role == "primary" else "rmd"
+        asked = [self._ask(mirror)]
+        if self.role == "primary":
+            asked.append(self._ask("driver"))
+        (mirror_said, gone), *driver = yield gatherResults(asked)
+        driver_said, driver_gone = driver[0] if driver else (None, False)
+        return Reading(
+            epoch=self._machine.wall(),
+            at=self._reactor.seconds(),
+            driver=driver_said,
+            mirror=mirror_said,
+            gone=gone,
+            driver_gone=driver_gone,
+        )
+
+    @inlineCallbacks
+    def _ask(self, daemon: str) -> Any:
+        """Ask one; gives (its status or ``None``, whether nobody is there)."""
+        path = self._paths.control_socket(f"{self.name}.{daemon}")
+        try:
+            said = yield self._machine.ask(self._reactor, path, Status, STATISTICS_ASK_SECONDS)
+        except QdsError as error:
+            return None, isinstance(error, NobodyThereError)
+        return said, False
+
+    def _take(self, reading: Reading, due: Iterable[_Rhythm]) -> None:
+        self._seen, lines = mode_lines(self._seen, reading, self.role)
+        self._tracking.write(self._events, lines)
+        for rhythm in due:
+            rhythm.do(reading)
+        self._keep()
+
+    def _track(self, reading: Reading) -> None:
+        """Add a row; the first reading has nothing to be compared with."""
+        first = not self._rates.begun
+        sample = self._rates.sample(reading)
+        if not first:
+            self.rows += 1
+            self._tracking.write(self._rows, [row(sample)])
+
+    # -- what a successor takes up --------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Leave to a successor what must not be told, or done, twice."""
+        text = json.dumps({"master": self._machine.master, "seen": self._seen.to_json()})
+        if text != self._kept:
+            self._kept = text
+            self._tracking.replace(self._paths.statistics_file(self.number), text)
+
+    def _take_up(self) -> None:
+        """Go on where a process that was killed has stopped."""
+        try:
+            kept = json.loads(self._paths.statistics_file(self.number).read_text("utf-8"))
+            self._seen = Seen.from_json(kept["seen"])
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self.log.warn(
+                "{group}: its statistics begin anew: {error}", group=self.name, error=error
+            )
