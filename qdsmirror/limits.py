@@ -391,6 +391,8 @@ LOG_QUEUE_BYTES = 256 * KIB
 LOG_END_SECONDS = 1.0
 #: An entry's longest field: a datagram must fit the socket's buffer (208 KiB by default).
 LOG_ENTRY_BYTES_MAX = 64 * KIB
+#: Of a text in the audit log.
+AUDIT_TEXT_CHARACTERS_MAX = 1024
 #: Of lines that are alike so many pass within a period, of all together so many; the kinds known.
 LOG_PERIOD_SECONDS = 30.0
 LOG_ALIKE_LINES_MAX = 20

@@ -89,6 +89,11 @@ class Paths:
         """The Unix socket on which a checkpoint of the group's mirror devices is exported."""
         return self.run / f"{group_name(number)}.mirror.nbd"
 
+    @property
+    def audit_log(self) -> Path:
+        """Who asked for which change (qdsmirror.audit)."""
+        return self.var / "audit.log"
+
     def log_file(self, name: str) -> Path:
         """Where a daemon started in the background writes its log."""
         return self.var / f"{name}.log"

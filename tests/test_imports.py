@@ -49,6 +49,7 @@ PLAIN = BASE | {
     "configvalues",
     "configlive",
     "pidfile",
+    "audit",
     "core",
 }
 SHARED = PLAIN | {"interfaces"}
@@ -58,6 +59,7 @@ RULES: dict[str, frozenset[str]] = {
     "limits": frozenset(),
     "paths": BASE,
     "pidfile": BASE | {"paths"},
+    "audit": BASE | {"paths"},
     "interfaces": BASE | {"core"},
     "configvalues": BASE,
     "configmodel": BASE | {"configvalues", "core"},
@@ -90,6 +92,7 @@ NO_TWISTED_AT_START = frozenset(
         "pki",
         "paths",
         "pidfile",
+        "audit",
     }  # fmt: skip
 )
 

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from qdsmirror import errors, limits
 from qdsmirror.config import GroupConfig, HostConfig, load_group, load_host
 from qdsmirror.daemons import logfields
+from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.interfaces import IGroup
 from qdsmirror.net.control import ControlServer
@@ -158,7 +159,12 @@ class HostedGroup:
             self._pid_file.write()
             group = self._make()
             yield group.start()
-            control = ControlServer(self._reactor, self._paths.control_socket(self._name), group)
+            control = ControlServer(
+                self._reactor,
+                self._paths.control_socket(self._name),
+                group,
+                Auditor(self._paths, self._name),
+            )
             control.start()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other groups go on
             self._failed(error)

@@ -122,6 +122,7 @@ class JournalObserver:
                     "QDS_LDSU": about.ldsu,
                     "QDS_SEQUENCE": about.sequence,
                     "QDS_MODULE": str(event.get("log_namespace", "")) or None,
+                    "QDS_AUDIT": "1" if event.get("audit") is True else None,
                     "QDS_SUPPRESSED": suppressed if isinstance(suppressed, int) else None,
                 }
             )

@@ -58,12 +58,17 @@ def fields_of(event: LogEvent) -> Fields:
     )
 
 
+def group_in(text: str) -> str | None:
+    """Find the one group that a text names; ``None``: none, or several."""
+    found = set(_GROUP.findall(text))
+    return found.pop() if len(found) == 1 else None
+
+
 def _group_of(event: LogEvent) -> str | None:
     for key in ("group", "name", "names"):
         value = event.get(key)
         if isinstance(value, str):
-            found = set(_GROUP.findall(value))
-            return found.pop() if len(found) == 1 else None
+            return group_in(value)
         if isinstance(value, int) and key == "group":
             return f"dsgrp{value:03d}"
     return None

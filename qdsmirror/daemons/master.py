@@ -17,7 +17,7 @@ import pwd
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from twisted.python.util import switchUID
 
 from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
+from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
@@ -86,7 +87,10 @@ class Master(Service):
         self.groups: dict[int, GroupConfig] = {}
         self._command = command
         self._pid_file = PidFile(paths.pid_file(self.daemon))
-        self._control = ControlServer(reactor, paths.control_socket(self.daemon), self)
+        self._auditor = Auditor(paths, self.daemon)
+        self._control = ControlServer(
+            reactor, paths.control_socket(self.daemon), self, self._auditor
+        )
         self._fingerprints: dict[int, Fingerprint] = {}
         self._certificate: Fingerprint = ()
         self._problems: list[Problem] = []
@@ -218,6 +222,7 @@ class Master(Service):
         # Not before the reactor reaps.
         self.reactor.callWhenRunning(self._start_children)
         signal.signal(signal.SIGHUP, self._hang_up)
+        self._note_configuration("start", {})
 
     def _start_children(self) -> None:
         if self.running:
@@ -345,7 +350,20 @@ class Master(Service):
         if renewed:
             changes.append("new sessions show the certificate as it is now")
         _log.info("configuration applied: {done}", done="; ".join(changes) or "nothing to change")
+        self._note_configuration("apply", result)
         return result
+
+    def _note_configuration(self, event: str, changes: Mapping[str, Any]) -> None:
+        """Have the audit log say what is in effect from now on."""
+        self._auditor.configuration(
+            event,
+            {group.name: self.side for group in self.groups.values()},
+            [
+                self.paths.host_config,
+                *(self.paths.group_config(one) for one in sorted(self.groups)),
+            ],
+            changes,
+        )
 
     def forget_failures(self, group: str) -> dict[str, list[str]]:
         """Forget the failed devices of a group whose logs the operator has initialised anew.

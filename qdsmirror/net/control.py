@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 from twisted.internet import defer, endpoints
@@ -26,6 +27,7 @@ from twisted.python.failure import Failure
 from qdsmirror import limits
 from qdsmirror.core import ampbox
 from qdsmirror.errors import LimitError, QdsError, UnreachableError, UsageError
+from qdsmirror.net.control_audit import Audit, audited, unnoted
 
 _log = Logger()
 
@@ -220,7 +222,9 @@ class _ControlProtocol(BoundedAmp):
         if name not in _ALLOWED:
             return None
         found: Callable[..., Any] | None = amp.CommandLocator.locateResponder(self, name)
-        return found
+        if found is None or name in _LOOKS:
+            return found
+        return partial(audited, self._server.audit, self.transport, name, found)
 
     def _run(
         self, method: str, *arguments: str, answer: Callable[[Any], dict[str, Any]] | None = None
@@ -336,6 +340,10 @@ _ALLOWED = {
 }
 
 
+#: What looks and changes nothing.
+_LOOKS = {command.commandName for command in (Status, AttachPmd)}
+
+
 class _ControlFactory(Factory):
     """Makes protocols up to the connection limit."""
 
@@ -359,13 +367,19 @@ class ControlServer:
         gives a dict, or a Deferred of one, or ``None``) and ``attach_pmd()`` (gives ``(dict, [log
         descriptors], watermark descriptor)``, or a Deferred of it; the descriptors belong to the
         server then and are closed when sent).
+    :param audit: told of commands that change something.
     """
 
     def __init__(
-        self, reactor: IReactorUNIX, path: str | os.PathLike[str], handler: object
+        self,
+        reactor: IReactorUNIX,
+        path: str | os.PathLike[str],
+        handler: object,
+        audit: Audit = unnoted,
     ) -> None:
         self.path = os.fspath(path)
         self.handler = handler
+        self.audit = audit
         self._reactor = reactor
         self._port: IListeningPort | None = None
         self._connections: set[_ControlProtocol] = set()
