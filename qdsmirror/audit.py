@@ -105,4 +105,5 @@ def append_own(
         "code": code,
         "message": message,
     }
+    paths.var.mkdir(mode=0o755, parents=True, exist_ok=True)
     append(paths.audit_log, encode(record))

@@ -16,6 +16,7 @@ from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli
+from qdsmirror.tools.audited import audited
 
 if TYPE_CHECKING:
     from qdsmirror.storage.journal import Mirror
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = selection.broken
     for group in groups:
         try:
-            with cli.naming(group.name):
+            with audited(paths, "qdsrmdreco", arguments), cli.naming(group.name):
                 done.append(_recover(paths, group, work))
         except QdsError as error:
             # The other mirrors are needed no less.

@@ -15,6 +15,7 @@ from qdsmirror.errors import ConfigError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
 from qdsmirror.tools import cli
+from qdsmirror.tools.audited import audited
 from qdsmirror.tools.client import ControlClient
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What it names may be a device that a good group names too.
         raise broken[0]
     if arguments.replaced:
-        return _replaced(arguments, paths, host.name, groups)
+        with audited(paths, "qdswlinit", arguments):
+            return _replaced(arguments, paths, host.name, groups)
     here = [group for group in groups if host.name == group.primary_host]
     if not arguments.pool:
         here = [group for group in groups if group.role_of(host.name) is not None]
@@ -82,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = prepare(paths, host.name, here, opened, consent, only_pool=arguments.pool)
         if arguments.dry_run:
             return _tell_plan(prepared, arguments.json)
-        made = prepared.carry_out(paths)
+        with audited(paths, "qdswlinit", arguments):
+            made = prepared.carry_out(paths)
     if arguments.json:
         cli.print_json({"initialised": made})
     else:

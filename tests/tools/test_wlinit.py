@@ -396,3 +396,17 @@ class LatchTests(TestCase):
         site.paths.state_file(0).write_text("{")
         self.assertEqual(site.run(main)[0], 0)
         self.assertFalse(site.paths.state_file(0).exists())
+
+
+class AuditTests(TestCase):
+    def test_who_initialised_what(self) -> None:
+        site = Site(self)
+        site.run(main, "--dry-run")
+        self.assertFalse(site.paths.audit_log.exists())
+        site.run(main)
+        code, _, _ = site.run(main)
+        self.assertNotEqual(code, 0)
+        (done,) = map(json.loads, site.paths.audit_log.read_text().splitlines())
+        self.assertEqual((done["event"], done["command"]), ("done", "qdswlinit"))
+        self.assertEqual(done["uid"], os.getuid())
+        self.assertEqual(done["arguments"]["root"], str(site.paths.root))
