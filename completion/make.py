@@ -37,6 +37,7 @@ class Option(NamedTuple):
     """An option, or a positional argument, which has no names.
 
     :ivar value: what may stand for its value: kinds and ``=WORD``; ``None`` if it has none.
+    :ivar many: whether it may be given again.
     :ivar excludes: options that do not go with it.
     """
 
@@ -45,6 +46,7 @@ class Option(NamedTuple):
     metavar: str
     help: str
     many: bool
+    optional: bool
     excludes: tuple[str, ...]
 
 
@@ -113,10 +115,11 @@ def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> Option:
         if other is not action
     ]
     many = action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction)
+    optional = bool(action.option_strings) or action.nargs in ("*", "?")
     metavar = str(action.metavar or action.dest).upper()
     text = (action.help or "").replace("%%", "%")
     names = tuple(action.option_strings)
-    return Option(names, _value(action), metavar, text, many, tuple(excludes))
+    return Option(names, _value(action), metavar, text, many, optional, tuple(excludes))
 
 
 def _value(action: argparse.Action) -> tuple[str, ...] | None:

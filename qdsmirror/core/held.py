@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qdsmirror.core.frames import NUMBERS_END, Buffer
 from qdsmirror.errors import CorruptError, UsageError
 from qdsmirror.limits import CHECKPOINT_NAME_BYTES_MAX
+
+if TYPE_CHECKING:
+    from qdsmirror.core.frames import Buffer
 
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{CHECKPOINT_NAME_BYTES_MAX - 1}}}", re.ASCII)
 
@@ -79,6 +81,9 @@ class Held(NamedTuple):
         """
         if body is None:
             return None
+        # Commands need the names above only, and what it imports takes its time.
+        from qdsmirror.core.frames import NUMBERS_END
+
         held = cls(**body)
         if (
             not _NAME.fullmatch(held.name)

@@ -150,5 +150,8 @@ class Plan:
         ):
             if not low <= value <= high:
                 option = name.replace("_", "-")
-                raise UsageError(f"--{option} {value} is not within {low} to {high}")
+                raise UsageError(
+                    f"--{option} {value} is not within {low} to {high}",
+                    hint="qdslab create --help",
+                )
         Layout.of(self).check()

@@ -19,7 +19,6 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdsmirror import pki
 from qdsmirror.config import load_group, load_groups, load_host
 from qdsmirror.core import ampbox
 from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableError, UsageError
@@ -144,6 +143,8 @@ class Lab:
     def _make(self, plan: Plan) -> None:
         words = {"schema": 1, "ports": self.ports, **self.layout.to_json()}
         _write(self.directory / _MARK, json.dumps(words) + "\n")
+        from qdsmirror import pki
+
         authority = self.directory / "pki"
         pki.make_hosts(authority, self.sites, [])
         for number in range(plan.groups):
