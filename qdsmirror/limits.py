@@ -47,6 +47,11 @@ THROTTLE_LIMIT_KBPS_MAX = 100_000_000
 #: Of one text, or of one word of a program's arguments; and how many of these.
 THROTTLE_TEXT_CHARS_MAX = 1024
 THROTTLE_WORDS_MAX = 64
+#: Where the pauses before entries end late, the next ones count from the time at which they should
+#: have, so much earlier at most.
+PAUSE_BEHIND_SECONDS_MAX = 0.1
+#: Under a limit, what it lets through in this time is sent at once, and saved at most.
+LIMIT_BURST_SECONDS = 0.1
 
 # -- writelog and journal ---------------------------------------------------------------------
 #: Records start on multiples of this, or of the physical block where that is larger.

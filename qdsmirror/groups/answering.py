@@ -27,7 +27,8 @@ from qdsmirror.core.allowance import Allowance, CatchUp
 from qdsmirror.core.nbd import CMD_FLUSH
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.bypass import OFF, ON
-from qdsmirror.groups.direct import abandon_all, answer_all
+from qdsmirror.groups.delaying import DelayedAnswers
+from qdsmirror.groups.direct import abandon_all
 from qdsmirror.limits import CATCH_UP_ENTRIES, FAILURE_REASON_CHARS_MAX, STOP_ANSWER_SECONDS
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Answering:
         promises, as the superblocks have it; ``None`` while nothing is.
     :ivar kept_since: since when all that was answered is as the operation promises (seconds since
         1970); ``None`` while it is not, and in asynchronous operation.
+    :ivar delayed: holds writes up that may be answered, where a throttle says so.
     """
 
     log = Logger()
@@ -63,6 +65,7 @@ class Answering:
         self._group = group
         self.degraded: dict[str, Any] | None = None
         self.kept_since: float | None = None
+        self.delayed = DelayedAnswers(group.runtime.reactor)
         self._numbers = Allowance(0, 1)
         #: How many answered entries may be uncommitted; None: any number.
         self._limit: int | None = None
@@ -168,7 +171,7 @@ class Answering:
         """Answer an LDSU's requests, now or when that may be; locally they are due."""
         limit = self._limit
         if limit is None:
-            answer_all(requests, self._group.runtime.reactor.seconds())
+            self.delayed.give(requests)
             return
         upto = self._numbers.answerable(limit)
         now: list[Request] = []
@@ -177,7 +180,7 @@ class Answering:
                 now.append(request)
             elif request.connection not in self._gone:
                 self._hold(unit, request)
-        answer_all(self._noted(now), self._group.runtime.reactor.seconds())
+        self.delayed.give(self._noted(now))
         if len(now) == len(requests):
             return
         if self._leaving and self._deadline is None:
@@ -221,16 +224,18 @@ class Answering:
             free += [one[-1] for one in self._skipped]
             self._skipped.clear()
         if free:
-            answer_all(self._noted(free), self._group.runtime.reactor.seconds())
+            self.delayed.give(self._noted(free))
 
     def forget(self, connection: INbdConnection) -> None:
         """Drop the answers of a client that is gone, also those that are yet to be given here."""
         self._gone.add(connection)
+        self.delayed.forget(connection)
         if self._held or self._skipped:
             self._keep(lambda one: one[-1].connection is not connection)
 
     def drop(self, unit: DriverUnit) -> list[Request]:
         """Give what waits of an LDSU, and forget it; the caller answers."""
+        self.delayed.hurry()
         dropped = [one[-1] for one in sorted([*self._held, *self._skipped]) if one[2] is unit]
         self._keep(lambda one: one[2] is not unit)
         return dropped
@@ -384,6 +389,7 @@ class Answering:
     def leave(self) -> None:
         """Give up what waits, soon or at once: the driver stops, and clients ask again."""
         self._leaving = True
+        self.delayed.end()
         group = self._group
         if group.bypass.phase == ON and not self.may_go_past:
             for unit in group.units:

@@ -22,6 +22,7 @@ from qdsmirror.core.compression import INLINE_BYTES_MAX, NONE, Method, Packer
 from qdsmirror.core.frames import last_gsn
 from qdsmirror.core.stream import Ack, Message
 from qdsmirror.errors import QdsError
+from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.inorder import InOrder
 from qdsmirror.groups.mail import Mail
 from qdsmirror.groups.pace import Pace
@@ -69,6 +70,7 @@ class Band:
     :param method: the compression that is wanted.
     :param compressors: gives the workers for it, once it is agreed on.
     :param wire: counts.
+    :param hold_back: what throttles hold it back by.
     :ivar method: the compression that was agreed on.
     :ivar ended: nothing is sent any more.
     """
@@ -84,7 +86,9 @@ class Band:
         several: bool = False,
         method: Method | None = None,
         compressors: Callable[[], Sequence[IWorker]] = tuple,
+        hold_back: HoldBack | None = None,
     ) -> None:
+        self._hold_back = hold_back
         self._owner = owner
         self._reactor = reactor
         self._wire = wire
@@ -165,6 +169,13 @@ class Band:
         for link in list(self._links):
             link.abort(reason)
 
+    def go_on(self) -> None:
+        """Send what waits: there is room, or a limit lets more through."""
+        if not self._closed and not self.ended:
+            self._flush()
+            if self.can_send:
+                self._owner.link_writable(self)
+
     # -- for who looks after the paths --------------------------------------------------------
 
     def lost(self, link: Link) -> Deferred[str]:
@@ -216,12 +227,14 @@ class Band:
                 continue
             size = len(self._waiting[0].data)
             link = self._free(size)
-            if link is None:
+            if link is None or (self._hold_back is not None and not self._hold_back.may_send()):
                 break
             stripe = self._waiting.popleft()
             self._move(stripe, link)
             stripe.sent_at = self._reactor.seconds()
             self._wire.wire_bytes += size
+            if self._hold_back is not None:
+                self._hold_back.sent(size)
             link.send(stripe.data)
             if not link.can_send:
                 self._paces[link].begun(stripe.sent_at, size)
@@ -336,10 +349,7 @@ class Band:
         """See :class:`ILinkOwner`."""
         if link in self._paces:
             self._paces[link].drained(self._reactor.seconds())
-        if not self._closed and not self.ended:
-            self._flush()
-            if self.can_send:
-                self._owner.link_writable(self)
+        self.go_on()
 
     def link_lost(self, link: Link, reason: str) -> None:
         """See :class:`ILinkOwner`."""

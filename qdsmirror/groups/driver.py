@@ -386,6 +386,10 @@ class DriverGroup:
         self.verifying.set_due()
         return self.answering.settled()
 
+    def set_knobs(self, knobs: str) -> dict[str, Any]:
+        """Take what throttles hold writes up by: ``writesleep_us``; see :func:`parse_knobs`."""
+        return {"knobs": self.answering.delayed.set(knobs)}
+
     def extend(self, ldsu: str, device: str) -> Deferred[dict[str, Any]]:
         """See :meth:`Extensions.extend`."""
         return self.extensions.extend(ldsu, device)

@@ -72,6 +72,7 @@ def driver_status(group: DriverGroup, pid: int) -> dict[str, Any]:
         "rmd": {"pid": None, **said},
         "ldsus": [_unit_status(group, unit, age) for unit in group.units],
         "latency": {unit.name: unit.latency.status() for unit in group.units},
+        "knobs": group.answering.delayed.status(),
         "errors": list(group.notes),
     }
 

@@ -19,6 +19,7 @@ from qdsmirror.core.stream import Ack
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.traffic import Traffic
 from qdsmirror.interfaces import IWorker
 from qdsmirror.limits import MIB, SEND_BUFFER_BYTES, SEND_WINDOW_BYTES_MAX
@@ -147,6 +148,7 @@ class Outbound:
     :param failed: told when a writelog cannot be read.
     :param stripe: bytes that are sent as one, more or less, if less than a buffer.
     :param traffic: counts what is sent.
+    :param hold_back: what throttles hold it back by.
     """
 
     def __init__(
@@ -158,7 +160,9 @@ class Outbound:
         failed: Callable[[CorruptError], None],
         stripe: int = SEND_WINDOW_BYTES_MAX,
         traffic: Traffic | None = None,
+        hold_back: HoldBack | None = None,
     ) -> None:
+        self._hold_back = hold_back
         self._traffic = traffic or Traffic([unit.name for unit in units])
         self._units = {unit.index: unit for unit in units}
         self._worker = worker
@@ -220,9 +224,15 @@ class Outbound:
         """Send one buffer of frames; tell whether there were any."""
         batch: list[memoryview] = []
         size = 0
-        while size < min(self._stripe, SEND_BUFFER_BYTES):
+        held = self._hold_back
+        portion = min(self._stripe, SEND_BUFFER_BYTES, held.portion if held else SEND_BUFFER_BYTES)
+        while size < portion:
             unit = self._heads.get(self._next_gsn)
             if unit is None or unit.buffer[0].header.gsn_last > self._durable_gsn:
+                if held is not None:
+                    held.idle()
+                break
+            if held is not None and not held.is_frame_due(unit.buffer[0].header):
                 break
             del self._heads[self._next_gsn]
             header, end, frame = unit.buffer.popleft()

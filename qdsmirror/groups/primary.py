@@ -32,6 +32,7 @@ from qdsmirror.errors import (
 )
 from qdsmirror.groups.attached import PmdEnd
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.outbound import Outbound
 from qdsmirror.groups.paths import REFUSALS, NetworkPaths
@@ -94,6 +95,7 @@ class PrimaryGroup:
         self._compressors: list[IWorker] = []
         self._ended: Deferred[str] | None = None
         self.settings = LiveSettings(self, "pmd", self._go_by_settings)
+        self._hold_back = HoldBack(self._reactor, self._send_more)
         self._retry = Retry(self._reactor, config.tunables.reconnect_max)
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": "", "hint": ""}
@@ -149,6 +151,17 @@ class PrimaryGroup:
     def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
         """See :meth:`LiveSettings.set`."""
         return self.settings.set(settings)
+
+    def set_knobs(self, knobs: str) -> dict[str, Any]:
+        """Take what throttles hold it back by: ``sleep_us`` and ``limit_kbps``.
+
+        :param knobs: see :func:`parse_knobs`.
+        """
+        return {"knobs": self._hold_back.set(knobs)}
+
+    def _send_more(self) -> None:
+        if self._link is not None:
+            self._link.go_on()
 
     def _go_by_settings(self) -> None:
         tunables = self.config.tunables
@@ -222,6 +235,7 @@ class PrimaryGroup:
 
     def _detach(self) -> None:
         driver, self._driver = self._driver, None
+        self._hold_back.end()
         if self._outbound is not None:
             self._outbound.end()
             self._outbound = None
@@ -305,6 +319,7 @@ class PrimaryGroup:
             self._writelog_failed,
             STRIPE_BYTES if self._ways.several else SEND_WINDOW_BYTES_MAX,
             self._traffic,
+            self._hold_back,
         )
         band = Band(
             self,
@@ -313,6 +328,7 @@ class PrimaryGroup:
             several=self._ways.several,
             method=self._method,
             compressors=self._make_compressors,
+            hold_back=self._hold_back,
         )
         ended = self._ended = Deferred()
         offer = PrimaryOffer(
@@ -434,6 +450,7 @@ class PrimaryGroup:
         if self._outbound is not None:
             self._outbound.end()
             self._outbound = None
+        self._hold_back.end()
         self._link = None
         ended, self._ended = self._ended, None
         if ended is not None:
@@ -453,6 +470,7 @@ class PrimaryGroup:
             "settings": self.settings.status(),
             "wire": self._wire.status(self._ways.status()),
             "traffic": self._traffic.status(),
+            "knobs": self._hold_back.status(),
         }
 
 

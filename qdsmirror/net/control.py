@@ -158,6 +158,12 @@ class Set(_Command):
     arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"settings", amp.Unicode())]
 
 
+class SetKnobs(_Command):
+    """Hold back what is sent (pmd) or answered (driver) by what throttles say: a JSON object."""
+
+    arguments: ClassVar[list[tuple[bytes, amp.Argument]]] = [(b"knobs", amp.Unicode())]
+
+
 class Apply(_Command):
     """Take up changed, new and removed group files (masters only)."""
 
@@ -301,6 +307,10 @@ class _ControlProtocol(BoundedAmp):
     def _set(self, settings: str) -> Deferred[dict[str, Any]]:
         return self._run("set_live", settings)
 
+    @SetKnobs.responder
+    def _set_knobs(self, knobs: str) -> Deferred[dict[str, Any]]:
+        return self._run("set_knobs", knobs)
+
     @Apply.responder
     def _apply(self) -> Deferred[dict[str, Any]]:
         return self._run("apply")
@@ -335,7 +345,7 @@ _ALLOWED = {
     for command in (
         *(Status, Bypass, Refresh, KillRefresh, Verify, Extend, Free),
         *(Checkpoint, Mark),
-        *(Backfresh, KillBackfresh, Set, Apply, ForgetFailures, AttachPmd),
+        *(Backfresh, KillBackfresh, Set, SetKnobs, Apply, ForgetFailures, AttachPmd),
     )
 }
 

@@ -36,7 +36,7 @@ _ERRORS: dict[int, type[QdsError]] = {
     EXIT_BROKEN: BrokenError,
 }
 #: What daemons tell each other only.
-_UNPUBLISHED = ("changes", "latency", "traffic")
+_UNPUBLISHED = ("changes", "knobs", "latency", "traffic")
 _GSN_PRIMARY = ("written", "durable", "applied", "sent", "committed", "mirrored")
 
 

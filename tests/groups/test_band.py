@@ -19,6 +19,7 @@ from qdsmirror.core.stream import ACK, ANSWER, ASK, COMPRESSED, REPORT, Message
 from qdsmirror.errors import ProtocolError
 from qdsmirror.groups import session as session_module
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.wire import Wire
 from qdsmirror.limits import (
@@ -126,9 +127,10 @@ class World:
         self.workers = [StepWorker(), StepWorker()]
         self.unpacker = StepWorker()
         method = method or Method()
+        self.hold_back = HoldBack(self.clock, lambda: self.band.go_on())
         self.band = Band(
             self.near, self.clock, self.near_wire, several=paths > 1, method=method,
-            compressors=lambda: self.workers,
+            compressors=lambda: self.workers, hold_back=self.hold_back,
         )  # fmt: skip
         if agree:
             self.band.agreed(method.name)

@@ -19,6 +19,7 @@ from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError, QdsError
 from qdsmirror.groups import outbound as outbound_module
 from qdsmirror.groups.band import Band
+from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.outbound import Outbound, OutUnit
 from qdsmirror.groups.traffic import Traffic
 from qdsmirror.groups.wire import Wire
@@ -99,6 +100,8 @@ class PmdWorld:
         self.failures: list[CorruptError] = []
         self.link = FakeLink()
         self.traffic = Traffic([unit.name for unit in self.units])
+        self.clock = Clock()
+        self.hold_back = HoldBack(self.clock, lambda: self.out.pump())
         self.out = Outbound(
             self.units,
             self.steps if stepped else ImmediateWorker(),
@@ -106,6 +109,7 @@ class PmdWorld:
             self._committed,
             self.failures.append,
             traffic=self.traffic,
+            hold_back=self.hold_back,
         )
 
     def _committed(
