@@ -358,6 +358,9 @@ STATISTICS_ERRORS_KEPT = 8
 #: what a program says.
 EXEC_SECONDS_MAX = 60.0
 MAIL_SECONDS_MAX = 60.0
+#: A mail that was not taken is tried again, so often in all, the first time after this, doubling.
+MAIL_ATTEMPTS = 5
+MAIL_RETRY_SECONDS = 10.0
 ORDER_SECONDS_MAX = 20.0
 ACTIONS_WAITING_MAX = 64
 EXEC_OUTPUT_BYTES_MAX = 1024

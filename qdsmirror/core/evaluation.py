@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qdsmirror.core.localtime import WallClock, is_within
 from qdsmirror.core.samples import GroupSample
@@ -52,6 +53,25 @@ class State:
     def knobs(self) -> Knobs:
         """What is in force."""
         return Knobs(self.sleep_us, self.writesleep_us, min(self.limits.values(), default=0))
+
+    def to_json(self) -> list[Any]:
+        """Give it as JSON, for a process that goes on where another one was killed."""
+        true_of = {name: sorted(subjects) for name, subjects in self.true_of.items()}
+        return [self.sleep_us, self.writesleep_us, dict(self.limits), true_of]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> State:
+        """Take it from JSON.
+
+        :raises ValueError: it is not what :meth:`to_json` gave; also TypeError, AttributeError.
+        """
+        sleep, writesleep, limits, true_of = value
+        return cls(
+            int(sleep),
+            int(writesleep),
+            {str(name): int(kbps) for name, kbps in limits.items()},
+            {str(name): frozenset(map(str, subjects)) for name, subjects in true_of.items()},
+        )
 
 
 @dataclass(frozen=True)

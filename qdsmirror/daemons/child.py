@@ -93,8 +93,16 @@ def _statistics(parts: GroupParts) -> IGroup:
     role = parts.config.role_of(parts.host.name)
     assert role is not None
     machine = Machine.real(parts.reactor)
-    group: IGroup = StatisticsGroup(parts.config, role, parts.paths, machine)
+    group: IGroup = StatisticsGroup(parts.config, role, parts.paths, machine, _means())
     return group
+
+
+@functools.cache
+def _means() -> Any:
+    """Give that by which throttles act: programs of all groups run one after another."""
+    from qdsmirror.groups.actions import Means
+
+    return Means()
 
 
 #: What each role's groups are; the modules load only in the processes that need them.

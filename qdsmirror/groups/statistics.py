@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,16 +23,19 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, Role
+from qdsmirror.core.evaluation import State
 from qdsmirror.core.events import EVENT_HEAD, Seen, mode_lines
 from qdsmirror.core.localtime import WallClock
 from qdsmirror.core.rates import Rates, Reading
 from qdsmirror.core.samples import header, row
 from qdsmirror.errors import QdsError
+from qdsmirror.groups.actions import Actions, Means
+from qdsmirror.groups.throttling import Throttling
 from qdsmirror.groups.tracking import Tracking
 from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import MODES_INTERVAL_SECONDS, STATISTICS_ASK_SECONDS
 from qdsmirror.net.asking import NobodyThereError, ask
-from qdsmirror.net.control import Status
+from qdsmirror.net.control import SetKnobs, Status
 from qdsmirror.paths import Paths
 from qdsmirror.storage.tracking import Directory, GrowingFile
 from qdsmirror.storage.worker import ThreadWorker
@@ -86,12 +89,20 @@ class _Rhythm:
 class StatisticsGroup:
     """What the process for statistics does for one group.
 
+    :param means: by which throttles' actions are done.
     :ivar rows: written to the performance tracking file since the start.
     """
 
     log = Logger()
 
-    def __init__(self, config: GroupConfig, role: Role, paths: Paths, machine: Machine) -> None:
+    def __init__(
+        self,
+        config: GroupConfig,
+        role: Role,
+        paths: Paths,
+        machine: Machine,
+        means: Means | None = None,
+    ) -> None:
         self.config = config
         self.role = role
         self.number = config.number
@@ -115,12 +126,32 @@ class StatisticsGroup:
             _Rhythm(MODES_INTERVAL_SECONDS, lambda _reading: None),
         ]
         self._tracking: Tracking
+        self._actions: Actions | None = None
+        self._throttling = self._throttles(means) if role == "primary" else None
         self._seen = Seen()
         self._kept = ""
         self._timer: IDelayedCall | None = None
         self._asking = False
         self._stopping: Deferred[None] | None = None
         self._since = machine.wall()
+
+    def _throttles(self, means: Means | None) -> Throttling:
+        """Make what evaluates the throttles, and have it done in time."""
+        machine, tell = self._machine, self._tell
+        self._actions = Actions(
+            self.config, self._paths, self._reactor, means or Means(), machine.wall, tell
+        )
+        made = Throttling(self.config, machine.clock, self._actions, self._turn_knobs, tell)
+        self._rhythms.append(_Rhythm(self.config.tunables.throttle_interval, made.evaluate))
+        return made
+
+    def _tell(self, lines: list[str]) -> None:
+        self._tracking.write(self._events, lines)
+
+    def _turn_knobs(self, daemon: str, knobs: Mapping[str, int]) -> Deferred[Any]:
+        path = self._paths.control_socket(f"{self.name}.{daemon}")
+        text = json.dumps(knobs)
+        return self._machine.ask(self._reactor, path, SetKnobs, STATISTICS_ASK_SECONDS, knobs=text)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -137,6 +168,8 @@ class StatisticsGroup:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+        if self._actions is not None:
+            self._actions.stop()
         if self._asking:
             self._stopping = Deferred()
             yield self._stopping
@@ -151,6 +184,11 @@ class StatisticsGroup:
             "pid": os.getpid(),
             "since": self._since,
             "rows": self.rows,
+            **(self._throttling.status() if self._throttling is not None else {}),
+            "console": [
+                {"time": when, "text": text}
+                for when, text in (self._actions.console if self._actions is not None else ())
+            ],
             "errors": [self._tracking.error] if self._tracking.error else [],
         }
 
@@ -205,7 +243,7 @@ class StatisticsGroup:
 
     def _take(self, reading: Reading, due: Iterable[_Rhythm]) -> None:
         self._seen, lines = mode_lines(self._seen, reading, self.role)
-        self._tracking.write(self._events, lines)
+        self._tell(lines)
         for rhythm in due:
             rhythm.do(reading)
         self._keep()
@@ -222,7 +260,10 @@ class StatisticsGroup:
 
     def _keep(self) -> None:
         """Leave to a successor what must not be told, or done, twice."""
-        text = json.dumps({"master": self._machine.master, "seen": self._seen.to_json()})
+        kept = {"master": self._machine.master, "seen": self._seen.to_json()}
+        if self._throttling is not None:
+            kept["throttles"] = self._throttling.state.to_json()
+        text = json.dumps(kept)
         if text != self._kept:
             self._kept = text
             self._tracking.replace(self._paths.statistics_file(self.number), text)
@@ -232,9 +273,12 @@ class StatisticsGroup:
         try:
             kept = json.loads(self._paths.statistics_file(self.number).read_text("utf-8"))
             self._seen = Seen.from_json(kept["seen"])
+            if self._throttling is not None and kept["master"] == self._machine.master:
+                # At the start of the daemons everything begins anew.
+                self._throttling.state = State.from_json(kept["throttles"])
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.log.warn(
                 "{group}: its statistics begin anew: {error}", group=self.name, error=error
             )

@@ -1,0 +1,546 @@
+"""The process for statistics, with a fake clock: rows, events, throttles, what they have done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.trial.unittest import SynchronousTestCase
+
+from qdsmirror.core.samples import parse
+from qdsmirror.core.throttles import Throttle
+from qdsmirror.errors import DegradedError, QdsError, UnreachableError
+from qdsmirror.groups.actions import Means
+from qdsmirror.groups.statistics import Machine, StatisticsGroup
+from qdsmirror.net.asking import NobodyThereError
+from qdsmirror.net.control import Extend, Free, SetKnobs, Status
+from qdsmirror.paths import Paths
+from tests.core.test_evaluation import throttle
+from tests.core.test_rates import driver as driver_status
+from tests.core.test_rates import pmd as pmd_status
+from tests.fakes import ImmediateWorker, StepWorker
+from tests.groups.world import FakeReactor, group_config
+
+HOST = "name = alpha\n"
+START = 1_790_000_000.0
+
+
+class StatisticsCase(SynchronousTestCase):
+    """A group's statistics; its daemons say what ``said`` has, and are told what is in ``told``."""
+
+    role: Any = "primary"
+
+    def setUp(self) -> None:
+        base = Path(tempfile.mkdtemp(dir="/tmp", prefix="qdss"))
+        self.addCleanup(shutil.rmtree, base)
+        self.paths = Paths.of(base)
+        for one in (self.paths.etc, self.paths.var, self.paths.run, self.paths.dev):
+            one.mkdir()
+        self.host(HOST)
+        self.paths.group_config(0).write_text("")
+        self.paths.group_config(0).chmod(0o644)
+        self.reactor = FakeReactor()
+        self.config = group_config(2)
+        self.worker: Any = ImmediateWorker()
+        self.said: dict[str, Any] = {"driver": driver_status(**self.modes()), "pmd": pmd_status(0)}
+        self.told: list[tuple[str, str, Any]] = []
+        self.answers: dict[Any, Any] = {}
+        self.syslog: list[str] = []
+        self.mails: list[tuple[str, int, str, bytes]] = []
+        self.mail_error: QdsError | None = None
+        self.programs: list[tuple[tuple[str, ...], dict[str, str]]] = []
+        self.program_error: QdsError | None = None
+        self.master = 7
+
+    def host(self, text: str, mode: int = 0o644) -> None:
+        self.paths.host_config.write_text(text)
+        self.paths.host_config.chmod(mode)
+
+    def modes(self, *changes: str, pid: int = 5) -> dict[str, Any]:
+        modes = changes[-1].split(",") if changes else ["connected"]
+        told = [
+            {"number": n, "time": START + n, "modes": one.split(","), "reason": f"reason {n}"}
+            for n, one in enumerate(changes, 1)
+        ]
+        return {"state": modes[0], "modes": modes, "changes": told, "driver": {"pid": pid}}
+
+    def ask(self, _reactor: Any, path: Any, command: Any, _seconds: float, **sent: Any) -> Any:
+        daemon = str(path).split(".")[-2]
+        if command is not Status:
+            text = sent.get("knobs")
+            self.told.append((daemon, command.__name__, json.loads(text) if text else sent))
+        said = self.said.get(daemon) if command is Status else self.answers.get(command)
+        if command is SetKnobs and said is None:
+            self.said[daemon]["knobs"] = json.loads(sent["knobs"])
+            said = {}
+        if isinstance(said, Deferred):
+            return said
+        if said is None:
+            return fail(NobodyThereError(f"no daemon answers on {path}"))
+        return fail(said) if isinstance(said, Exception) else succeed(said)
+
+    def mail(
+        self, _reactor: Any, relay: Any, sender: str, to: str, message: bytes, _: float
+    ) -> Any:
+        self.mails.append((relay.host, relay.port, to, message))
+        return fail(self.mail_error) if self.mail_error is not None else succeed(None)
+
+    def program(self, argv: Any, variables: Any, _seconds: float) -> str:
+        self.programs.append((argv, dict(variables)))
+        if self.program_error is not None:
+            raise self.program_error
+        return ""
+
+    def begin(self, *throttles: Throttle, **tunables: Any) -> StatisticsGroup:
+        config = dataclasses.replace(
+            self.config,
+            throttles=throttles,
+            tunables=dataclasses.replace(self.config.tunables, **tunables),
+        )
+        machine = Machine(
+            self.reactor,
+            lambda _name: self.worker,
+            ask=self.ask,
+            wall=lambda: START + self.reactor.seconds(),
+            clock=lambda at: datetime.fromtimestamp(at, UTC).replace(tzinfo=None),
+            master=self.master,
+        )
+        means = Means(self.ask, self.mail, self.syslog.append, self.program)
+        self.group = StatisticsGroup(config, self.role, self.paths, machine, means)
+        self.successResultOf(self.group.start())
+        return self.group
+
+    def restart(self, *throttles: Throttle) -> None:
+        """Have a successor of a process that was killed."""
+        assert self.group._timer is not None
+        self.group._timer.cancel()
+        self.worker = ImmediateWorker()
+        self.begin(*throttles)
+
+    def pass_(self, seconds: float = 10.0) -> None:
+        self.reactor.advance(seconds)
+
+    def rows(self) -> list[str]:
+        return self.paths.tracking_file(0).read_text().splitlines()[1:]
+
+    def events(self, what: str = "") -> list[str]:
+        """Give the events, less the first line and the times."""
+        path = self.paths.event_file(0)
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        return [
+            rest for rest in (line.partition(" ")[2] for line in lines) if rest.startswith(what)
+        ]
+
+    def fill(self, percent: float, *extended: str) -> None:
+        """Have qds0's writelog so full, and some that are extended."""
+        status = driver_status(**self.modes())
+        for one in status["ldsus"]:
+            used = percent if one["name"] == "qds0" else 1
+            chain = [{"device": "/x", "leaving": False}] if one["name"] in extended else []
+            log = {**one["writelog"], "size": 10000, "used_bytes": int(100 * used)}
+            one["writelog"] = {**log, "extensions": chain}
+        self.said["driver"] = {**status, "knobs": self.said["driver"].get("knobs", {})}
+
+
+class RowTests(StatisticsCase):
+    def test_a_row_per_interval(self) -> None:
+        self.begin()
+        self.assertFalse(self.paths.tracking_file(0).exists())
+        for kib in (100, 300, 300):
+            self.said["pmd"] = pmd_status(kib)
+            self.pass_()
+        table = parse(self.paths.tracking_file(0).read_text().splitlines())
+        self.assertEqual(table.damaged, [])
+        self.assertEqual([one.epoch - START for one in table.samples], [10, 20, 30])
+        self.assertEqual([one.netkbps for one in table.samples], [20, 40, 0])
+        self.assertEqual(self.group.status()["rows"], 3)
+
+    def test_its_own_interval_and_limit(self) -> None:
+        self.begin(perf_interval=1.0, prf_limit=2000)
+        for _ in range(40):
+            self.pass_(1.0)
+        self.assertEqual(self.group.status()["rows"], 40)
+        self.assertTrue((self.paths.var / "dsgrp000.prf.1").exists())
+        self.assertLess(self.paths.tracking_file(0).stat().st_size, 2000)
+
+    def test_the_pmd_and_the_driver_are_down(self) -> None:
+        self.begin()
+        self.said = {"driver": self.said["driver"]}
+        self.pass_()
+        self.said = {"pmd": pmd_status(0)}
+        self.pass_()
+        self.said = {}
+        self.pass_()
+        self.assertEqual([one.split()[3] for one in self.rows()], ["connected", "setup", "setup"])
+
+    def test_who_does_not_answer_is_not_asked_again_meanwhile(self) -> None:
+        self.begin()
+        waiting: Deferred[Any] = Deferred()
+        self.said["driver"] = waiting
+        for _ in range(5):
+            self.pass_()
+        self.said["driver"] = UnreachableError("slow")
+        waiting.errback(UnreachableError("no answer in time"))
+        self.assertEqual(len(self.rows()), 1)
+        self.pass_()
+        self.assertEqual(len(self.rows()), 2)
+
+    def test_a_machine_that_slept_goes_on_in_its_rhythm(self) -> None:
+        self.begin()
+        self.pass_(3605.0)
+        self.pass_(5.0)
+        self.pass_()
+        epochs = [float(one.split()[0]) - START for one in self.rows()]
+        self.assertEqual(epochs, [3605.0, 3610.0, 3620.0])
+
+    def test_a_disk_that_hangs_holds_nothing_up(self) -> None:
+        self.worker = StepWorker()
+        self.begin(throttle("pctwl > 20", "extend"), perf_interval=1.0, throttle_interval=1.0)
+        self.answers[Extend] = {"device": "/x", "state": "chained"}
+        for _ in range(1100):
+            self.pass_(1.0)
+        self.assertGreater(len(self.told), 1000)
+        self.assertIn("the disk does not take", self.group.status()["errors"][0])
+        self.worker.step_all()
+        self.pass_(1.0)
+        self.worker.step_all()
+        self.assertEqual(self.group.status()["errors"], [])
+
+    def test_a_disk_that_refuses(self) -> None:
+        self.begin()
+        self.paths.tracking_file(0).mkdir()
+        self.pass_()
+        self.assertIn("Is a directory", self.group.status()["errors"][0])
+        self.paths.tracking_file(0).rmdir()
+        self.pass_()
+        self.assertEqual((self.group.status()["errors"], len(self.rows())), ([], 1))
+
+    def test_stop(self) -> None:
+        self.begin()
+        waiting: Deferred[Any] = Deferred()
+        self.said["driver"] = waiting
+        self.pass_()
+        stopped = self.group.stop()
+        self.assertNoResult(stopped)
+        waiting.callback({**driver_status(), "knobs": {"writesleep_us": 0}})
+        self.successResultOf(stopped)
+        self.assertEqual(len(self.rows()), 1)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+
+class ModeTests(StatisticsCase):
+    def change(self, *changes: str, pid: int = 5) -> None:
+        self.said["driver"] = driver_status(**self.modes(*changes, pid=pid))
+        self.pass_()
+
+    def test_every_change_has_a_line(self) -> None:
+        self.said["driver"] = driver_status(**self.modes("accumulating", "connected"))
+        self.begin()
+        self.change("accumulating", "connected", "accumulating", "connected", "refresh,connected")
+        self.change("accumulating", "connected", "accumulating", "connected", "refresh,connected")
+        names = ["accumulating", "connected", "accumulating", "connected", "refresh,connected"]
+        expected = [f"mode {name} reason {n}" for n, name in enumerate(names, 1)]
+        self.assertEqual(self.events(), expected)
+        first = self.paths.event_file(0).read_text().splitlines()[1]
+        self.assertEqual(first, f"{START + 1:.3f} mode accumulating reason 1")
+
+    def test_nothing_is_told_twice_by_a_successor(self) -> None:
+        self.said["driver"] = driver_status(**self.modes("accumulating"))
+        self.begin()
+        self.restart()
+        self.change("accumulating", "connected")
+        self.assertEqual(self.events(), ["mode accumulating reason 1", "mode connected reason 2"])
+
+    def test_a_driver_that_is_gone_and_its_successor(self) -> None:
+        self.said["driver"] = driver_status(**self.modes("accumulating"))
+        self.begin()
+        driver = self.said.pop("driver")
+        self.pass_()
+        self.pass_()
+        self.said["driver"] = UnreachableError("slow")
+        self.pass_()
+        self.said["driver"] = driver
+        self.change("accumulating", pid=6)
+        gone = "mode setup its driver does not serve it"
+        here = "mode accumulating reason 1"
+        self.assertEqual(self.events(), [here, gone, here])
+
+    def test_what_was_kept_may_be_nonsense(self) -> None:
+        for text in ("", "[]", '{"seen": 5}', '{"seen": [1, 2, []], "master": 7}', "\x00"):
+            self.paths.statistics_file(0).write_text(text)
+            self.begin()
+            self.successResultOf(self.group.stop())
+            self.worker = ImmediateWorker()
+
+
+class SecondaryTests(StatisticsCase):
+    role = "secondary"
+
+    def test_rows_and_modes_and_no_throttles(self) -> None:
+        journal = {"size": 1000, "used_bytes": 100, "entries": 3}
+        rmd = {"rmd": {"pid": 1}, "modes": ["accumulating"], "state": "accumulating"}
+        rmd = {**rmd, "reason": "waiting", "journal": journal, "traffic": None, "wire": {}}
+        self.said = {"rmd": rmd}
+        self.begin(throttle("pctwl > 0", "extend", 'syslog "no"'))
+        self.said = {"rmd": {**rmd, "modes": ["connected"], "state": "connected", "reason": ""}}
+        self.pass_()
+        self.pass_()
+        self.assertEqual(self.events(), ["mode accumulating waiting", "mode connected"])
+        self.assertEqual((self.told, self.syslog), ([], []))
+        self.assertEqual([one.split()[9] for one in self.rows()], ["10.00", "10.00"])
+
+
+class KnobTests(StatisticsCase):
+    """Figure 10's first throttles, and whom they are told."""
+
+    def test_a_pmd_is_told_and_its_successor_again(self) -> None:
+        self.begin(throttle("netkbps > 30", "sleep inc 15000", "writesleep set 5"))
+        self.said["pmd"] = pmd_status(200)
+        del self.said["pmd"]["knobs"]
+        self.pass_()
+        pmd = {"sleep_us": 15000, "limit_kbps": 0}
+        expected = [("driver", "SetKnobs", {"writesleep_us": 5}), ("pmd", "SetKnobs", pmd)]
+        self.assertEqual(sorted(self.told[-2:]), expected)
+        self.told.clear()
+        self.pass_()
+        self.assertEqual(self.told, [])
+        self.said["pmd"] = pmd_status(0, pid=2)
+        self.said["pmd"]["knobs"] = {"sleep_us": 0, "limit_kbps": 0}
+        self.pass_()
+        self.assertEqual(self.told, [("pmd", "SetKnobs", pmd)])
+        self.assertEqual(self.group.status()["knobs"], {**pmd, "writesleep_us": 5})
+
+    def test_who_refuses_is_told_again(self) -> None:
+        self.begin(throttle("netkbps > 30", "sleep inc 15000"))
+        self.told.clear()
+        self.answers[SetKnobs] = DegradedError("not now")
+        self.said["pmd"] = {**pmd_status(200), "knobs": {"sleep_us": 0, "limit_kbps": 0}}
+        self.pass_()
+        self.pass_()
+        self.assertEqual([one[0] for one in self.told if one[0] == "pmd"], ["pmd", "pmd"])
+
+    def test_a_successor_goes_on(self) -> None:
+        """What was set holds on, and a transition does not come again."""
+        one = throttle("netkbps T> 30", "sleep inc 15000", 'syslog "over"')
+        self.begin(one)
+        self.said["pmd"] = pmd_status(200)
+        self.pass_()
+        self.restart(one)
+        self.said["pmd"] = pmd_status(400)
+        self.pass_()
+        self.assertEqual(self.syslog, ["over"])
+        self.assertEqual(self.group.status()["knobs"]["sleep_us"], 15000)
+
+    def test_daemons_that_start_anew_begin_at_nothing(self) -> None:
+        one = throttle("netkbps > 30", "sleep inc 15000")
+        self.begin(one)
+        self.said["pmd"] = pmd_status(200)
+        self.pass_()
+        self.master = 8
+        self.restart(one)
+        self.assertEqual(self.told[-1], ("pmd", "SetKnobs", {"sleep_us": 0, "limit_kbps": 0}))
+
+    def test_its_events(self) -> None:
+        """A line for each that fires, but not where it has nothing to do again and again."""
+        self.begin(
+            throttle("netkbps > 30", "sleep inc 15000", name="more"),
+            throttle("netkbps < 10", "sleep dec 20000", name="less"),
+        )
+        for kib in (200, 400, 400, 400, 400, 400):
+            self.said["pmd"] = {**pmd_status(kib), "knobs": self.said["pmd"]["knobs"]}
+            self.pass_()
+        self.assertEqual(
+            self.events("fired"),
+            ['fired "more" netkbps > 30: 40: sleep inc 15000'] * 2
+            + ['fired "less" netkbps < 10: 0: sleep dec 20000'] * 2,
+        )
+        counts = [(one["name"], one["fired"]) for one in self.group.status()["throttles"]]
+        self.assertEqual(counts, [("more", 2), ("less", 4)])
+
+
+class WritelogTests(StatisticsCase):
+    def test_extended_while_the_pmd_is_down_and_freed(self) -> None:
+        self.answers = {
+            Extend: {"device": "/x", "state": "chained"},
+            Free: {"device": "/x", "state": "leaving"},
+        }
+        del self.said["pmd"]
+        self.begin(
+            throttle("pctwl > 60", "extend", name="full"),
+            throttle("pctwl < 20", "free", name="empty"),
+        )
+        self.told.clear()
+        self.fill(61)
+        self.pass_()
+        orders = [("driver", "Extend", {"ldsu": "qds0", "device": ""})]
+        self.assertEqual(self.told, orders)
+        self.fill(19, "qds0")
+        self.pass_()
+        orders.append(("driver", "Free", {"ldsu": "qds0", "device": ""}))
+        self.assertEqual(self.told, orders)
+        # Nothing is left to be freed.
+        self.fill(19)
+        self.pass_()
+        self.pass_()
+        self.assertEqual(self.told, orders)
+        self.assertEqual(
+            self.events("done"),
+            ['done "full" extend: qds0: /x is chained', 'done "empty" free: qds0: /x is leaving'],
+        )
+
+    def test_the_fullest_where_another_measure_was_tested(self) -> None:
+        self.answers = {Extend: {"device": "/x", "state": "chained"}}
+        self.fill(50)
+        self.begin(throttle("lag T> 0", "extend"))
+        self.assertEqual([one for one in self.told if one[1] == "Extend"][0][2]["ldsu"], "qds0")
+
+    def test_an_order_that_is_under_way_is_not_given_twice(self) -> None:
+        self.answers[Extend] = waiting = Deferred()
+        self.fill(61)
+        self.begin(throttle("pctwl > 20", "extend"))
+        self.told.clear()
+        self.pass_()
+        self.assertEqual(self.told, [])
+        waiting.errback(DegradedError("no device of the pool is free"))
+        self.assertEqual(len(self.events("failed")), 1)
+        self.answers[Extend] = DegradedError("none")
+        self.pass_()
+        self.assertEqual([one[1] for one in self.told], ["Extend"])
+
+    def test_what_did_not_reach_the_driver_at_a_transition_is_ordered_again(self) -> None:
+        one = throttle("pctwl T> 60", "extend")
+        self.fill(10)
+        self.begin(one)
+        self.told.clear()
+        self.fill(70)
+        self.answers[Extend] = UnreachableError("just being relaunched")
+        self.pass_()
+        self.pass_()
+        self.answers[Extend] = {"device": "/x", "state": "chained"}
+        self.pass_()
+        self.pass_()
+        self.assertEqual([name for _, name, _ in self.told], ["Extend"] * 3)
+
+    def test_but_not_when_it_is_so_no_longer(self) -> None:
+        self.fill(10)
+        self.begin(throttle("pctwl T> 60", "extend"))
+        self.told.clear()
+        self.fill(70)
+        self.answers[Extend] = UnreachableError("just being relaunched")
+        self.pass_()
+        self.fill(10)
+        self.pass_()
+        self.pass_()
+        self.assertEqual(len(self.told), 1)
+
+
+class MessageTests(StatisticsCase):
+    def test_pages_and_all_clears(self) -> None:
+        """A link fails and returns: each is told once."""
+        self.host(HOST + "mail_relay = relay.example.com:2525\n")
+        self.begin(
+            throttle("lag T> 30", 'mail pager@example.com "link lost"', 'syslog "lost"', name="a"),
+            throttle("lag T<= 30", 'console "all clear"', name="b"),
+        )
+        for lag in (5, 31, 40, 90, 10, 0, 0):
+            self.said["driver"]["lag"] = {"seconds": lag}
+            self.pass_()
+        self.assertEqual((len(self.mails), self.syslog), (1, ["lost"]))
+        relay, port, to, message = self.mails[0]
+        self.assertEqual((relay, port, to), ("relay.example.com", 2525, "pager@example.com"))
+        text = message.decode()
+        for part in ("Subject: dsgrp000: link lost", "From: qdsmirror@alpha", "test: lag T> 30"):
+            self.assertIn(part, text)
+        # Of the all clears the first is of the first evaluation, before which nothing was known.
+        self.assertEqual([one["text"] for one in self.group.status()["console"]], ["all clear"] * 2)
+        self.assertEqual(self.events("console"), ["console all clear"] * 2)
+
+    def test_the_console(self) -> None:
+        self.paths.console.write_text("")
+        self.begin(throttle("lag > 0", 'console "look at it"'))
+        self.assertIn(b"\r\nqdsmirror: dsgrp000: look at it\r\n", self.paths.console.read_bytes())
+        self.paths.console.unlink()
+        self.pass_()
+        self.assertEqual(len(self.group.status()["console"]), 2)
+        self.assertFalse(self.paths.console.exists())
+
+    def test_a_relay_that_is_behind_the_link_that_failed(self) -> None:
+        self.host(HOST + "mail_relay = relay\n")
+        self.mail_error = QdsError("no route to host")
+        self.begin(throttle("lag T> 0.1", 'mail a "b"', 'syslog "c"'))
+        self.assertEqual((len(self.mails), self.syslog), (1, ["c"]))
+        self.pass_(10.0)
+        self.assertEqual(len(self.mails), 2)
+        self.mail_error = None
+        self.pass_(20.0)
+        self.pass_(1000.0)
+        self.assertEqual(len(self.mails), 3)
+        self.assertEqual(self.events("done"), ['done "one" mail a "b": taken by relay'])
+
+    def test_a_relay_that_never_takes_it(self) -> None:
+        self.host(HOST + "mail_relay = relay\n")
+        self.mail_error = QdsError("refused")
+        self.begin(throttle("lag T> 0.1", 'mail a "b"'))
+        for _ in range(100):
+            self.pass_()
+        self.assertEqual(len(self.mails), 5)
+        self.assertEqual(self.events("failed"), ['failed "one" mail a "b": refused'])
+
+    def test_no_relay(self) -> None:
+        self.begin(throttle("lag T> 0.1", 'mail a "b"'))
+        (line,) = self.events("failed")
+        self.assertIn("no mail_relay is configured", line)
+
+
+class ProgramTests(StatisticsCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.throttle = throttle("pctwl T> 20", 'exec /bin/page "link lost" now', name="p")
+
+    def test_allowed(self) -> None:
+        self.host(HOST + "allow_exec = yes\n")
+        self.begin(self.throttle)
+        ((argv, variables),) = self.programs
+        self.assertEqual(argv, ("/bin/page", "link lost", "now"))
+        self.assertEqual(
+            variables,
+            {
+                "QDS_GROUP": "dsgrp000",
+                "QDS_THROTTLE": "p",
+                "QDS_TEST": "pctwl T> 20",
+                "QDS_VALUE": "25",
+                "QDS_LDSUS": "qds0 qds1",
+                "QDS_ROOT": str(self.paths.root),
+            },
+        )
+        self.assertEqual(len(self.events("done")), 1)
+
+    def refused(self, why: str) -> None:
+        self.begin(self.throttle)
+        self.assertEqual(self.programs, [])
+        (line,) = self.events("failed")
+        self.assertIn(why, line)
+
+    def test_not_allowed(self) -> None:
+        self.refused("programs are not allowed")
+
+    def test_others_can_write_the_hosts_file(self) -> None:
+        self.host(HOST + "allow_exec = yes\n", 0o666)
+        self.refused("qds.cfg can be written by others (mode 0666)")
+
+    def test_others_can_write_the_groups_file(self) -> None:
+        self.host(HOST + "allow_exec = yes\n")
+        self.paths.group_config(0).chmod(0o664)
+        self.refused("dsgrp000.cfg can be written by others")
+
+    def test_it_fails(self) -> None:
+        self.host(HOST + "allow_exec = yes\n")
+        self.program_error = QdsError("/bin/page ended with exit code 3")
+        self.begin(self.throttle)
+        self.assertIn("ended with exit code 3", self.events("failed")[0])
