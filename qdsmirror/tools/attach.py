@@ -16,7 +16,7 @@ from typing import Any
 
 from qdsmirror.errors import DeviceError, QdsError
 from qdsmirror.paths import Paths
-from qdsmirror.tools import attach_fuse, attach_nbd, cli
+from qdsmirror.tools import attach_fuse, attach_nbd, cli, progress
 from qdsmirror.tools.attach_state import Attached, directory, read_state
 from qdsmirror.tools.orders import primaries
 from qdsmirror.tools.status import nbd_uri
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = []
     for name, uri in units.items():
         try:
-            done.append(attach(paths, name, uri, max(arguments.dead_timeout, 1), via))
+            with progress.waiting(arguments.json, name, "waiting until its device is ready"):
+                done.append(attach(paths, name, uri, max(arguments.dead_timeout, 1), via))
         except QdsError as error:
             # The other devices are needed no less.
             failed.append(error)
@@ -105,7 +106,8 @@ def detach_main(argv: Sequence[str] | None = None) -> int:
     done = []
     for name in sorted(wanted):
         try:
-            detach(paths, name)
+            with progress.waiting(arguments.json, name, "waiting until its device is free"):
+                detach(paths, name)
         except QdsError as error:
             failed.append(error)
             continue

@@ -14,9 +14,9 @@ from typing import Any
 from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError, UsageError
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli, info_view
+from qdsmirror.tools import cli, info_view, progress
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, Show, display, looking
+from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, looking
 from qdsmirror.tools.status import Group, raise_failure
 
 _OPTIONS = ("dry-run", "discard", "force")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = cli.report_all(failed, arguments.json)
     ids = {one["group"]: one["id"] for one in begun}
     followed = [one for one in configs if one.number in ids]
-    with display(arguments.json, "backfresh") as show:
+    with progress.of_groups(arguments.json, "backfresh") as show:
         seen, ended = follow(followed, ids, looking(paths), show, dry_run=arguments.dry_run)
     done = [{**one, **seen[one["group"]]} for one in begun if one["group"] not in ended]
     untold = [*(failed if arguments.json else ()), *ended.values()]
@@ -161,7 +161,7 @@ def follow(
     configs: Sequence[GroupConfig],
     ids: dict[int, str],
     look: Look,
-    show: Show,
+    show: progress.Show,
     sleep: Callable[[float], None] = time.sleep,
     *,
     dry_run: bool = False,
@@ -243,13 +243,12 @@ def _replay(
 ) -> int:
     from qdsmirror.tools.replay import replay
 
-    done = [
-        {
-            **replay(paths, config, arguments.replay, dry_run=arguments.dry_run),
-            "group": config.number,
-        }
-        for config in configs
-    ]
+    done = []
+    with progress.telling(arguments.json) as say:
+        for config in configs:
+            with progress.working(say, config.name, "checking") as work:
+                to = replay(paths, config, arguments.replay, work, dry_run=arguments.dry_run)
+            done.append({**to, "group": config.number})
     if arguments.json:
         return tell(True, done, "", failed)
     for one in done:

@@ -21,7 +21,7 @@ from qdsmirror.errors import (
     UsageError,
 )
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli, info_view
+from qdsmirror.tools import cli, info_view, progress
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: What ``--is`` and ``--wait`` take: the states, and more.
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise broken[0]
         timeout = arguments.timeout
         seconds = TIMEOUT_SECONDS_DEFAULT if timeout is None else timeout
-        host, groups = wait(look, arguments.wait, seconds)
+        with progress.telling(arguments.json) as show:
+            host, groups = wait(look, arguments.wait, seconds, show=show)
     else:
         host, groups = look()
     if arguments.json:
@@ -162,10 +163,12 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     tell: Callable[[str], None] = _to_stderr,
+    show: progress.Tell = progress.nobody,
 ) -> tuple[str, list[Group]]:
     """Wait until every group satisfies a predicate; daemons may come and go meanwhile.
 
     :param tell: told once what it waits for where somebody has to do something: a checkpoint.
+    :param show: told at every look what is lacking.
     :returns: what the last look gave.
     :raises DegradedError: not within the time.
     :raises IdentityError: the link is refused for good; likewise ConfigError, BrokenError.
@@ -187,6 +190,8 @@ def wait(
             if not told and open_ones[0].get("checkpoint"):
                 told = True
                 tell(lacking)
+        left = max(deadline - clock(), 0.0)
+        show("waiting", f"until {predicate}, {left:.0f} s more: {lacking}", None, None)
         if clock() >= deadline:
             raise DegradedError(
                 f"not {predicate} after {timeout_seconds:g} s: {lacking}", hint="qdsinfo"

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qdsmirror.core.states import Mode
 from qdsmirror.tools.status import Group
@@ -21,9 +21,9 @@ _COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow",
             "backfresh": "cyan", "bypass": "red", "setup": "red"}  # fmt: skip
 
 
-def is_terminal() -> bool:
-    """Tell whether stdout is a terminal that may show more than plain text (``NO_COLOR``)."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+def is_terminal(stream: TextIO | None = None) -> bool:
+    """Tell whether a stream, stdout by default, is a terminal that can show more than lines."""
+    return (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
 
 
 def size_text(size: float | None) -> str:

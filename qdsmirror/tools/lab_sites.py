@@ -25,7 +25,7 @@ from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableEr
 from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
-from qdsmirror.tools import launch, refresh, status, wlinit
+from qdsmirror.tools import launch, progress, status, wlinit
 from qdsmirror.tools.lab_plan import PRIMARY, Layout, Plan
 from qdsmirror.tools.orders import order
 
@@ -281,7 +281,7 @@ class Lab:
             for number in range(self.layout.groups)
             if set(self.layout.ends(number)) <= set(sites)
         }
-        show = refresh.lines(write=tell)
+        show = progress.group_lines(write=tell)
         moved, before = time.monotonic(), ""
         while numbers:
             groups = self._mirrored(sites, numbers)

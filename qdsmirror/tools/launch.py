@@ -33,7 +33,7 @@ from qdsmirror.config import (
 from qdsmirror.errors import ConfigError, DeviceError, QdsError, UnreachableError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
-from qdsmirror.tools import cli
+from qdsmirror.tools import cli, progress
 from qdsmirror.tools.client import ControlClient
 
 _POLL_SECONDS = 0.05
@@ -199,7 +199,8 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
             cwd="/",
             start_new_session=True,
         )
-    status = _wait_until_started(daemon, paths, process, log, start)
+    with progress.waiting(arguments.json, daemon.name, "waiting until its groups serve"):
+        status = _wait_until_started(daemon, paths, process, log, start)
     count = len(status["groups"])
     groups = "1 group" if count == 1 else f"{count} groups"
     return _tell(arguments.json, f"{daemon.name} runs with {groups}", status["pid"], broken)
@@ -310,7 +311,8 @@ def _kill(name: str, argv: Sequence[str] | None) -> int:
     pid = running_pid(pid_file)
     if pid is None:
         return _tell(arguments.json, f"{daemon.name} is not running", None)
-    _end(daemon, pid, pid_file)
+    with progress.waiting(arguments.json, daemon.name, "waiting for its end"):
+        _end(daemon, pid, pid_file)
     return _tell(arguments.json, f"{daemon.name} has ended", pid)
 
 

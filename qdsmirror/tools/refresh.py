@@ -6,29 +6,25 @@ They act on whole groups, because coherence is the group's.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, QdsError, UnreachableError
 from qdsmirror.limits import REFRESH_RING_SHARE
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli, info_view
+from qdsmirror.tools import cli, progress
 from qdsmirror.tools.orders import order_all, primaries, tell
 from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 POLL_SECONDS = 0.2
 #: A failure that has stood for so many looks is one.
 REFUSED_LOOKS = 5
-LINE_SECONDS = 10.0
 
 #: Gives a group object as it is now.
 Look = Callable[[GroupConfig], Group]
-#: Shows a group's progress: (group object).
-Show = Callable[[Group], None]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What was refused is told before the others are waited for.
     code = cli.report_all(failed, arguments.json)
     numbers = [one["group"] for one in begun]
-    with display(arguments.json) as show:
+    with progress.of_groups(arguments.json) as show:
         ended = follow([one for one in configs if one.number in numbers], looking(paths), show)
     done = [one for one in begun if one["group"] not in ended]
     untold = [*(failed if arguments.json else ()), *ended.values()]
@@ -151,7 +147,7 @@ def wait_for_room(
 def follow(
     configs: Sequence[GroupConfig],
     look: Look,
-    show: Show,
+    show: progress.Show,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, QdsError]:
     """Wait for the durable end of the groups' refreshes; daemons may come and go meanwhile.
@@ -196,72 +192,3 @@ def _ended(group: Group) -> bool:
             f"{group['name']}: the refresh was ended before its end{reason}", hint="qdsrefresh"
         )
     return True
-
-
-@contextlib.contextmanager
-def display(quiet: bool, of: str = "refresh") -> Iterator[Show]:
-    """Give what shows progress: a bar on a terminal, else a line each LINE_SECONDS.
-
-    :param of: the part of a group object that tells it.
-    """
-    if quiet:
-        yield lambda group: None
-    elif info_view.is_terminal():
-        with _bars(of) as show:
-            yield show
-    else:
-        yield lines(of=of)
-
-
-def lines(
-    clock: Callable[[], float] = time.monotonic,
-    write: Callable[[str], None] = print,
-    of: str = "refresh",
-) -> Show:
-    """Give what writes a line of progress per group, at most one each LINE_SECONDS."""
-    last: dict[str, float] = {}
-
-    def show(group: Group) -> None:
-        name, now, progress = group["name"], clock(), _progress(group, of)
-        if progress and now - last.get(name, now - LINE_SECONDS) >= LINE_SECONDS:
-            last[name] = now
-            write(f"{name}: {_text(of, progress)}")
-
-    return show
-
-
-def _text(of: str, progress: dict[str, Any]) -> str:
-    return (
-        info_view.verify_text(progress) if of == "verify" else info_view.progress_text(of, progress)
-    )
-
-
-def _progress(group: Group, of: str) -> dict[str, Any] | None:
-    progress: dict[str, Any] | None = group[of]
-    if progress is None or "done_bytes" not in progress or progress.get("phase") == "over":
-        return None
-    return progress
-
-
-@contextlib.contextmanager
-def _bars(of: str) -> Iterator[Show]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
-
-    name = TextColumn("{task.description}")
-    with Progress(name, BarColumn(), DownloadColumn(True), Speed(), TimeRemainingColumn()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(group: Group) -> None:
-            task = tasks.get(group["name"])
-            if task is None:
-                task = tasks[group["name"]] = bar.add_task(group["name"], total=None)
-            progress = _progress(group, of)
-            if progress:
-                done = progress["done_bytes"]
-                bar.update(task, completed=done, total=done + progress["remaining_bytes"])
-            elif group["coherent"]:
-                total = bar.tasks[task].total or 1
-                bar.update(task, completed=total, total=total)
-
-        yield show

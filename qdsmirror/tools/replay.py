@@ -17,10 +17,11 @@ from qdsmirror.storage.keep import KeepFile
 from qdsmirror.storage.latch import FailureLatch
 from qdsmirror.storage.recovery import OpenUnit, close_units, open_units
 from qdsmirror.tools import cli
+from qdsmirror.tools.progress import Work
 
 
 def replay(
-    paths: Paths, config: GroupConfig, path: str, *, dry_run: bool = False
+    paths: Paths, config: GroupConfig, path: str, work: Work, *, dry_run: bool = False
 ) -> dict[str, Any]:
     """Write back what a file has kept; no driver runs.
 
@@ -28,6 +29,7 @@ def replay(
     and of a backfresh that was under way, that it is no more.  Once all is written, and the file
     is that backfresh's, the data devices are whole again: what they were when it began.
 
+    :param work: shows how far it is.
     :param dry_run: only check all of that.
 
     :raises CorruptError: the file is none, or damaged.
@@ -49,6 +51,7 @@ def replay(
         stack.callback(close_units, units)
         _check_units(config, units, file)
         if not dry_run:
+            work.expect("writing back", file.kept_bytes)
             with cli.naming(config.name):
                 _write_back(units, file)
         return {"name": config.name, "records": file.count, "bytes": file.kept_bytes}

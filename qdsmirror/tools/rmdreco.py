@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.errors import ConfigError, DeviceFailedError, QdsError, UsageError
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli
+from qdsmirror.tools import cli, progress
 from qdsmirror.tools.audited import audited
+from qdsmirror.tools.progress import Work
 
 if TYPE_CHECKING:
     from qdsmirror.storage.journal import Mirror
 
 #: Does something with a mirror that is open; gives what it has to say.
-_Work = Callable[["Mirror"], dict[str, Any]]
+_Work = Callable[..., dict[str, Any]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,13 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.refuse_beside_daemon(paths, group, "rmd")
     done: list[dict[str, Any]] = []
     failed = selection.broken
-    for group in groups:
-        try:
-            with audited(paths, "qdsrmdreco", arguments), cli.naming(group.name):
-                done.append(_recover(paths, group, work))
-        except QdsError as error:
-            # The other mirrors are needed no less.
-            failed.append(error)
+    with progress.telling(arguments.json) as tell:
+        for group in groups:
+            try:
+                with (
+                    audited(paths, "qdsrmdreco", arguments),
+                    cli.naming(group.name),
+                    progress.working(tell, group.name, "replaying the journal") as shown,
+                ):
+                    done.append(_recover(paths, group, partial(work, shown=shown)))
+            except QdsError as error:
+                # The other mirrors are needed no less.
+                failed.append(error)
     if arguments.json:
         cli.print_json({"groups": done, **cli.errors_json(failed)})
     else:
@@ -118,7 +124,7 @@ def _recover(paths: Paths, group: GroupConfig, work: _Work) -> dict[str, Any]:
         raise
 
 
-def _replay(mirror: Mirror, release: bool) -> dict[str, Any]:
+def _replay(mirror: Mirror, shown: Work, release: bool) -> dict[str, Any]:
     frames = mirror.replay()
     while release and mirror.held is not None:
         mirror.release()
@@ -126,13 +132,15 @@ def _replay(mirror: Mirror, release: bool) -> dict[str, Any]:
     return {"frames": frames}
 
 
-def _roll_back(mirror: Mirror) -> dict[str, Any]:
+def _roll_back(mirror: Mirror, shown: Work) -> dict[str, Any]:
     from qdsmirror.storage.rollback import roll_back
 
+    mirror.images.load()
+    shown.expect("rolling back", mirror.images.used_bytes)
     return {"frames": 0, "restored_bytes": roll_back(mirror).restored_bytes}
 
 
-def _look_back(mirror: Mirror) -> dict[str, Any]:
+def _look_back(mirror: Mirror, shown: Work) -> dict[str, Any]:
     from qdsmirror.storage.rollback import check_rollback
 
     to = check_rollback(mirror).gsn

@@ -13,9 +13,9 @@ from typing import Any
 
 from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError
-from qdsmirror.tools import cli, info_view
+from qdsmirror.tools import cli, info_view, progress
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, Show, display, looking
+from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, looking
 from qdsmirror.tools.status import Group, raise_failure
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What was refused is told before the others are waited for.
     code = cli.report_all(failed, arguments.json)
     ids = {one["group"]: one["id"] for one in begun}
-    with display(arguments.json, "verify") as show:
+    with progress.of_groups(arguments.json, "verify") as show:
         ended, broken = follow([c for c in configs if c.number in ids], ids, looking(paths), show)
     if not arguments.json:
         for one in ended:
@@ -65,7 +65,7 @@ def follow(
     configs: Sequence[GroupConfig],
     ids: dict[int, str],
     look: Look,
-    show: Show,
+    show: progress.Show,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[list[dict[str, Any]], list[QdsError]]:
     """Wait for the end of the groups' verifies; daemons may come and go meanwhile.

@@ -14,7 +14,7 @@ from qdsmirror.config import GroupConfig, load_host
 from qdsmirror.errors import ConfigError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
-from qdsmirror.tools import cli
+from qdsmirror.tools import cli, progress
 from qdsmirror.tools.audited import audited
 from qdsmirror.tools.client import ControlClient
 
@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = prepare(paths, host.name, here, opened, consent, only_pool=arguments.pool)
         if arguments.dry_run:
             return _tell_plan(prepared, arguments.json)
-        with audited(paths, "qdswlinit", arguments):
+        with (
+            audited(paths, "qdswlinit", arguments),
+            progress.telling(arguments.json) as tell,
+            progress.working(tell, "qdswlinit", "initialising"),
+        ):
             made = prepared.carry_out(paths)
     if arguments.json:
         cli.print_json({"initialised": made})

@@ -12,7 +12,7 @@ from typing import Any
 
 from qdsmirror.config import load_host
 from qdsmirror.errors import BrokenError, ConfigError, QdsError
-from qdsmirror.tools import cli
+from qdsmirror.tools import cli, progress
 from qdsmirror.tools.info_view import size_text
 
 
@@ -47,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qdsmirror.tools.scanning import scan
 
     found: list[dict[str, Any]] = []
-    for group in here:
-        try:
-            found.append(scan(paths, group, host.name, arguments.check, failed))
-        except QdsError as error:
-            # The others are to be known no less.
-            failed.append(error)
-            continue
-        if found[-1]["refused"]:
-            failed.append(BrokenError(found[-1]["refused"], hint="see RECOVERY in qdswlscan(1)"))
+    with progress.telling(arguments.json) as tell:
+        for group in here:
+            try:
+                with progress.working(tell, group.name, "scanning"):
+                    found.append(scan(paths, group, host.name, arguments.check, failed))
+            except QdsError as error:
+                # The others are to be known no less.
+                failed.append(error)
+                continue
+            refused = found[-1]["refused"]
+            if refused:
+                failed.append(BrokenError(refused, hint="see RECOVERY in qdswlscan(1)"))
     if arguments.json:
         cli.print_json({"groups": found, **cli.errors_json(failed)})
     else:

@@ -15,6 +15,7 @@ from qdsmirror.errors import (
     IdentityError,
     UnreachableError,
 )
+from qdsmirror.tools import progress as progress_room
 from qdsmirror.tools import refresh
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
@@ -196,7 +197,7 @@ class LinesTests(TestCase):
     def test_a_line_each_ten_seconds(self) -> None:
         now = [0.0]
         written: list[str] = []
-        show = refresh.lines(lambda: now[0], written.append)
+        show = progress_room.group_lines(lambda: now[0], written.append)
         for second in range(21):
             now[0] = float(second)
             show(driver_status(refresh=progress(second, 20 - second)))
