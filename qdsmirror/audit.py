@@ -79,8 +79,9 @@ def append(path: Path, data: bytes) -> None:
     try:
         if os.geteuid() == 0:
             # The daemons, which may be another user's, write here too.
-            owner = path.parent.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+            owner, found = path.parent.stat(), os.fstat(descriptor)
+            if (owner.st_uid, owner.st_gid) != (found.st_uid, found.st_gid):
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
         os.write(descriptor, data)
         os.fdatasync(descriptor)
     finally:

@@ -40,6 +40,7 @@ OTHERS = (
     ("qdsmirror-protocol", 7),
     ("qdsmirror-security", 7),
     ("qdsmirror-synchronous", 7),
+    ("qdsmirror-systemd", 7),
     ("qdsmirror-takeover", 7),
 )
 #: Other projects' pages that ours refer to.

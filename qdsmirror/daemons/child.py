@@ -271,7 +271,9 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     logs.begin(arguments.role)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     paths = Paths.of(arguments.root)
-    os.nice(_niceness(arguments.role, arguments.groups, paths))
+    niceness = _niceness(arguments.role, arguments.groups, paths)
+    if niceness:
+        os.nice(niceness)
     _keep_large_buffers()
     if protection is not None and protection.refused:
         _log.info(

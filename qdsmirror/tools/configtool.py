@@ -53,6 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="renew certificates, keys and secrets that exist; the authority stays",
     )
+    units = cli.subcommand(
+        commands, "units", "Let the systemd units open the devices of this host's groups."
+    )
+    units.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write drop-ins there, e.g. /etc/systemd/system (default: print them)",
+    )
     cli.subcommand(commands, "apply", "Make the running daemons take up changed files.")
     return made
 
@@ -70,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     :returns: the exit code: 10 if ``check`` found an error.
     """
     arguments = build_parser().parse_args(argv)
-    commands = {"check": _check, "show": _show, "pki": _pki, "apply": _apply}
+    commands = {
+        "check": _check,
+        "show": _show,
+        "pki": _pki,
+        "units": _units,
+        "apply": _apply,
+    }
     return commands[arguments.command](arguments, cli.paths_of(arguments))
 
 
@@ -223,6 +237,30 @@ def _pki(arguments: argparse.Namespace, paths: Paths) -> int:
         f"Keep {out / pki.CA_KEY} off both hosts: who has it can pass for any host.\n"
         f"The certificates are valid for {HOST_CERTIFICATE_DAYS} days."
     )
+    return EXIT_OK
+
+
+# -- units -----------------------------------------------------------------------------------------
+
+
+def _units(arguments: argparse.Namespace, paths: Paths) -> int:
+    from qdsmirror.tools.units import drop_ins, write
+
+    groups, problems = scan_groups(paths)
+    for error in cli.broken_files(paths, problems).values():
+        # Without its devices a group that runs could not be started again.
+        raise error
+    made = drop_ins(load_host(paths).name, groups)
+    written = write(Path(arguments.out), made) if arguments.out is not None else []
+    if arguments.json:
+        cli.print_json({"units": made, "written": [str(path) for path in written]})
+    elif arguments.out is None:
+        for name, text in made.items():
+            print(f"# {name}\n{text}")
+    else:
+        for path in written:
+            print(f"{path} written")
+        print("systemctl daemon-reload; what runs already keeps what it has until it is restarted")
     return EXIT_OK
 
 

@@ -26,7 +26,7 @@ from qdsmirror.tools.status import Group, collect_groups, raise_failure
 
 #: What ``--is`` and ``--wait`` take: the states, and more.
 STATES = tuple(sorted(Mode))
-PREDICATES = (*STATES, "coherent", "degraded", "drained", "synchronous")
+PREDICATES = (*STATES, "coherent", "degraded", "drained", "served", "synchronous")
 
 POLL_SECONDS = 0.1
 TIMEOUT_SECONDS_DEFAULT = 60.0
@@ -127,7 +127,12 @@ def is_so(group: Group, predicate: str) -> bool:
     ``drained``: the last number written is applied here and committed and applied at the
     secondary, and nothing was written past the writelogs.  The secondary does not know what was
     written, so a group is drained as seen from the primary only.
+
+    ``served``: a process of this host serves its LDSUs, or takes what the primary sends.
     """
+    if predicate == "served":
+        server = "driver" if group["role"] == "primary" else "rmd"
+        return group[server]["pid"] is not None
     if predicate == "coherent":
         return group["coherent"] is True
     if predicate == "degraded":

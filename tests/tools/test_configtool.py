@@ -391,3 +391,48 @@ class ParserTests(TestCase):
         text = configtool.build_parser().format_help()
         for name in ("check", "show", "pki", "apply"):
             self.assertIn(f"    {name} ", text)
+
+
+class UnitsTests(ToolTestCase):
+    """The drop-ins of the systemd units."""
+
+    def test_printed(self) -> None:
+        file = self.base / "a file %1"
+        file.write_bytes(b"")
+        text = GROUP.replace("/dev/w0", f'"{file}"').replace("= /dev/d0", "= /dev/mirror")
+        self.paths.group_config(0).write_text(text)
+        self.assertEqual(self.call("units"), 0)
+        told = self.out.getvalue()
+        self.assertIn("# qdsdriver.service.d/qdsmirror-devices.conf\n", told)
+        self.assertIn('DeviceAllow="/dev/d #0" rw\n', told)
+        self.assertIn(f'ReadWritePaths="-{self.base}/a file %%1"\n', told)
+        # What is the other host's is nothing for this one.
+        self.assertNotIn("/dev/mirror", told)
+        self.assertNotIn("qdsrmd", told)
+
+    def test_written_at_the_secondary(self) -> None:
+        self.paths.host_config.write_text("name = dr1\n")
+        out = self.base / "system"
+        self.assertEqual(self.call("units", "--out", str(out)), 0)
+        (written,) = [path for path in out.rglob("*") if path.is_file()]
+        self.assertEqual(written, out / "qdsrmd.service.d" / "qdsmirror-devices.conf")
+        lines = written.read_text().splitlines()
+        self.assertEqual(
+            lines[1:], ["[Service]", 'DeviceAllow="/dev/d0" rw', 'DeviceAllow="/dev/j0" rw']
+        )
+        self.assertIn(f"{written} written", self.out.getvalue())
+
+    def test_json(self) -> None:
+        self.assertEqual(self.call("units", "--json"), 0)
+        told = json.loads(self.out.getvalue())
+        self.assertEqual(list(told["units"]), ["qdsdriver.service.d/qdsmirror-devices.conf"])
+        self.assertEqual(told["written"], [])
+
+    def test_a_broken_file(self) -> None:
+        self.paths.group_config(1).write_text("nonsense\n")
+        self.assertEqual(self.call("units"), 10)
+        self.assertEqual(self.out.getvalue(), "")
+
+    def test_unwritable(self) -> None:
+        (self.base / "file").write_text("")
+        self.assertEqual(self.call("units", "--out", str(self.base / "file")), 1)

@@ -219,6 +219,12 @@ class PredicateTests(TestCase):
         nothing = dict.fromkeys(driver_status()["gsn"])
         self.assertFalse(info.is_so(group_of(gsn=nothing), "drained"))
 
+    def test_served(self) -> None:
+        for role, server, other in (("primary", "driver", "rmd"), ("secondary", "rmd", "driver")):
+            for pid in (1, None):
+                group = group_of(role=role, **{server: {"pid": pid}, other: {"pid": 7}})
+                self.assertEqual(info.is_so(group, "served"), pid is not None, (role, pid))
+
     def test_all_groups(self) -> None:
         apart = group_of(coherent=False)
         self.assertEqual(info.others([group_of(), apart], "coherent"), [apart])
