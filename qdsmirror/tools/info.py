@@ -248,14 +248,9 @@ def watch(
                 info_view.show(groups)
                 print()
             sleep(interval_seconds)
-    from rich.live import Live
+    from qdsmirror.tools import info_table
 
-    _, groups = look()
-    with Live(info_view.rich_view(groups, time.time()), auto_refresh=False) as live:
-        while True:
-            sleep(interval_seconds)
-            _, groups = look()
-            live.update(info_view.rich_view(groups, time.time()), refresh=True)
+    info_table.watch(look, interval_seconds, sleep)
 
 
 def _look(paths: Paths, arguments: argparse.Namespace) -> tuple[Look, list[QdsError]]:

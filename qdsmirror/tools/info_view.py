@@ -1,4 +1,7 @@
-"""How ``qdsinfo`` shows groups to a person: a table, in colour on a terminal."""
+"""What ``qdsinfo`` tells a person about groups: the cells of its tables, and the lines below.
+
+On a terminal ``info_table`` shows them, elsewhere they are plain text.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from qdsmirror.core.states import Mode
 from qdsmirror.tools.status import Group
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 HEADINGS = ("GROUP", "ROLE", "STATE", "SINCE", "COHERENT", "GSN", "COMMITTED", "MIRRORED", "LAG")
-UNIT_HEADINGS = ("GROUP", "LDSU", "SIZE", "LOG USED", "ENTRIES", "DEVICE")
+UNIT_HEADINGS = ("GROUP", "LDSU", "SIZE", "LOG USED", "FULL IN", "ENTRIES", "DEVICE")
 _UNKNOWN = "-"
-_COLOURS = {"connected": "green", "refresh": "cyan", "accumulating": "yellow",
-            "backfresh": "cyan", "bypass": "red", "setup": "red"}  # fmt: skip
 
 
 def is_terminal(stream: TextIO | None = None) -> bool:
@@ -44,7 +42,16 @@ def duration_text(seconds: float | None) -> str:
         return _UNKNOWN
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, length, limit in (("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < limit:
+            count = seconds / length
+            return f"{count:.1f} {unit}" if unit == "h" else f"{count:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def full_text(seconds: float | None) -> str:
+    """Give when a log will be full at its present rate; ``-`` while it is not filling."""
+    return "FULL" if seconds == 0 else duration_text(seconds)
 
 
 def group_row(group: Group, now: float) -> tuple[str, ...]:
@@ -81,6 +88,7 @@ def unit_rows(group: Group) -> list[tuple[str, ...]]:
                 unit["name"],
                 size_text(unit["size"]),
                 _UNKNOWN if ratio is None else f"{100 * ratio:.1f} %",
+                full_text(log.get("seconds_to_full")),
                 _number(log.get("entries")),
                 unit["device"] or at,
             )
@@ -308,34 +316,14 @@ def plain(groups: Sequence[Group], now: float) -> str:
     return "\n\n".join(parts)
 
 
-def rich_view(groups: Sequence[Group], now: float) -> RenderableType:
-    """Give the whole report for rich to print."""
-    from rich.console import Group as Stack
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*HEADINGS, box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for group in groups:
-        row: list[str | Text] = list(group_row(group, now))
-        row[2] = Text(str(row[2]), style=_COLOURS.get(group["state"], ""))
-        row[4] = Text(str(row[4]), style="green" if group["coherent"] else "bold red")
-        table.add_row(*row)
-    units = Table(*UNIT_HEADINGS, box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for group in groups:
-        for cells in unit_rows(group):
-            units.add_row(*cells)
-    notes = [Text(line, style="yellow") for group in groups for line in remarks(group)]
-    return Stack(table, Text(""), units, *([Text(""), *notes] if notes else []))
-
-
 def show(groups: Sequence[Group]) -> None:
     """Print the report to stdout, in colour where that is welcome."""
     if not is_terminal():
         print(plain(groups, time.time()), flush=True)
         return
-    from rich.console import Console
+    from qdsmirror.tools.info_table import print_tables
 
-    Console().print(rich_view(groups, time.time()))
+    print_tables(groups, time.time())
 
 
 def _number(value: int | None) -> str:
@@ -347,7 +335,10 @@ def _lag_text(lag: dict[str, Any]) -> str:
         return _UNKNOWN
     if not lag["entries"]:
         return "none"
-    return f"{lag['entries']} entries, {size_text(lag['bytes'])}, {duration_text(lag['seconds'])}"
+    entries = "1 entry" if lag["entries"] == 1 else f"{lag['entries']} entries"
+    # The secondary does not know when they were written.
+    age = "" if lag["seconds"] is None else f", {duration_text(lag['seconds'])}"
+    return f"{entries}, {size_text(lag['bytes'])}{age}"
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

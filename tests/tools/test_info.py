@@ -22,7 +22,7 @@ from qdsmirror.errors import (
     UnreachableError,
 )
 from qdsmirror.paths import Paths
-from qdsmirror.tools import info, info_view, status
+from qdsmirror.tools import info, info_table, info_view, status
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
 SCHEMA = json.loads(info.schema_text())
@@ -400,6 +400,21 @@ class ViewTests(TestCase):
             [info_view.duration_text(n) for n in (None, 0.2, 42, 600, 9000)],
             ["-", "0.2 s", "42 s", "10 min", "2.5 h"],
         )
+        days = [info_view.duration_text(n) for n in (47 * 3600, 50 * 3600)]
+        self.assertEqual(days, ["47.0 h", "2 days"])
+        told = [info_view.full_text(n) for n in (None, 0.0, 42.0)]
+        self.assertEqual(told, ["-", "FULL", "42 s"])
+
+    def test_lag(self) -> None:
+        """In entries, bytes and seconds; the secondary does not know the seconds."""
+        for entries, size, seconds, expected in (
+            (0, 0, 0.0, "none"),
+            (1, 4096, 0.5, "1 entry, 4 KiB, 0.5 s"),
+            (12, 49152, None, "12 entries, 48 KiB"),
+            (None, None, None, "-"),
+        ):
+            group = group_of(lag={"entries": entries, "bytes": size, "seconds": seconds})
+            self.assertEqual(info_view.group_row(group, 0.0)[-1], expected)
 
     def test_a_reason_is_told_once(self) -> None:
         why = "mirror device /m has 1 bytes, the data device 2"
@@ -485,5 +500,5 @@ class ViewTests(TestCase):
         groups = status.collect_groups(paths, "alpha", load_groups(paths), Answers())
         output = StringIO()
         console = Console(file=output, width=200, force_terminal=True, no_color=False)
-        console.print(info_view.rich_view(groups, 1790000000.0))
+        console.print(info_table.tables(groups, 1790000000.0, 200))
         self.assertIn("driver not running", output.getvalue())
