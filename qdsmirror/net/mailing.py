@@ -25,7 +25,7 @@ def compose(sender: str, recipient: str, subject: str, body: str) -> bytes:
 
     :param sender: an address; ``recipient``: likewise, or a name that the relay knows.
     """
-    message = EmailMessage(policy=default)
+    message = EmailMessage(policy=default.clone(cte_type="7bit"))
     message["From"] = sender
     message["To"] = recipient
     message["Subject"] = " ".join(subject.split())
