@@ -17,10 +17,17 @@ from typing import Any
 from qdsmirror.configmodel import POOL_KEY, GroupConfig, HostConfig, LdsuConfig, Role, Tunables
 from qdsmirror.configsource import Problem, ProblemsError, Source, parse, read_text
 from qdsmirror.configthrottles import read_throttles
-from qdsmirror.configvalues import parse_seconds, parse_size, shown
+from qdsmirror.configvalues import Listen, parse_seconds, parse_size, shown
 from qdsmirror.core.throttles import Throttle
 from qdsmirror.errors import ConfigError
-from qdsmirror.limits import GROUPS_MAX, LDSU_NAME_CHARS_MAX, LDSUS_PER_GROUP_MAX, SECRET_BYTES
+from qdsmirror.limits import (
+    GROUPS_MAX,
+    LDSU_NAME_CHARS_MAX,
+    LDSUS_PER_GROUP_MAX,
+    SECRET_BYTES,
+    TOKEN_CHARS_MAX,
+    TOKEN_CHARS_MIN,
+)
 from qdsmirror.paths import Paths, group_name
 
 __all__ = [
@@ -36,6 +43,7 @@ __all__ = [
     "load_groups",
     "load_host",
     "load_secret",
+    "load_token",
     "parse_seconds",
     "parse_size",
     "read_group",
@@ -45,6 +53,8 @@ __all__ = [
 
 _LDSU_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LDSU_NAME_CHARS_MAX - 1}}}")
 _GROUP_FILE = re.compile(r"dsgrp([0-9]{3})\.cfg", re.ASCII)
+_TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{%d,%d}=*" % (TOKEN_CHARS_MIN, TOKEN_CHARS_MAX))
+_SECRET_FILE_BYTES_MAX = 2 * TOKEN_CHARS_MAX
 _SECRET = re.compile(rb"[0-9a-fA-F]{%d}" % (2 * SECRET_BYTES))
 
 
@@ -124,21 +134,7 @@ def load_secret(paths: Paths, number: int, owners: Collection[int] = ()) -> byte
     :raises ConfigError: it is missing, open to others, or not 64 hexadecimal digits.
     """
     path = paths.group_secret(number)
-    hint = f"chmod 600 {path}"
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{path}: not a regular file", _MAKE_SECRET)
-            if stat.S_IMODE(status.st_mode) & 0o077:
-                mode = stat.S_IMODE(status.st_mode)
-                raise ConfigError(f"{path}: mode {mode:04o} lets others read the secret", hint)
-            if status.st_uid not in (0, os.geteuid(), *owners):
-                raise ConfigError(f"{path}: belongs to another user", f"chown it; {hint}")
-            content = file.read(4 * SECRET_BYTES).strip()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", _MAKE_SECRET) from error
+    content = _read_secret(path, owners, _MAKE_SECRET)
     if not _SECRET.fullmatch(content):
         raise ConfigError(
             f"{path}: not a secret of {2 * SECRET_BYTES} hexadecimal digits", _MAKE_SECRET
@@ -146,6 +142,45 @@ def load_secret(paths: Paths, number: int, owners: Collection[int] = ()) -> byte
     return bytes.fromhex(content.decode("ascii"))
 
 
+def load_token(path: Path, owners: Collection[int] = ()) -> bytes:
+    """Load the token that whoever reads the metrics shows: a file of mode 0600.
+
+    :param owners: as of :func:`load_secret`.
+    :raises ConfigError: it is missing, open to others, or no token (RFC 6750) that is long enough.
+    """
+    content = _read_secret(path, owners, _MAKE_TOKEN)
+    if not _TOKEN.fullmatch(content):
+        raise ConfigError(
+            f"{path}: not a token of {TOKEN_CHARS_MIN} to {TOKEN_CHARS_MAX} letters, digits, "
+            "-._~+/ in one line",
+            _MAKE_TOKEN,
+        )
+    return content
+
+
+def _read_secret(path: Path, owners: Collection[int], make: str) -> bytes:
+    """Read a file that nobody else may read; its mode is checked on the opened descriptor.
+
+    :param make: the hint where it is not there.
+    """
+    hint = f"chmod 600 {path}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path}: not a regular file", make)
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise ConfigError(f"{path}: mode {mode:04o} lets others read the secret", hint)
+            if status.st_uid not in (0, os.geteuid(), *owners):
+                raise ConfigError(f"{path}: belongs to another user", f"chown it; {hint}")
+            return file.read(_SECRET_FILE_BYTES_MAX).strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", make) from error
+
+
+_MAKE_TOKEN = "make one with qdsconfigtool pki, or with: (umask 077; openssl rand -hex 32 > FILE)"
 _MAKE_SECRET = "make one with qdsconfigtool pki and copy it to both hosts"
 
 
@@ -171,6 +206,11 @@ def read_host(path: Path) -> tuple[HostConfig | None, list[Problem]]:
         children=values["children"],
         mail_relay=values["mail_relay"],
         allow_exec=values["allow_exec"],
+        # ConfigObj gives plain tuples.
+        console=Listen(*values["console"]),
+        metrics_token_file=Path(
+            values["metrics_token_file"] or path.absolute().parent / "metrics.token"
+        ),
     ), []
 
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from qdsmirror.configvalues import NetworkPath, Relay, memory_bytes, parse_relay
+from qdsmirror.configvalues import Listen, NetworkPath, Relay, memory_bytes, parse_relay
 from qdsmirror.core.throttles import Throttle
 from qdsmirror.limits import (
     BEFORE_IMAGE_BYTES_DEFAULT,
     CHILDREN_DEFAULT,
+    CONSOLE_PORT,
     METADATA_ENTRIES_DEFAULT,
     METADATA_SECONDS_DEFAULT,
     NEAR_SYNC_ENTRIES_DEFAULT,
@@ -44,6 +45,9 @@ class HostConfig:
     :ivar mail_relay: ``HOST`` or ``HOST:PORT`` that takes what throttles mail; empty: none does.
     :ivar allow_exec: whether throttles may run programs; honoured only where the file is safe
         (:func:`qdsmirror.configsafety.why_unsafe`).
+    :ivar console: where the console daemon listens.
+    :ivar metrics_token_file: the token that whoever reads the metrics shows; default
+        ``metrics.token``.
     """
 
     name: str
@@ -54,6 +58,8 @@ class HostConfig:
     children: int = CHILDREN_DEFAULT
     mail_relay: str = ""
     allow_exec: bool = False
+    console: Listen = Listen("127.0.0.1", CONSOLE_PORT)
+    metrics_token_file: Path = Path("metrics.token")
 
     @property
     def relay(self) -> Relay | None:

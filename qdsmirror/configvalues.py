@@ -24,6 +24,9 @@ SMTP_PORT = 25
 #: What a writelog's place begins with that stands in memory; its size follows.
 MEMORY_PREFIX = "memory:"
 
+#: What a Unix socket's place begins with.
+UNIX_PREFIX = "unix:"
+
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _SIZE = re.compile(r"([0-9]{1,15}) ?([KMGT]?)", re.ASCII)
@@ -62,6 +65,29 @@ class Relay(NamedTuple):
 
     host: str
     port: int = SMTP_PORT
+
+
+class Listen(NamedTuple):
+    """Where a server listens.
+
+    :ivar host: IP address; empty where it is a Unix socket.
+    :ivar port: TCP port.
+    :ivar path: of the Unix socket; empty where it is none.
+    """
+
+    host: str
+    port: int = 0
+    path: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host can connect to it."""
+        return bool(self.path) or ip_address(self.host).is_loopback
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"{UNIX_PREFIX}{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def shown(value: str) -> str:
@@ -284,6 +310,21 @@ def _relay(value: str) -> str:
     return value
 
 
+def _listen(value: str) -> Listen:
+    if value.startswith(UNIX_PREFIX):
+        return Listen("", 0, _absolute_path(value.removeprefix(UNIX_PREFIX)))
+    host, port = _host_and_port(value)
+    try:
+        address = str(ip_address(host))
+    except ValueError:
+        address = ""
+    if not address or not port:
+        raise ValidateError(
+            f"{shown(value)} is not where to listen: write ADDRESS:PORT, [IPv6]:PORT or unix:/PATH"
+        )
+    return Listen(address, port)
+
+
 def _user_name(value: str) -> str:
     if not _USER.fullmatch(value):
         raise ValidateError(f"{shown(value)} is not a user's name")
@@ -311,6 +352,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "address": _or_default(_address),
     "user_name": _or_default(_user_name),
     "compression": _compression,
+    "listen": _listen,
     "network_paths": _or_default(_network_paths),
     "relay": _or_default(_relay),
 }

@@ -18,6 +18,8 @@ LDSU_NAME_CHARS_MAX = 64
 HOST_NAME_CHARS_MAX = 253
 DEVICE_PATH_BYTES_MAX = 4095
 CHILDREN_DEFAULT = 8
+#: Where the console daemon listens on the loopback address.
+CONSOLE_PORT = 9575
 SECRET_BYTES = 32
 #: Network paths of a group.
 PATHS_MAX = 8
@@ -366,6 +368,21 @@ ACTIONS_WAITING_MAX = 64
 EXEC_OUTPUT_BYTES_MAX = 1024
 #: Changes of a group's modes that its driver keeps for whoever asks now and then.
 MODE_CHANGES_KEPT = 32
+
+# -- console ----------------------------------------------------------------------------------
+#: Of the token that whoever reads the metrics shows (RFC 6750), without its padding.
+TOKEN_CHARS_MIN = 32
+TOKEN_CHARS_MAX = 256
+#: The daemons are asked no more often than this, so many at once; one that does not answer in time
+#: counts as down.
+CONSOLE_LOOK_SECONDS = 1.0
+CONSOLE_ASKS_MAX = 64
+CONSOLE_ASK_SECONDS = 2.0
+CONSOLE_CONNECTIONS_MAX = 64
+#: A client that sends nothing, or does not take its answer, for so long is cut off.
+CONSOLE_IDLE_SECONDS = 60.0
+#: Of what comes behind a request's headers; nobody has anything to send.
+CONSOLE_BODY_BYTES_MAX = 4096
 
 # -- control ----------------------------------------------------------------------------------
 CONTROL_JSON_BYTES_MAX = 8 * MIB

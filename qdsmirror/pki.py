@@ -29,6 +29,7 @@ from qdsmirror.paths import group_name
 _CLOCK_SKEW = timedelta(hours=1)
 _COMMON_NAME_CHARS_MAX = 64
 
+TOKEN = "metrics.token"
 CERTIFICATE, KEY, CA, CA_KEY = "host.pem", "host.key", "ca.pem", "ca.key"
 
 
@@ -202,7 +203,8 @@ def make_hosts(
 
     ``out/ca.pem`` and ``out/ca.key`` are made unless they are there; ``out/NAME/`` gets
     ``host.pem``, ``host.key``, ``ca.pem`` and a ``dsgrpNNN.secret`` for each group, the same one
-    for all the hosts.  What exists is kept, so that a host can be added later.
+    for all the hosts; and a ``metrics.token`` of its own.  What exists is kept, so that a host can
+    be added later.
 
     :param names: the hosts' names as in their ``qds.cfg``.
     :param groups: numbers of the groups that these hosts share.
@@ -221,6 +223,7 @@ def make_hosts(
     for name in names:
         _directory(out / name)
         work.certificate(authority, out / name, name)
+        work.token(out / name / TOKEN)
     for number in groups:
         work.secret([out / name / f"{group_name(number)}.secret" for name in names])
     return Made(tuple(work.written), tuple(work.kept))
@@ -250,6 +253,12 @@ class _Work:
             self.kept.append(directory / CA)
         else:
             self._write(directory / CA, authority.pem(), 0o644)
+
+    def token(self, path: Path) -> None:
+        if path.exists() and not self._overwrite:
+            self.kept.append(path)
+        else:
+            self._write(path, new_secret(), 0o600)
 
     def secret(self, files: Sequence[Path]) -> None:
         there = [path for path in files if path.exists()]

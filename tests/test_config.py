@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from qdsmirror import config, configsource, limits
+from qdsmirror import config, configsource, limits, pki
 from qdsmirror.config import (
     GroupConfig,
     LdsuConfig,
@@ -35,7 +35,7 @@ from qdsmirror.config import (
     scan_groups,
 )
 from qdsmirror.configsafety import why_unsafe
-from qdsmirror.configvalues import NetworkPath
+from qdsmirror.configvalues import Listen, NetworkPath
 from qdsmirror.errors import EXIT_CONFIG, ConfigError
 from qdsmirror.paths import Paths
 
@@ -642,17 +642,25 @@ class HostTests(RootedTestCase):
         self.assertEqual(
             host,
             config.HostConfig(
-                "db1.example.com", etc / "host.pem", etc / "host.key", etc / "ca.pem", "", 8
+                "db1.example.com",
+                etc / "host.pem",
+                etc / "host.key",
+                etc / "ca.pem",
+                "",
+                8,
+                console=Listen("127.0.0.1", limits.CONSOLE_PORT),
+                metrics_token_file=etc / "metrics.token",
             ),
         )
 
     def test_every_key(self) -> None:
         host = self.load(
             "name = a\ncertificate = /c\nkey = /k\nca = /ca\nuser = qds\nchildren = 512\n"
+            "console = [::1]:81\nmetrics_token_file = /t\n"
         )
-        self.assertEqual(
-            host, config.HostConfig("a", Path("/c"), Path("/k"), Path("/ca"), "qds", 512)
-        )
+        expected = config.HostConfig("a", Path("/c"), Path("/k"), Path("/ca"), "qds", 512)
+        more = {"console": Listen("::1", 81), "metrics_token_file": Path("/t")}
+        self.assertEqual(host, dataclasses.replace(expected, **more))  # type: ignore[arg-type]
 
     def test_refusals(self) -> None:
         for text, part in (
@@ -661,7 +669,13 @@ class HostTests(RootedTestCase):
             ("name = a\nchildren = 0\n", "children: 0 is not from 1 to 512"),
             ("name = a\nkey = host.key\n", "absolute path"),
             ("name = a\nuser = a b\n", "user's name"),
-            ("name = a\nconsole = 127.0.0.1:80\n", "unknown key"),
+            ("name = a\nconsole = 127.0.0.1\n", "write ADDRESS:PORT"),
+            ("name = a\nconsole = 9575\n", "write ADDRESS:PORT"),
+            ("name = a\nconsole = example.com:80\n", "write ADDRESS:PORT"),
+            ("name = a\nconsole = 127.0.0.1:0\n", "0 is not from 1 to 65535"),
+            ("name = a\nconsole = ::1\n", "write ADDRESS:PORT"),
+            ("name = a\nconsole = unix:run/x\n", "absolute path"),
+            ("name = a\nmetrics_token_file = token\n", "absolute path"),
             ("name = a\n[primary]\n", "unknown section"),
             ("name = a\nallow_exec = true\n", "allow_exec"),
             ("name = a\nmail_relay = a b\n", "not an IP address or host name"),
@@ -670,6 +684,19 @@ class HostTests(RootedTestCase):
             ("name = a\nmail_relay = :25\n", "not an IP address or host name"),
         ):
             self.assertIn(part, str(self.assertRaises(ConfigError, self.load, text)))
+
+    def test_where_the_console_listens(self) -> None:
+        for text, listen, local in (
+            ("127.0.0.1:80", Listen("127.0.0.1", 80), True),
+            ("127.9.9.9:80", Listen("127.9.9.9", 80), True),
+            ("[::1]:80", Listen("::1", 80), True),
+            ("unix:/run/x.sock", Listen("", 0, "/run/x.sock"), True),
+            ("0.0.0.0:80", Listen("0.0.0.0", 80), False),
+            ("[::]:80", Listen("::", 80), False),
+            ("10.0.0.1:80", Listen("10.0.0.1", 80), False),
+        ):
+            found = self.load(f"name = a\nconsole = {text}\n").console
+            self.assertEqual((found, found.is_local, str(found)), (listen, local, text))
 
     def test_mail_and_programs(self) -> None:
         host = self.load("name = a\n")
@@ -682,6 +709,37 @@ class HostTests(RootedTestCase):
         ):
             host = self.load(f"name = a\nmail_relay = {text}\nallow_exec = Yes\n")
             self.assertEqual((host.relay, host.allow_exec), (relay, True))
+
+
+class TokenTests(RootedTestCase):
+    """The token that whoever reads the metrics must show (security.md 8, 10)."""
+
+    def write(self, content: bytes, mode: int = 0o600) -> Path:
+        path = self.paths.etc / "metrics.token"
+        path.write_bytes(content)
+        path.chmod(mode)
+        return path
+
+    def test_good_ones(self) -> None:
+        for token in (b"a" * 32, b"A-._~+/9" * 32, b"x" * 31 + b"y=="):
+            self.assertEqual(config.load_token(self.write(token + b"\n")), token)
+        self.assertEqual(len(config.load_token(self.write(pki.new_secret()))), 64)
+
+    def test_refusals(self) -> None:
+        for content in (b"", b"a" * 31, b"a" * 257, b"a" * 1000, b"a b" * 20, b"a" * 32 + b"\nb"):
+            error = self.assertRaises(ConfigError, config.load_token, self.write(content))
+            self.assertIn("not a token of 32 to 256", error.message)
+            self.assertNotIn("aaa", str(error))
+
+    def test_open_to_others(self) -> None:
+        for mode in (0o644, 0o640, 0o602):
+            error = self.assertRaises(ConfigError, config.load_token, self.write(b"a" * 32, mode))
+            self.assertIn("lets others read the secret", error.message)
+            self.assertIn("chmod 600", error.hint)
+
+    def test_missing(self) -> None:
+        error = self.assertRaises(ConfigError, config.load_token, self.paths.etc / "none")
+        self.assertIn("qdsconfigtool pki", error.hint)
 
 
 class SafetyTests(RootedTestCase):

@@ -74,7 +74,9 @@ RULES: dict[str, frozenset[str]] = {
     "storage": SHARED,
     "net": SHARED | {"pki"},
     "groups": SHARED | {"storage", "net", "pki"},
-    "daemons": SHARED | {"storage", "net", "groups", "pki"},
+    "daemons": SHARED | {"storage", "net", "groups", "pki", "console"},
+    # The control client only: net.asking, and what makes the answers what qdsinfo shows.
+    "console": PLAIN | {"net", "pki", "tools"},
     "tools": PLAIN | {"pki", "storage"},
 }
 

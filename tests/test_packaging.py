@@ -17,7 +17,7 @@ from pathlib import Path
 from twisted.trial.unittest import SkipTest, TestCase
 
 ROOT = Path(__file__).resolve().parent.parent
-DAEMONS = ("qdsdriver", "qdspmd", "qdsrmd")
+DAEMONS = ("qdsdriver", "qdspmd", "qdsrmd", "qdsconsole")
 #: What pip says when there is no package index to be reached, or no venv to be made.
 NO_NETWORK = ("No matching distribution", "connection", "Connection", "Temporary failure", "HTTP")
 

@@ -133,6 +133,7 @@ class HostsTests(DirectoryTestCase):
         for host in ("db1", "dr1"):
             for file in ("host.pem", "host.key", "ca.pem", "dsgrp000.secret", "dsgrp001.secret"):
                 names.add(f"{host}/{file}")
+            names.add(f"{host}/metrics.token")
         files = self.snapshot()
         self.assertEqual(set(files), names)
         self.assertEqual({str(p.relative_to(self.out)) for p in made.written}, names)
@@ -140,9 +141,10 @@ class HostsTests(DirectoryTestCase):
         self.assertEqual(files["db1/dsgrp000.secret"], files["dr1/dsgrp000.secret"])
         self.assertNotEqual(files["db1/dsgrp000.secret"], files["db1/dsgrp001.secret"])
         self.assertNotEqual(files["db1/host.key"], files["dr1/host.key"])
+        self.assertNotEqual(files["db1/metrics.token"], files["dr1/metrics.token"])
         self.assertEqual(files["db1/ca.pem"], files["ca.pem"])
         for path in self.out.rglob("*"):
-            private = path.suffix in (".key", ".secret")
+            private = path.suffix in (".key", ".secret", ".token")
             wanted = 0o700 if path.is_dir() else 0o600 if private else 0o644
             self.assertEqual(self.mode(path), wanted, path)
         certificate = pki.read_certificate(self.out / "dr1" / "host.pem")
@@ -169,6 +171,7 @@ class HostsTests(DirectoryTestCase):
         after = self.snapshot()
         self.assertEqual({name: after[name] for name in before}, before)
         new = {"a/dsgrp001.secret", "c/host.pem", "c/host.key", "c/ca.pem", "c/dsgrp001.secret"}
+        new.add("c/metrics.token")
         self.assertEqual(set(after) - set(before), new)
 
     def test_overwrite_renews_hosts_not_the_authority(self) -> None:

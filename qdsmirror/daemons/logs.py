@@ -37,7 +37,7 @@ from qdsmirror.daemons.lograte import Later, RateLimit
 from qdsmirror.daemons.logwriter import LogWriter
 
 #: The masters, by which twistd's command line says what it runs.
-DAEMONS = ("qdsdriver", "qdspmd", "qdsrmd")
+DAEMONS = ("qdsdriver", "qdspmd", "qdsrmd", "qdsconsole")
 #: ``log_legacy`` is what comes by twisted.python.log; failures are critical and pass.
 _FOREIGN = ("twisted", "log_legacy")
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import inlineCallbacks
@@ -142,13 +142,7 @@ class Master(Service):
         :raises QdsError: another master runs, or a directory cannot be made.
         :raises ConfigError: there is nothing to run.
         """
-        for directory in (self.paths.run, self.paths.var):
-            try:
-                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            except OSError as error:
-                raise QdsError(
-                    f"{directory}: {error.strerror}", hint="create it, or run as root"
-                ) from None
+        make_directories(self.paths)
         self._host = load_host(self.paths)
         self._pid_file.acquire()
         try:
@@ -190,7 +184,7 @@ class Master(Service):
         exiting(self._start)
 
     def _start(self) -> None:
-        self._become_user()
+        become_user(self._host, self.paths, self._pid_file)
         self._log_descriptor = _log_for_children(self.paths.log_file(self.daemon))
         self._pid_file.write()
         for group in self.groups.values():
@@ -233,27 +227,6 @@ class Master(Service):
 
     def _children_log(self) -> int:
         return 2 if self._log_descriptor is None else self._log_descriptor
-
-    def _become_user(self) -> None:
-        if not self._host.user or os.geteuid() != 0:
-            return
-        try:
-            user = pwd.getpwnam(self._host.user)
-        except KeyError:
-            raise ConfigError(
-                f"{self.paths.host_config}: user: no such user {self._host.user}",
-                hint="create the user, or remove the line",
-            ) from None
-        try:
-            for path in (self.paths.run, self.paths.var, self._pid_file.path):
-                os.chown(path, user.pw_uid, user.pw_gid)
-            if user.pw_uid != 0:
-                switchUID(user.pw_uid, user.pw_gid)
-        except OSError as error:
-            raise QdsError(
-                f"cannot become user {self._host.user}: {error.strerror}",
-                hint="let the service manager start it as that user",
-            ) from None
 
     @inlineCallbacks
     def stopService(self) -> Any:  # noqa: N802
@@ -440,10 +413,60 @@ class Master(Service):
         self._vigil.reloaded()
 
 
-_M = TypeVar("_M", bound=Master)
+def become_user(host: HostConfig, paths: Paths, pid_file: PidFile) -> None:
+    """Become the user that ``qds.cfg`` names, where root has started us.
+
+    :raises QdsError: there is no such user, or that is not possible.
+    """
+    if not host.user or os.geteuid() != 0:
+        return
+    try:
+        user = pwd.getpwnam(host.user)
+    except KeyError:
+        raise ConfigError(
+            f"{paths.host_config}: user: no such user {host.user}",
+            hint="create the user, or remove the line",
+        ) from None
+    try:
+        for path in (paths.run, paths.var, pid_file.path):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        if user.pw_uid != 0:
+            switchUID(user.pw_uid, user.pw_gid)
+    except OSError as error:
+        raise QdsError(
+            f"cannot become user {host.user}: {error.strerror}",
+            hint="let the service manager start it as that user",
+        ) from None
 
 
-def make_service(kind: type[_M], options: Any) -> _M:
+def make_directories(paths: Paths) -> None:
+    """Make the directories that a daemon writes to.
+
+    :raises QdsError: that is not possible.
+    """
+    for directory in (paths.run, paths.var):
+        try:
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise QdsError(
+                f"{directory}: {error.strerror}", hint="create it, or run as root"
+            ) from None
+
+
+class Prepared(Protocol):
+    """A daemon that looks in the foreground whether it can run."""
+
+    def prepare(self) -> None:
+        """Claim its name and load the configuration.
+
+        :raises QdsError: it cannot run.
+        """
+
+
+_M = TypeVar("_M", bound=Prepared)
+
+
+def make_service(kind: Callable[[Any, Paths], _M], options: Any) -> _M:
     """Make a master for twistd; what is wrong ends the process with its exit code.
 
     :param options: parsed :class:`Options`.

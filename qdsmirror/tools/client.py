@@ -15,7 +15,12 @@ from qdsmirror.errors import ProtocolError, QdsError, UnreachableError, UsageErr
 TIMEOUT_SECONDS = 5.0
 _RECEIVE_BYTES = 256 * 1024
 #: Which command starts the daemon behind a control socket, by the last part of its name.
-_LAUNCHERS = {"driver": "launchdriver", "pmd": "launchpmds", "rmd": "launchrmds"}
+_LAUNCHERS = {
+    "driver": "launchdriver",
+    "pmd": "launchpmds",
+    "rmd": "launchrmds",
+    "console": "launchconsole",
+}
 
 
 def launcher_of(path: str | os.PathLike[str]) -> str:

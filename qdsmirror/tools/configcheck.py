@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from qdsmirror.config import (
     HostConfig,
     Problem,
     load_secret,
+    load_token,
     read_group,
     read_host,
     scan_groups,
@@ -47,6 +48,7 @@ def check_all(paths: Paths) -> list[Problem]:
     if host is not None:
         problems += _user(paths, host)
         problems += _certificate(host)
+        problems += _token(host)
         problems += [one for group in groups for one in _group(paths, host, group)]
     if not groups and not wrong:
         problems.append(
@@ -86,9 +88,23 @@ def _group(paths: Paths, host: HostConfig, group: GroupConfig) -> list[Problem]:
         )
         return [Problem(group.path, 0, "", message, "warning")]
     path = paths.group_secret(group.number)
+    return _secret(host, path, lambda owners: load_secret(paths, group.number, owners))
+
+
+def _token(host: HostConfig) -> list[Problem]:
+    """Check the token of the metrics; without one the console does not start, and all else does."""
+    path = host.metrics_token_file
+    if not path.exists():
+        return []
+    return _secret(host, path, lambda owners: load_token(path, owners))
+
+
+def _secret(
+    host: HostConfig, path: Path, load: Callable[[Collection[int]], object]
+) -> list[Problem]:
     uid = _uid(host)
     try:
-        load_secret(paths, group.number, () if uid is None else (uid,))
+        load(() if uid is None else (uid,))
         return _owner(host, path, path.stat().st_uid)
     except ConfigError as error:
         return [_problem(path, error)]

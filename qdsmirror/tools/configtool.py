@@ -16,7 +16,7 @@ from qdsmirror.paths import Paths, group_name
 from qdsmirror.tools import cli
 
 #: The masters that take up changed files, in the order in which they are told.
-MASTERS = ("qdsdriver", "qdsrmd", "qdspmd")
+MASTERS = ("qdsdriver", "qdsrmd", "qdspmd", "qdsconsole")
 
 
 def build_parser() -> argparse.ArgumentParser:

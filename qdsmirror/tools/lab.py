@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the writelogs in memory, and dirty bitmaps beside them on small files",
     )
     create.add_argument(
+        "--console",
+        action="store_true",
+        help="each site has a console daemon too, which serves the metrics",
+    )
+    create.add_argument(
         "--port",
         type=int,
         help="TCP port of the secondary, further ones' follow (default: free ones are chosen)",
@@ -154,12 +159,14 @@ def _create(lab: Lab, arguments: argparse.Namespace) -> int:
             crossed=arguments.crossed,
             memory=arguments.memory,
             mode=arguments.mode,
+            console=arguments.console,
         )
     )
     ports = [str(port) for port in lab.ports.values()]
-    return _tell(
-        arguments, f"{lab.directory}: created, port{'s' * (len(ports) > 1)} {_listed(ports)}"
-    )
+    text = f"{lab.directory}: created, port{'s' * (len(ports) > 1)} {_listed(ports)}"
+    if lab.consoles:
+        text += f", metrics on {_listed([str(port) for port in lab.consoles.values()])}"
+    return _tell(arguments, text)
 
 
 def _status(lab: Lab, as_json: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qdsmirror.errors import UsageError
@@ -20,6 +20,7 @@ from qdsmirror.limits import (
 
 PRIMARY, SECONDARY = "primary", "secondary"
 #: A site's daemons by the part that it plays.
+CONSOLE = "qdsconsole"
 DAEMONS = {PRIMARY: ("qdsdriver", "qdspmd"), SECONDARY: ("qdsrmd",)}
 
 _SIZE_BYTES_MIN = 4 * KIB
@@ -33,25 +34,28 @@ class Layout:
     :ivar groups: number of groups.
     :ivar secondaries: how many sites there are beside the primary.
     :ivar crossed: every second group goes the other way, so that each site plays both parts.
+    :ivar console: each site has a console daemon, too.
     """
 
     groups: int = 1
     secondaries: int = 1
     crossed: bool = False
+    console: bool = False
 
     @classmethod
     def of(cls, plan: Plan) -> Layout:
         """Give a plan's layout."""
-        return cls(plan.groups, plan.secondaries, plan.crossed)
+        return cls(plan.groups, plan.secondaries, plan.crossed, plan.console)
 
     @classmethod
     def from_json(cls, words: Mapping[str, Any]) -> Layout:
         """Read what :meth:`to_json` gave."""
-        return cls(words["groups"], words["secondaries"], words["crossed"])
+        console = words.get("console", False)
+        return cls(words["groups"], words["secondaries"], words["crossed"], console)
 
     def to_json(self) -> dict[str, Any]:
         """Give it as the lab's own file keeps it."""
-        return {"groups": self.groups, "secondaries": self.secondaries, "crossed": self.crossed}
+        return asdict(self)
 
     @property
     def groups_min(self) -> int:
@@ -86,7 +90,8 @@ class Layout:
             for part, end in zip((PRIMARY, SECONDARY), self.ends(number), strict=True)
             if end == site
         }
-        return tuple(name for part in DAEMONS if part in parts for name in DAEMONS[part])
+        names = tuple(name for part in DAEMONS if part in parts for name in DAEMONS[part])
+        return (*names, CONSOLE) if self.console else names
 
     def check(self) -> None:
         """Look whether every site has something to do.
@@ -113,7 +118,7 @@ class Plan:
     :ivar mode: ``operation`` of every group.
     :ivar pool: number of devices in each group's extension pool, of ``pool_size`` bytes each.
     :ivar secondaries: number of secondary sites, over which the groups are spread.
-    :ivar crossed: see :class:`Layout`.
+    :ivar crossed: see :class:`Layout`; likewise ``console``.
     """
 
     groups: int = 1
@@ -129,6 +134,7 @@ class Plan:
     secondaries: int = 1
     crossed: bool = False
     memory: bool = False
+    console: bool = False
 
     def check(self) -> None:
         """Look whether such a lab can be.

@@ -26,7 +26,7 @@ from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import clear_stale, running_pid
 from qdsmirror.tools import launch, progress, status, wlinit
-from qdsmirror.tools.lab_plan import PRIMARY, Layout, Plan
+from qdsmirror.tools.lab_plan import CONSOLE, PRIMARY, Layout, Plan
 from qdsmirror.tools.orders import order
 
 #: The sites of a lab with one secondary.
@@ -36,9 +36,15 @@ _LAUNCHERS = {
     "qdsrmd": launch.launchrmds,
     "qdsdriver": launch.launchdriver,
     "qdspmd": launch.launchpmds,
+    CONSOLE: launch.launchconsole,
 }
 #: The driver first: what is in memory only is still sent then.
-_KILLERS = {"qdsdriver": launch.killdriver, "qdspmd": launch.killpmds, "qdsrmd": launch.killrmds}
+_KILLERS = {
+    "qdsdriver": launch.killdriver,
+    "qdspmd": launch.killpmds,
+    "qdsrmd": launch.killrmds,
+    CONSOLE: launch.killconsole,
+}
 #: Ports are chosen below the range from which the kernel takes those of outgoing connections.
 _PORTS = range(10240, 32768)
 _PORT_TRIES = 100
@@ -59,7 +65,7 @@ class Lab:
     :param directory: DIR; it need not exist yet.
     :ivar layout: which sites it has.
     :ivar paths: the sites' places, by name.
-    :ivar ports: the rmds' TCP ports, by site.
+    :ivar ports: the rmds' TCP ports, by site; ``consoles``: likewise the consoles'.
     :raises UsageError: the path is too long for the sockets below it.
     :raises ConfigError: the lab is not one that this version made.
     """
@@ -67,11 +73,13 @@ class Lab:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory).absolute()
         self.ports: dict[str, int] = {}
+        self.consoles: dict[str, int] = {}
         self._lay_out(Layout())
         if self._is():
             try:
                 words = json.loads((self.directory / _MARK).read_text(encoding="utf-8"))
                 self.ports = dict(words["ports"])
+                self.consoles = dict(words.get("consoles", {}))
                 self._lay_out(Layout.from_json(words))
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
@@ -107,6 +115,8 @@ class Lab:
         # The secondary's is the first.
         listening.sort(key=lambda site: site == PRIMARY)
         self.ports = dict(zip(listening, _ports(plan.port, len(listening)), strict=True))
+        if plan.console:
+            self.consoles = dict(zip(self.sites, _ports(None, len(self.sites)), strict=True))
         existed = self.directory.exists()
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -141,7 +151,8 @@ class Lab:
         self._remove(keep_directory=False)
 
     def _make(self, plan: Plan) -> None:
-        words = {"schema": 1, "ports": self.ports, **self.layout.to_json()}
+        ports = {"ports": self.ports, "consoles": self.consoles}
+        words = {"schema": 1, **ports, **self.layout.to_json()}
         _write(self.directory / _MARK, json.dumps(words) + "\n")
         from qdsmirror import pki
 
@@ -155,7 +166,7 @@ class Lab:
                 directory.mkdir(mode=0o700, parents=True)
             for made in sorted((authority / site).iterdir()):
                 shutil.copy2(made, paths.etc / made.name)
-            _write(paths.host_config, f"name = {site}\n")
+            _write(paths.host_config, self._host_file(site))
         for number in range(plan.groups):
             names = [f"qds{number * plan.ldsus + index}" for index in range(plan.ldsus)]
             self._make_devices(plan, number, names)
@@ -164,6 +175,12 @@ class Lab:
                 _write(self.paths[site].group_config(number), text)
         for paths in self.paths.values():
             _command(wlinit.main, paths)
+
+    def _host_file(self, site: str) -> str:
+        lines = [f"name = {site}"]
+        if self.layout.console:
+            lines += [f"console = 127.0.0.1:{self.consoles[site]}"]
+        return "\n".join(lines) + "\n"
 
     def devices(self, site: str) -> Path:
         """Give the directory of a site's devices."""

@@ -1,4 +1,4 @@
-"""launchdriver, launchpmds, launchrmds; killdriver, killpmds, killrmds; in.pmd, in.rmd.
+"""launchdriver, launchpmds, launchrmds, launchconsole; kill* likewise; in.pmd, in.rmd, qdsconsole.
 
 A launch command looks first whether the daemon can work here, starts its master in the
 background (a session of its own, log in the var directory) and returns when every group has been
@@ -28,6 +28,7 @@ from qdsmirror.config import (
     HostConfig,
     load_host,
     load_secret,
+    load_token,
     scan_groups,
 )
 from qdsmirror.errors import ConfigError, DeviceError, QdsError, UnreachableError
@@ -54,11 +55,16 @@ class _Daemon:
 _DRIVER = _Daemon("qdsdriver", "driver", "primary", "device driver")
 _PMD = _Daemon("qdspmd", "pmd", "primary", "primary mirror daemons")
 _RMD = _Daemon("qdsrmd", "rmd", "secondary", "remote mirror daemons")
+#: It has no groups, and no side.
+_CONSOLE = _Daemon("qdsconsole", "console", "", "console")
 
 _COMMANDS = {
     "launchdriver": (_DRIVER, "Start the device driver in the background."),
     "launchpmds": (_PMD, "Start the primary mirror daemons in the background."),
     "launchrmds": (_RMD, "Start the remote mirror daemons in the background."),
+    "launchconsole": (_CONSOLE, "Start the console, which serves the metrics, in the background."),
+    "killconsole": (_CONSOLE, "End the console in order."),
+    "qdsconsole": (_CONSOLE, "Run the console, which serves the metrics, in the foreground."),
     "killdriver": (_DRIVER, "End the device driver in order."),
     "killpmds": (_PMD, "End the primary mirror daemons in order."),
     "killrmds": (_RMD, "End the remote mirror daemons in order."),
@@ -86,6 +92,10 @@ def _check(daemon: _Daemon, paths: Paths) -> list[QdsError]:
     :raises QdsError: what is missing, and where.
     """
     host = load_host(paths)
+    if daemon is _CONSOLE:
+        load_token(host.metrics_token_file)
+        _check_directories(paths)
+        return []
     found, problems = scan_groups(paths)
     groups = [one for one in found if one.role_of(host.name) == daemon.side]
     broken = list(cli.broken_files(paths, problems).values())
@@ -203,7 +213,8 @@ def _launch(name: str, argv: Sequence[str] | None) -> int:
         status = _wait_until_started(daemon, paths, process, log, start)
     count = len(status["groups"])
     groups = "1 group" if count == 1 else f"{count} groups"
-    return _tell(arguments.json, f"{daemon.name} runs with {groups}", status["pid"], broken)
+    text = f"runs with {groups}" if daemon.side else f"runs: {status['url']}"
+    return _tell(arguments.json, f"{daemon.name} {text}", status["pid"], broken)
 
 
 def _tell(as_json: bool, text: str, pid: int | None, broken: Sequence[QdsError] = ()) -> int:
@@ -238,7 +249,7 @@ def _wait_until_started(
         gone = process is None and running_pid(paths.pid_file(daemon.name)) is None
         if status is None and gone:
             raise _GoneError
-        if status is not None and _all_running(status, elapsed):
+        if status is not None and (not daemon.side or _all_running(status, elapsed)):
             return status
         if status is not None and process is None and not status["groups"]:
             return status
@@ -354,6 +365,8 @@ def _foreground(name: str, argv: Sequence[str] | None) -> NoReturn:
     daemon = _COMMANDS[name][0]
     paths = cli.paths_of(arguments)
     options = []
+    if daemon is _CONSOLE:
+        _check(daemon, paths)
     if daemon is _RMD and _is_listening_socket(0):
         options.append("--inetd")
         # inetd makes the socket our output too; what we log does not belong there.
@@ -422,3 +435,21 @@ def in_pmd(argv: Sequence[str] | None = None) -> int:
 def in_rmd(argv: Sequence[str] | None = None) -> int:
     """Become the master remote mirror daemon."""
     _foreground("in.rmd", argv)
+
+
+@cli.run
+def launchconsole(argv: Sequence[str] | None = None) -> int:
+    """Start the console; returns an exit code."""
+    return _launch("launchconsole", argv)
+
+
+@cli.run
+def killconsole(argv: Sequence[str] | None = None) -> int:
+    """End the console; returns an exit code."""
+    return _kill("killconsole", argv)
+
+
+@cli.run
+def qdsconsole(argv: Sequence[str] | None = None) -> int:
+    """Become the console."""
+    _foreground("qdsconsole", argv)

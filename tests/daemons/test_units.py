@@ -18,7 +18,7 @@ from qdsmirror.tools.info import PREDICATES
 CONF = Path(__file__).parents[2] / "conf"
 UNITS = CONF / "systemd"
 DAEMONS = ("qdsdriver.service", "qdspmd.service", "qdsrmd.service")
-SERVICES = (*DAEMONS, "qdsgroup@.service")
+SERVICES = (*DAEMONS, "qdsgroup@.service", "qdsconsole.service")
 #: What "systemd-analyze security" says of a unit, security.md 11.
 EXPOSURE_MAX = 2.0
 
@@ -74,6 +74,13 @@ class UnitTests(SynchronousTestCase):
             self.assertGreater(int(unit["TimeoutStopSec"]), STOP_SECONDS_MAX)
             self.assertEqual(unit["ExecReload"], "/bin/kill -HUP $MAINPID")
 
+    def test_the_console_goes_before_the_others(self) -> None:
+        unit = settings("qdsconsole.service")
+        self.assertEqual((unit["CapabilityBoundingSet"], unit["AmbientCapabilities"]), ("", ""))
+        self.assertGreater(int(unit["OOMScoreAdjust"]), 0)
+        self.assertEqual((unit["Type"], unit["NotifyAccess"]), ("notify", "main"))
+        self.assertEqual(unit["ExecReload"], "/bin/kill -HUP $MAINPID")
+
     def test_a_group_is_waited_for(self) -> None:
         unit = settings("qdsgroup@.service")
         found = re.search(r"qdsinfo -g %i --wait (\w+) --timeout (\d+)$", unit["ExecStart"])
@@ -102,7 +109,7 @@ class UnitTests(SynchronousTestCase):
 
     def test_logs_are_rotated(self) -> None:
         text = (CONF / "logrotate.d" / "qdsmirror").read_text()
-        for name in ("audit.log", "qdsdriver.log", "qdspmd.log", "qdsrmd.log"):
+        for name in ("audit.log", "qdsdriver.log", "qdspmd.log", "qdsrmd.log", "qdsconsole.log"):
             self.assertIn(f"/var/opt/QLIXds/{name}", text)
         if shutil.which("logrotate") is None:
             raise SkipTest("logrotate is missing")

@@ -120,7 +120,7 @@ class CheckTests(ToolTestCase):
         self.assertEqual(self.call("check", str(self.base / "missing.cfg")), 10)
 
     def test_modes(self) -> None:
-        for file in ("host.key", "dsgrp000.secret"):
+        for file in ("host.key", "dsgrp000.secret", "metrics.token"):
             (self.etc / file).chmod(0o640)
             self.finds(f"{self.etc / file}: mode 0640")
             (self.etc / file).chmod(0o600)
@@ -133,7 +133,7 @@ class CheckTests(ToolTestCase):
             pki.write_file(self.etc / file, saved, 0o600)
 
     def test_junk_files(self) -> None:
-        for file in ("host.key", "dsgrp000.secret", "host.pem", "ca.pem"):
+        for file in ("host.key", "dsgrp000.secret", "metrics.token", "host.pem", "ca.pem"):
             saved = (self.etc / file).read_bytes()
             (self.etc / file).write_bytes(b"5ecret junk")
             self.finds(file)
@@ -205,8 +205,13 @@ class CheckTests(ToolTestCase):
         self.paths.host_config.write_text(f"name = db1\nuser = {other.pw_name}\n")
         self.finds(
             f"host.key: does not belong to {other.pw_name}",
+            f"metrics.token: does not belong to {other.pw_name}",
             f"dsgrp000.secret: does not belong to {other.pw_name}",
         )
+
+    def test_without_a_token_all_but_the_console_works(self) -> None:
+        (self.etc / "metrics.token").unlink()
+        self.assertEqual(self.call("check"), 0)
 
     def test_no_directory(self) -> None:
         shutil.rmtree(self.etc)
@@ -285,9 +290,9 @@ class PkiTests(ToolTestCase):
     def test_again(self) -> None:
         argv = ["pki", "--out", str(self.base / "pki"), "db1", "dr1", "--json"]
         self.assertEqual(self.call(*argv), 0)
-        self.assertEqual((self.json()["written"], len(self.json()["kept"])), ([], 10))
+        self.assertEqual((self.json()["written"], len(self.json()["kept"])), ([], 12))
         self.assertEqual(self.call(*argv, "--overwrite"), 0)
-        self.assertEqual(len(self.json()["written"]), 6)
+        self.assertEqual(len(self.json()["written"]), 8)
         self.assertEqual(self.json()["copy"]["db1"], str(self.base / "pki" / "db1"))
 
     def test_refusals(self) -> None:

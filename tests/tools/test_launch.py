@@ -260,7 +260,7 @@ class UnitTests(WorldCase):
         if analyze is None:
             self.skipTest("systemd-analyze is missing")
         units = [str(one) for one in sorted((CONF / "systemd").iterdir())]
-        self.assertEqual(len(units), 6)
+        self.assertEqual(len(units), 7)
         ran = subprocess.run(
             [analyze, "verify", "--man=no", *units], capture_output=True, text=True
         )

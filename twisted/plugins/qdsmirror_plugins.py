@@ -20,3 +20,9 @@ qdsrmd = ServiceMaker(
     "The master remote mirror daemon: commits what arrives to the mirror devices.",
     "qdsrmd",
 )
+qdsconsole = ServiceMaker(
+    "qdsmirror console",
+    "qdsmirror.daemons.console",
+    "The console: metrics of this host's groups, for Prometheus.",
+    "qdsconsole",
+)

@@ -1,0 +1,247 @@
+"""The console daemon as a twistd plugin: ``twistd -n qdsconsole [--root DIR]``.
+
+It serves the metrics of all groups of this host.  It has nothing to do with the way of the data: it
+asks the other daemons for their status, as ``qdsinfo`` does, and may be absent, slow or killed.
+
+It listens on the loopback address or a Unix socket, or elsewhere with TLS only, for what is shown
+there is a token (security.md 10).  Without a token it does not start.
+"""
+
+# Twisted's Service has no annotations.
+# mypy: disable-error-code="no-untyped-call,misc"
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+
+from qdsmirror import __version__
+from qdsmirror.config import HostConfig, load_host, load_token
+from qdsmirror.configvalues import Listen
+from qdsmirror.console.looking import Look, Looking
+from qdsmirror.console.metrics import CONTENT_TYPE, render
+from qdsmirror.console.site import Console, make_site
+from qdsmirror.daemons.master import (
+    Options,
+    become_user,
+    exiting,
+    make_directories,
+    make_service,
+)
+from qdsmirror.daemons.notify import Notifier
+from qdsmirror.errors import ConfigError, QdsError
+from qdsmirror.limits import WATCHDOG_SHARE
+from qdsmirror.net.control import ControlServer
+from qdsmirror.net.https import HttpsServer
+from qdsmirror.net.nbd_socket import bind_nbd
+from qdsmirror.paths import Paths
+from qdsmirror.pidfile import PidFile
+
+_log = Logger()
+
+
+class ConsoleDaemon(Service):
+    """Serves the console of one host.
+
+    :cvar daemon: the name of its pid file, control socket and log.
+    """
+
+    daemon = "qdsconsole"
+
+    def __init__(self, reactor: Any, paths: Paths) -> None:
+        self.reactor = reactor
+        self.paths = paths
+        self._pid_file = PidFile(paths.pid_file(self.daemon))
+        self._control = ControlServer(reactor, paths.control_socket(self.daemon), self)
+        self._looking = Looking(reactor, paths)
+        self._notifier = Notifier()
+        self._alive = LoopingCall(self._notifier.alive)
+        self._since = time.time()
+        self._tls: HttpsServer | None = None
+        self._socket: socket.socket | None = None
+        self._port: Any = None
+        self._host: HostConfig
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Claim the name, load the configuration and look for the token; still on stderr.
+
+        :raises QdsError: another console runs, or a directory cannot be made.
+        :raises ConfigError: there is no token, or no certificate for TLS.
+        """
+        make_directories(self.paths)
+        self._host = load_host(self.paths)
+        load_token(self._host.metrics_token_file, self._owners())
+        if not self._host.console.is_local:
+            self._tls = HttpsServer(self._host)
+        self._pid_file.acquire()
+
+    def _owners(self) -> tuple[int, ...]:
+        """Give who may own the token: whom we become."""
+        try:
+            return (pwd.getpwnam(self._host.user).pw_uid,) if self._host.user else ()
+        except KeyError:
+            return ()
+
+    def privilegedStartService(self) -> None:  # noqa: N802
+        """Open the port, which may need root; part of IService."""
+        super().privilegedStartService()
+        exiting(self._open)
+
+    def _open(self) -> None:
+        try:
+            self._socket = _listen(self._host.console)
+        except OSError as error:
+            self._pid_file.release()
+            raise QdsError(
+                f"{self.paths.host_config}: console: {self._host.console}: {error.strerror}",
+                hint="choose another place to listen, or free that one",
+            ) from None
+
+    def startService(self) -> None:  # noqa: N802
+        """Become the user and serve; part of IService."""
+        if self._socket is None:  # daemons.run has no privileged start of its own.
+            self.privilegedStartService()
+        super().startService()
+        exiting(self._start)
+
+    def _start(self) -> None:
+        become_user(self._host, self.paths, self._pid_file)
+        self._pid_file.write()
+        self._control.start()
+        factory: Any = make_site(Console(self._token, self._metrics), self.reactor)
+        if self._tls is not None:
+            factory = TLSMemoryBIOFactory(self._tls, False, factory)
+        factory.noisy = False
+        assert self._socket is not None
+        self._port = self.reactor.adoptStreamPort(
+            self._socket.fileno(), self._socket.family, factory
+        )
+        _log.info(
+            "{daemon} {version} on {host}: metrics at {url}",
+            daemon=self.daemon, version=__version__, host=self._host.name, url=self.url,
+        )  # fmt: skip
+        self._notifier.status(f"metrics at {self.url}")
+        self._notifier.ready()
+        if self._notifier.watchdog_seconds:
+            self._alive.start(self._notifier.watchdog_seconds * WATCHDOG_SHARE)
+        signal.signal(signal.SIGHUP, self._hang_up)
+
+    @inlineCallbacks
+    def stopService(self) -> Any:  # noqa: N802
+        """Stop serving; part of IService."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _log.info("{daemon} is told to end", daemon=self.daemon)
+        self._notifier.stopping()
+        super().stopService()
+        if self._alive.running:
+            self._alive.stop()
+        if self._port is not None:
+            yield self._port.stopListening()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._host.console.path:
+            Path(self._host.console.path).unlink(missing_ok=True)
+        yield self._control.stop()
+        self._pid_file.release()
+
+    # -- what it serves -------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where the metrics are."""
+        listen = self._host.console
+        if listen.path:
+            return str(listen)
+        return f"{'http' if self._tls is None else 'https'}://{listen}/metrics"
+
+    def _token(self) -> bytes:
+        """Give the token as its file has it now.
+
+        :raises ConfigError: there is none.
+        """
+        return load_token(self._host.metrics_token_file)
+
+    def _metrics(self) -> Deferred[tuple[bytes, str]]:
+        def rendered(look: Look) -> tuple[bytes, str]:
+            return render(look), CONTENT_TYPE
+
+        return self._looking.look().addCallback(rendered)
+
+    # -- control channel and signals ------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Give the console's Status."""
+        return {
+            "name": self.daemon,
+            "role": "console",
+            "host": self._host.name,
+            "pid": os.getpid(),
+            "since": self._since,
+            "url": self.url,
+            "groups": [],
+        }
+
+    def apply(self) -> dict[str, list[Any]]:
+        """Take up another token file or certificate; the configuration is looked at anyway.
+
+        :raises ConfigError: what is configured cannot be used; nothing was changed.
+        """
+        host = load_host(self.paths)
+        if host.console != self._host.console:
+            raise ConfigError(
+                f"{self.paths.host_config}: console: changed from {self._host.console} to "
+                f"{host.console}",
+                hint="restart qdsconsole",
+            )
+        load_token(host.metrics_token_file)
+        if self._tls is not None:
+            self._tls.reload(host)
+        self._host = host
+        return {"errors": []}
+
+    def _hang_up(self, _signal: int, _frame: object) -> None:
+        self.reactor.callFromThread(self._apply_quietly)
+
+    def _apply_quietly(self) -> None:
+        self._notifier.reloading()
+        try:
+            self.apply()
+        except QdsError as error:
+            _log.error("configuration not applied: {error}", error=error)
+        self._notifier.ready()
+
+
+def _listen(where: Listen) -> socket.socket:
+    """Listen where the configuration says; a Unix socket found there is replaced."""
+    if where.path:
+        path = Path(where.path)
+        if path.exists() and not path.is_socket():
+            raise FileExistsError(errno.EEXIST, "is there, and is no socket")
+        return bind_nbd(path)
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    listening = socket.create_server((where.host, where.port), family=family)
+    listening.setblocking(False)
+    return listening
+
+
+def makeService(options: Any) -> ConsoleDaemon:  # noqa: N802
+    """Make the service for twistd."""
+    return make_service(ConsoleDaemon, options)
+
+
+__all__ = ["ConsoleDaemon", "Options", "makeService"]
