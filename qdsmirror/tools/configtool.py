@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdsmirror.config import GroupConfig, HostConfig, load_host, scan_groups
+from qdsmirror.core.throttles import Throttle
 from qdsmirror.errors import EXIT_CONFIG, EXIT_OK, QdsError, UnreachableError, UsageError
 from qdsmirror.limits import APPLY_SECONDS, GROUPS_MAX, HOST_CERTIFICATE_DAYS
 from qdsmirror.paths import Paths, group_name
@@ -62,6 +63,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="write drop-ins there, e.g. /etc/systemd/system (default: print them)",
     )
     cli.subcommand(commands, "apply", "Make the running daemons take up changed files.")
+    throttle = cli.subcommand(
+        commands, "throttle", "Say what throttles mean, or when they would have fired.", groups=True
+    )
+    what = throttle.add_mutually_exclusive_group(required=True)
+    what.add_argument("--explain", action="store_true", help="say in words what they mean")
+    what.add_argument(
+        "--replay",
+        metavar="FILE.prf",
+        help="evaluate them on what a performance tracking file has recorded",
+    )
+    throttle.add_argument(
+        "--file", metavar="FILE.cfg", help="those of this file (default: of the group's own)"
+    )
+    throttle.add_argument(
+        "--zone", metavar="NAME", help="replay in this time zone (default: the host's)"
+    )
     return made
 
 
@@ -84,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pki": _pki,
         "units": _units,
         "apply": _apply,
+        "throttle": _throttle,
     }
     return commands[arguments.command](arguments, cli.paths_of(arguments))
 
@@ -178,7 +196,17 @@ def _group(group: GroupConfig) -> dict[str, Any]:
                 }
                 for ldsu in group.ldsus
             },
+            **({"throttles": dict(map(_described, group.throttles))} if group.throttles else {}),
         },
+    }
+
+
+def _described(throttle: Throttle) -> tuple[str, dict[str, Any]]:
+    window = throttle.window
+    return throttle.name, {
+        **({"from": f"{window.start}", "to": f"{window.stop}"} if window is not None else {}),
+        "test": str(throttle.test),
+        "actions": [str(action) for action in throttle.actions],
     }
 
 
@@ -188,6 +216,10 @@ def _print_section(section: dict[str, Any], depth: int) -> None:
         if isinstance(value, dict):
             print("  " * depth + "[" * (depth + 1) + key + "]" * (depth + 1))
             _print_section(value, depth + 1)
+        elif isinstance(value, list):
+            print(f'{indent}{key} = """')
+            print("\n".join(f"{indent}  {line}" for line in value))
+            print(f'{indent}"""')
         else:
             print(f"{indent}{key} = {_text(value)}")
 
@@ -262,6 +294,17 @@ def _units(arguments: argparse.Namespace, paths: Paths) -> int:
             print(f"{path} written")
         print("systemctl daemon-reload; what runs already keeps what it has until it is restarted")
     return EXIT_OK
+
+
+# -- throttle --------------------------------------------------------------------------------------
+
+
+def _throttle(arguments: argparse.Namespace, paths: Paths) -> int:
+    from qdsmirror.tools import throttles
+
+    if arguments.explain:
+        return throttles.explain(arguments, paths)
+    return throttles.replay(arguments, paths)
 
 
 # -- apply -----------------------------------------------------------------------------------------

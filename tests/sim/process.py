@@ -7,7 +7,7 @@ order of all of it.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from random import Random
 from typing import Any, NamedTuple
@@ -228,6 +228,7 @@ class Wire:
 
     :param local: a socket within a host: neither cut nor slow.
     :param path: which way it goes, where there are several.
+    :ivar written: bytes by the process that wrote them.
     """
 
     def __init__(self, random: Random, local: bool, path: str = "") -> None:
@@ -236,6 +237,7 @@ class Wire:
         self.path = path
         self.exported = random.randbytes(32)
         self.ends: list[End] = []
+        self.written: Counter[str] = Counter()
         self.room = random.choice((512, 4096, 65536))
         #: Nothing arrives before this time.
         self.slow_until = 0.0
@@ -301,6 +303,7 @@ class End:
         # Behind a gap that a cut has made nothing arrives any more.
         if self.lost or self._aborted or self.hears_end:
             return
+        self.wire.written[self.process.name] += len(data)
         self.out += data
         if len(self.out) > self.wire.room and self._producer and not self._told_to_wait:
             self._told_to_wait = True
