@@ -17,6 +17,15 @@ def group_name(number: int) -> str:
     return f"dsgrp{number:03d}"
 
 
+def file_identity(path: Path) -> tuple[int, ...] | None:
+    """Give what changes when a file is replaced or written anew; ``None``: there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Paths:
     """The directories of one host.

@@ -30,14 +30,14 @@ from twisted.python.util import switchUID
 from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
 from qdsmirror.daemons.auditing import Auditor
+from qdsmirror.daemons.certificate import HostCertificate
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.daemons.vigil import Vigil
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.control import ControlServer
-from qdsmirror.net.credentials import Credentials
-from qdsmirror.paths import Paths, group_name
+from qdsmirror.paths import Paths, file_identity, group_name
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()
@@ -92,7 +92,7 @@ class Master(Service):
             reactor, paths.control_socket(self.daemon), self, self._auditor
         )
         self._fingerprints: dict[int, Fingerprint] = {}
-        self._certificate: Fingerprint = ()
+        self._certificate: HostCertificate | None = None
         self._problems: list[Problem] = []
         self._since = time.time()
         self._opened = False
@@ -164,7 +164,6 @@ class Master(Service):
         self._tell_problems()
         self.groups = {group.number: group for group in mine}
         self._fingerprints = {group.number: self._fingerprint(group) for group in mine}
-        self._certificate = self._certificate_of(self._host)
 
     def _tell_problems(self) -> None:
         for problem in self._problems:
@@ -212,11 +211,18 @@ class Master(Service):
             self._statistics = Statistics(
                 self.reactor, self.paths, self._children_log, self._command
             )
-        self._vigil = Vigil(self.reactor, Notifier(), self._supervisor)
+        self._vigil = Vigil(self.reactor, Notifier(), self._supervisor, self._ask_statistics)
+        if self.has_certificate:
+            self._certificate = HostCertificate(self.reactor, self._host)
+            self._certificate.begin()
         # Not before the reactor reaps.
         self.reactor.callWhenRunning(self._start_children)
         signal.signal(signal.SIGHUP, self._hang_up)
         self._note_configuration("start", {})
+
+    def _ask_statistics(self) -> None:
+        if self._statistics is not None:
+            self._statistics.ask()
 
     def _start_children(self) -> None:
         if self.running:
@@ -235,6 +241,8 @@ class Master(Service):
         _log.info("{daemon} is told to end", daemon=self.daemon)
         super().stopService()
         self._vigil.end()
+        if self._certificate is not None:
+            self._certificate.end()
         self.close()
         if self._statistics is not None:
             # Before the daemons that it asks: it has nothing to say of their end.
@@ -291,11 +299,13 @@ class Master(Service):
         errors = [str(problem) for problem in self._problems]
         renewed = False
         try:
-            # Before links that were refused are tried again.
-            renewed = self._reload_certificate(host)
+            renewed = self._certificate is not None and self._certificate.renew(host)
         except QdsError as error:
             _log.error("certificate, key and CA stay as they were: {error}", error=error)
             errors.append(str(error))
+        if renewed:
+            # Before links that were refused are tried again.
+            self._supervisor.reload()
         result: dict[str, list[Any]] = {
             "started": [],
             "stopped": [],
@@ -378,28 +388,7 @@ class Master(Service):
 
     def _fingerprint(self, group: GroupConfig) -> Fingerprint:
         files = self.depends_on(group.number)
-        return (group.of_data_path(), *(_identity(path) for path in files))
-
-    def _reload_certificate(self, host: HostConfig) -> bool:
-        """Have the sessions to come begun with a new certificate; tell whether there is one.
-
-        Those that run go on.
-
-        :raises ConfigError: the new one cannot be used; the former stays.
-        """
-        found = self._certificate_of(host)
-        if found == self._certificate:
-            return False
-        Credentials.load(host)
-        self._certificate = found
-        self._supervisor.reload()
-        return True
-
-    def _certificate_of(self, host: HostConfig) -> Fingerprint:
-        if not self.has_certificate:
-            return ()
-        files = (host.certificate, host.key, host.ca)
-        return tuple((path, _identity(path)) for path in files)
+        return (group.of_data_path(), *map(file_identity, files))
 
     def _hang_up(self, _signal: int, _frame: object) -> None:
         self.reactor.callFromThread(self._apply_quietly)
@@ -497,11 +486,3 @@ def _log_for_children(path: Path) -> int | None:
     if os.fstat(2).st_rdev != os.stat(os.devnull).st_rdev:
         return None
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns)

@@ -60,6 +60,10 @@ class Statistics:
         """Try again what has failed."""
         self._supervisor.retry()
 
+    def ask(self) -> None:
+        """Ask the process for a sign of life, and kill it if it has not given any for long."""
+        self._supervisor.ask_all()
+
     def stop(self) -> Deferred[Any]:
         """End the process; what it has kept for a successor goes with it."""
 

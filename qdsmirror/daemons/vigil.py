@@ -12,6 +12,7 @@ What is counted are questions, not seconds: a machine that was suspended finds n
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
@@ -28,12 +29,20 @@ class Vigil:
     """Asks the children, and tells the service manager.
 
     :param reactor: provides IReactorTime.
+    :param beside: asks those whose silence concerns nobody else: they are relaunched, no more.
     """
 
-    def __init__(self, reactor: Any, notifier: Notifier, supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        notifier: Notifier,
+        supervisor: Supervisor,
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
         self._reactor = reactor
         self._notifier = notifier
         self._supervisor = supervisor
+        self._beside = beside
         self._seconds = notifier.watchdog_seconds * WATCHDOG_SHARE
         self._timer: IDelayedCall | None = None
         self._ready = False
@@ -43,7 +52,7 @@ class Vigil:
         """Begin, when the children have been started."""
         self.look()
         if self._seconds:
-            self._supervisor.ask_all()
+            self._ask_all()
             self._timer = self._reactor.callLater(self._seconds, self._turn)
 
     def look(self) -> None:
@@ -84,7 +93,11 @@ class Vigil:
                 self._notifier.still_starting(self._notifier.watchdog_seconds)
         else:
             _log.error("no child process has answered within {n:g} s", n=self._seconds)
+        self._ask_all()
+
+    def _ask_all(self) -> None:
         self._supervisor.ask_all()
+        self._beside()
 
 
 def describe(groups: list[dict[str, Any]]) -> str:

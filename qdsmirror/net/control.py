@@ -228,7 +228,7 @@ class _ControlProtocol(BoundedAmp):
         if name not in _ALLOWED:
             return None
         found: Callable[..., Any] | None = amp.CommandLocator.locateResponder(self, name)
-        if found is None or name in _LOOKS:
+        if found is None or name in _UNNOTED:
             return found
         return partial(audited, self._server.audit, self.transport, name, found)
 
@@ -350,8 +350,8 @@ _ALLOWED = {
 }
 
 
-#: What looks and changes nothing.
-_LOOKS = {command.commandName for command in (Status, AttachPmd)}
+#: What changes nothing; and what throttles set again and again, and themselves keep a record of.
+_UNNOTED = {command.commandName for command in (Status, AttachPmd, SetKnobs)}
 
 
 class _ControlFactory(Factory):
