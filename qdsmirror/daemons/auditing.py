@@ -105,13 +105,13 @@ class Auditor:
         return answered
 
     def _answered(self, fields: dict[str, Any], seconds: float, error: QdsError | None) -> None:
+        event = "done" if error is None else "refused"
         outcome = {
-            "event": "done" if error is None else "refused",
             "code": EXIT_OK if error is None else error.exit_code,
             "message": "" if error is None else error.message,
             "seconds": seconds,
         }
-        self._write({"time": audit.now(), **fields, **outcome})
+        self._write({"time": audit.now(), "event": event, **fields, **outcome})
         given = fields["arguments"].items()
         arguments = "".join(f" {key}={value}" for key, value in given if value)
         _log.info(
