@@ -278,7 +278,8 @@ class Master(Service):
 
         A new certificate, key or CA is for the sessions to come; those that run go on.
 
-        :returns: the group numbers ``started``, ``stopped``, ``restarted``, ``retried``; the
+        :returns: the group numbers ``started``, ``stopped``, ``restarted``, ``retried``, and those
+            ``retuned``, of which only throttles and statistics go by something else; the
             certificate ``renewed``; and the ``errors`` as lines.
         :raises ConfigError: qds.cfg is wrong; nothing was changed.
         """
@@ -310,6 +311,7 @@ class Master(Service):
             "started": [],
             "stopped": [],
             "restarted": [],
+            "retuned": [],
             "retried": self._supervisor.retry(),
             "renewed": [str(host.certificate)] if renewed else [],
             "errors": errors,
@@ -327,7 +329,7 @@ class Master(Service):
                         self._statistics.changed(done, number)
         changes = [
             f"{word} {', '.join(map(group_name, result[word]))}"
-            for word in ("started", "stopped", "restarted", "retried")
+            for word in ("started", "stopped", "restarted", "retuned", "retried")
             if result[word]
         ]
         if renewed:
@@ -380,7 +382,8 @@ class Master(Service):
             self._supervisor.add(number)
             return "started"
         if fingerprint == self._fingerprints[number]:
-            return ""
+            before, self.groups[number] = self.groups[number], group
+            return "retuned" if group != before and self._statistics is not None else ""
         self.open_group(group)
         self.groups[number], self._fingerprints[number] = group, fingerprint
         self._supervisor.restart(number)

@@ -47,13 +47,13 @@ class Statistics:
         self._supervisor.start(mine)
 
     def changed(self, what: str, number: int) -> None:
-        """Follow the master: a group was ``started``, ``stopped`` or ``restarted``."""
+        """Follow the master: a group was ``started``, ``stopped``, ``restarted``, ``retuned``."""
         if what == "started":
             self._forget(number)
             self._supervisor.add(number)
         elif what == "stopped":
             self._supervisor.remove(number)
-        elif what == "restarted":
+        elif what in ("restarted", "retuned"):
             self._supervisor.restart(number)
 
     def retry(self) -> None:

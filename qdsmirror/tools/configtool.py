@@ -339,7 +339,7 @@ def _print_answers(answers: dict[str, dict[str, Any]]) -> None:
     for name, answer in answers.items():
         done = [
             f"{what} {' '.join(map(group_name, answer[what]))}"
-            for what in ("started", "stopped", "restarted", "retried")
+            for what in ("started", "stopped", "restarted", "retuned", "retried")
             if answer.get(what)
         ]
         done += [f"new sessions show {path}" for path in answer.get("renewed", [])]

@@ -103,8 +103,12 @@ class FakeStatistics:
 
     def __init__(self, parts: GroupParts) -> None:
         self.number = parts.config.number
+        self._interval = parts.config.tunables.perf_interval
+        self._journal = parts.paths.var / f"watched{self.number}"
 
     def start(self) -> Deferred[None]:
+        with open(self._journal, "a") as file:
+            file.write(f"{self._interval}\n")
         return succeed(None)
 
     def stop(self) -> Deferred[None]:

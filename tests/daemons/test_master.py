@@ -165,6 +165,52 @@ class SupervisionTests(MasterCase):
         )
 
 
+class StatisticsTests(MasterCase):
+    """The process for statistics is a child like the others, and nobody else notices it."""
+
+    def watched(self, number: int) -> list[str]:
+        journal = self.world.paths.var / f"watched{number}"
+        return journal.read_text().split() if journal.exists() else []
+
+    async def test_it_is_one_for_all_groups_and_relaunched(self) -> None:
+        self.world.host()
+        self.world.group(0)
+        self.world.group(1)
+        master = self.begin()
+        await self.running(master, 0, 1)
+        await until(lambda: (self.watched(0), self.watched(1)) == (["10.0"], ["10.0"]))
+        status = master.status()["statistics"]
+        pids = {self.world.pid(0, "stats"), self.world.pid(1, "stats"), status["pid"]}
+        self.assertEqual((len(pids), status["restarts"]), (1, 0))
+        drivers = [self.world.pid(0, "driver"), self.world.pid(1, "driver")]
+        os.kill(status["pid"], signal.SIGKILL)
+        await until(lambda: len(self.watched(1)) == 2)
+        self.assertEqual(master.status()["statistics"]["restarts"], 1)
+        self.assertEqual(drivers, [self.world.pid(0, "driver"), self.world.pid(1, "driver")])
+
+    async def test_what_only_it_goes_by_disturbs_nobody_else(self) -> None:
+        self.world.host()
+        self.world.group(0)
+        master = self.begin()
+        await self.running(master, 0)
+        await until(lambda: self.watched(0) == ["10.0"])
+        path = self.world.paths.group_config(0)
+        path.write_text(path.read_text().replace("[tunables]", "[tunables]\nperf_interval = 1 s"))
+        result = await self.call("qdsdriver", "Apply")
+        self.assertEqual((result["retuned"], result["restarted"]), ([0], []))
+        await until(lambda: self.watched(0) == ["10.0", "1.0"])
+        self.assertEqual(len(self.world.events(0)), 1)
+        self.assertEqual((await self.call("qdsdriver", "Apply"))["retuned"], [])
+
+    async def test_the_pmds_master_has_none(self) -> None:
+        self.world.host()
+        self.world.group(0)
+        master = self.begin(PmdMaster)
+        await self.running(master, 0)
+        self.assertIsNone(master.status()["statistics"])
+        self.assertEqual(self.watched(0), [])
+
+
 class ApplyTests(MasterCase):
     async def check_apply(self, children: int) -> None:
         self.world.host(children=children)
@@ -175,6 +221,8 @@ class ApplyTests(MasterCase):
         self.world.paths.group_config(1).unlink()
         self.world.group(2, window="8M")
         self.world.group(5)
+        path = self.world.paths.group_config(0)
+        path.write_text(path.read_text().replace("[tunables]", "[tunables]\nperf_interval = 1 s"))
         result = master.apply()
         self.assertEqual(
             result,
@@ -182,6 +230,7 @@ class ApplyTests(MasterCase):
                 "started": [5],
                 "stopped": [1],
                 "restarted": [2],
+                "retuned": [0],
                 "retried": [],
                 "renewed": [],
                 "errors": [],
