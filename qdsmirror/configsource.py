@@ -42,6 +42,7 @@ class Problem:
     :ivar key: sections and key joined by dots, e.g. ``secondary.port``; may be empty.
     :ivar message: what is wrong, with the nearest valid name where there is one.
     :ivar severity: ``error``, or ``warning`` for what works today and deserves a look.
+    :ivar hint: the next command; empty: the file is to be corrected.
     """
 
     file: Path
@@ -49,11 +50,13 @@ class Problem:
     key: str
     message: str
     severity: str = "error"
+    hint: str = ""
 
     def __str__(self) -> str:
         place = str(self.file) + (f":{self.line}" if self.line else "")
         mark = "warning: " if self.severity == "warning" else ""
-        return f"{place}: {mark}" + (f"{self.key}: " if self.key else "") + self.message
+        told = f"{place}: {mark}" + (f"{self.key}: " if self.key else "") + self.message
+        return f"{told}; {self.hint}" if self.hint else told
 
 
 class ProblemsError(ConfigError):

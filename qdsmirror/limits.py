@@ -287,6 +287,9 @@ assert PEER_FACTS_BYTES_MAX < HANDSHAKE_BOX_BYTES_MAX
 PEER_NOTES_MAX = 8
 UNAUTHENTICATED_MAX = 16
 UNAUTHENTICATED_PER_ADDRESS_MAX = 4
+#: Of a log's end, and of any other text, so much goes into a support archive.
+BUNDLE_LOG_BYTES = 4 * MIB
+BUNDLE_TEXT_BYTES = MIB
 #: Groups that a visiting process asks about at a time; the secondary counts its connections.
 VISITS_AT_ONCE = 2
 assert VISITS_AT_ONCE < UNAUTHENTICATED_PER_ADDRESS_MAX

@@ -251,7 +251,7 @@ def _next_step(config: GroupConfig, remote: str, port: int | None, error: Except
     if isinstance(error, DNSLookupError):
         return f"see what the name is here: qdshostinfo {remote}; correct address in {config.path}"
     if isinstance(error, ConnectionRefusedError):
-        return f"on {config.secondary_host}: launchrmds; there, too: ss -ltn sport = {port}"
+        return f"on {config.secondary_host}: launchrmds; if it runs, there: qdsdoctor"
     return (
         f"see whether the network and its firewalls let TCP through: nc -vz {remote} {port}; "
         f"on {config.secondary_host}: qdsinfo"

@@ -32,7 +32,7 @@ def compare_digest(group: int, ours: bytes, theirs: bytes) -> None:
         raise MismatchError(
             f"{name}.cfg differs between the two hosts (digest {ours.hex()[:16]} here, "
             f"{theirs.hex()[:16]} on the other side)",
-            hint=f"run `qdsconfigtool check` on both hosts and compare {name}.cfg",
+            hint=f"on the primary: `qdsdoctor --peer -g {group}` names what differs",
         )
 
 

@@ -15,7 +15,7 @@ from qdsmirror.errors import ProtocolError, QdsError, UnreachableError, UsageErr
 TIMEOUT_SECONDS = 5.0
 _RECEIVE_BYTES = 256 * 1024
 #: Which command starts the daemon behind a control socket, by the last part of its name.
-_LAUNCHERS = {
+LAUNCHERS = {
     "driver": "launchdriver",
     "pmd": "launchpmds",
     "rmd": "launchrmds",
@@ -30,7 +30,7 @@ def launcher_of(path: str | os.PathLike[str]) -> str:
     """
     stem = Path(path).stem
     role = stem.rpartition(".")[2].removeprefix("qds")
-    return _LAUNCHERS.get(role, "")
+    return LAUNCHERS.get(role, "")
 
 
 class ControlClient:

@@ -6,6 +6,7 @@ import os
 import pwd
 import stat
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,13 @@ from qdsmirror.paths import Paths
 
 if TYPE_CHECKING:
     from cryptography import x509
+
+
+_RENEW = "renew it beside the authority: qdsconfigtool pki --overwrite --out DIR PRIMARY SECONDARY"
+_TOGETHER = "copy host.pem, host.key and ca.pem together, of one run of qdsconfigtool pki --out DIR"
+
+
+_NEW_AUTHORITY = "make a new authority and certificates: qdsconfigtool pki --out NEW ..."
 
 
 def check_files(files: Sequence[Path]) -> list[Problem]:
@@ -52,14 +60,23 @@ def check_all(paths: Paths) -> list[Problem]:
         problems += [one for group in groups for one in _group(paths, host, group)]
     if not groups and not wrong:
         problems.append(
-            Problem(paths.etc, 0, "", "no group's file (dsgrp000.cfg) here yet", "warning")
+            Problem(
+                paths.etc,
+                0,
+                "",
+                "no group's file (dsgrp000.cfg) here yet",
+                "warning",
+                "write one; see dsgrp.cfg(5)",
+            )
         )
     return problems
 
 
 def _user(paths: Paths, host: HostConfig) -> list[Problem]:
     if host.user and _uid(host) is None:
-        return [Problem(paths.host_config, 0, "user", f'there is no user "{host.user}"')]
+        message = f'there is no user "{host.user}"'
+        make = f"useradd --system {host.user}, or correct user"
+        return [Problem(paths.host_config, 0, "user", message, hint=make)]
     return []
 
 
@@ -76,8 +93,8 @@ def _owner(host: HostConfig, path: Path, owner: int) -> list[Problem]:
     uid = _uid(host)
     if uid in (None, 0, owner):
         return []
-    message = f"does not belong to {host.user}, whom the daemons become; chown {host.user} {path}"
-    return [Problem(path, 0, "", message)]
+    message = f"does not belong to {host.user}, whom the daemons become"
+    return [Problem(path, 0, "", message, hint=f"chown {host.user} {path}")]
 
 
 def _group(paths: Paths, host: HostConfig, group: GroupConfig) -> list[Problem]:
@@ -86,7 +103,12 @@ def _group(paths: Paths, host: HostConfig, group: GroupConfig) -> list[Problem]:
             f'neither primary "{group.primary_host}" nor secondary "{group.secondary_host}" '
             f'is this host "{host.name}": the group does not run here'
         )
-        return [Problem(group.path, 0, "", message, "warning")]
+        return [
+            Problem(
+                group.path, 0, "", message, "warning",
+                f"compare name in {paths.host_config} with host there",
+            )
+        ]  # fmt: skip
     path = paths.group_secret(group.number)
     return _secret(host, path, lambda owners: load_secret(paths, group.number, owners))
 
@@ -112,7 +134,7 @@ def _secret(
 
 def _problem(path: Path, error: ConfigError) -> Problem:
     message = error.message.removeprefix(f"{path}: ")
-    return Problem(path, 0, "", f"{message}; {error.hint}" if error.hint else message)
+    return Problem(path, 0, "", message, hint=error.hint)
 
 
 # -- certificate and key ---------------------------------------------------------------------------
@@ -133,7 +155,13 @@ def _certificate(host: HostConfig) -> list[Problem]:
     if host.name not in names:
         bears = " ".join(names) or "no DNS name"
         problems.append(
-            Problem(host.certificate, 0, "", f'bears {bears}, but this host is "{host.name}"')
+            Problem(
+                host.certificate,
+                0,
+                "",
+                f'bears {bears}, but this host is "{host.name}"',
+                hint=f"correct name in qds.cfg, or {_RENEW}",
+            )
         )
     problems += _dates(host.certificate, own) + _usage(host.certificate, own)
     problems += _key(host, own) + _issuer(host, chain)
@@ -144,13 +172,15 @@ def _dates(path: Path, certificate: x509.Certificate) -> list[Problem]:
     now = datetime.now(UTC)
     end = certificate.not_valid_after_utc
     if end <= now:
-        return [Problem(path, 0, "", f"expired at {end:%Y-%m-%d %H:%M} UTC")]
+        message = f"expired at {end:%Y-%m-%d %H:%M} UTC"
+        return [Problem(path, 0, "", message, hint=_RENEW)]
     if certificate.not_valid_before_utc > now:
         begin = certificate.not_valid_before_utc
-        return [Problem(path, 0, "", f"not valid before {begin:%Y-%m-%d %H:%M} UTC")]
+        message = f"not valid before {begin:%Y-%m-%d %H:%M} UTC"
+        return [Problem(path, 0, "", message, hint="timedatectl status: is this clock right?")]
     if end - now < timedelta(days=CERTIFICATE_WARN_DAYS):
-        message = f"expires in {(end - now).days} days; renew it with qdsconfigtool pki --overwrite"
-        return [Problem(path, 0, "", message, "warning")]
+        message = f"expires in {(end - now).days} days"
+        return [Problem(path, 0, "", message, "warning", _RENEW)]
     return []
 
 
@@ -167,7 +197,8 @@ def _usage(path: Path, certificate: x509.Certificate) -> list[Problem]:
     needed = {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH}
     if needed <= usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages:
         return []
-    return [Problem(path, 0, "", "its uses are not both clientAuth and serverAuth")]
+    message = "its uses are not both clientAuth and serverAuth"
+    return [Problem(path, 0, "", message, hint=_RENEW)]
 
 
 def _key(host: HostConfig, certificate: x509.Certificate | None) -> list[Problem]:
@@ -180,21 +211,24 @@ def _key(host: HostConfig, certificate: x509.Certificate | None) -> list[Problem
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                return [Problem(path, 0, "", "not a regular file")]
+                return [Problem(path, 0, "", "not a regular file", hint=_RENEW)]
             content = file.read()
     except OSError as error:
-        return [Problem(path, 0, "", str(error.strerror))]
+        step = "correct key in qds.cfg, or " + _RENEW
+        return [Problem(path, 0, "", str(error.strerror), hint=step)]
     problems = _owner(host, path, status.st_uid)
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
-        message = f"mode {mode:04o} lets others read the key; chmod 600 {path}"
-        problems.append(Problem(path, 0, "", message))
+        message = f"mode {mode:04o} lets others read the key"
+        problems.append(Problem(path, 0, "", message, hint=f"chmod 600 {path}"))
     try:
         key = load_pem_private_key(content, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        return [*problems, Problem(path, 0, "", "not an unencrypted PEM private key")]
+        message = "not an unencrypted PEM private key"
+        return [*problems, Problem(path, 0, "", message, hint=_RENEW)]
     if certificate is not None and key.public_key() != certificate.public_key():
-        problems.append(Problem(path, 0, "", f"not the key of {host.certificate}"))
+        message = f"not the key of {host.certificate}"
+        problems.append(Problem(path, 0, "", message, hint=_TOGETHER))
     return problems
 
 
@@ -214,5 +248,6 @@ def _issuer(host: HostConfig, chain: Sequence[x509.Certificate]) -> list[Problem
                 certificate.verify_directly_issued_by(authority)
             except (ValueError, TypeError, InvalidSignature):
                 continue
-            return []
-    return [Problem(host.certificate, 0, "", f"not issued by an authority of {host.ca}")]
+            return [replace(problem, hint=_NEW_AUTHORITY) for problem in _dates(host.ca, authority)]
+    message = f"not issued by an authority of {host.ca}"
+    return [Problem(host.certificate, 0, "", message, hint=_TOGETHER)]

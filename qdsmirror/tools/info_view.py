@@ -180,7 +180,16 @@ def _reasons(group: Group) -> list[str]:
         if not any(one in error for one in (*known, *found)):
             found.append(f"earlier: {error}")
             known.append(error)
-    return found
+    return [_with_next_step(group, reason) for reason in found]
+
+
+def _with_next_step(group: Group, reason: str) -> str:
+    """Add what to do about a reason, where a daemon has said."""
+    for part in (group["driver"], group["pmd"], group["rmd"]):
+        about = part.get("reason") or group["reason"]
+        if part.get("hint") and about and about in reason and part["hint"] not in reason:
+            return f"{reason}; {part['hint']}"
+    return reason
 
 
 def _checkpoint_lines(group: Group) -> list[str]:

@@ -21,7 +21,7 @@ from qdsmirror.errors import (
     UnreachableError,
 )
 from qdsmirror.paths import Paths
-from qdsmirror.tools.client import ControlClient
+from qdsmirror.tools.client import LAUNCHERS, ControlClient
 
 #: For one daemon's answer; they answer from memory.
 ASK_SECONDS = 2.0
@@ -100,8 +100,14 @@ def raise_failure(group: Group) -> None:
     failure = failure_of(group)
     if failure is not None:
         code, reason = failure
-        hint = "qdsconfigtool check, then qdsinfo"
+        hint = _hint_of(group) or "qdsdoctor"
         raise _ERRORS.get(code, QdsError)(f"{group['name']}: {reason}", hint)
+
+
+def _hint_of(group: Group) -> str:
+    """Give the next step that a refused link has; "" where none is known."""
+    parts = (group[daemon] for daemon in ("driver", "pmd", "rmd"))
+    return next((str(one["hint"]) for one in parts if one.get("hint")), "")
 
 
 class _Daemons:
@@ -117,12 +123,14 @@ class _Daemons:
         return self._status(f"{config.name}.{role}")
 
     def trouble(self, config: GroupConfig, role: str) -> dict[str, Any]:
-        """Say why a group's child does not answer: {state, reason, code}."""
+        """Say why a group's child does not answer: {state, reason, code}, perhaps a hint."""
         if role not in self._masters:
             self._masters[role] = self._status(f"qds{role}")
         master = self._masters[role]
         if master is None:
-            return {"state": "stopped", "reason": f"{role} not running", "code": None}
+            launch = " ".join([LAUNCHERS[role], *self._paths.arguments()])
+            reason = f"{role} not running"
+            return {"state": "stopped", "reason": reason, "code": None, "hint": launch}
         for entry in master.get("groups", []):
             if isinstance(entry, dict) and entry.get("group") == config.number:
                 if entry.get("state") == "failed":
@@ -207,6 +215,8 @@ def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
         group["ldsus"] = ldsus
         trouble = daemons.trouble(config, "driver")
         _be_set_up(group, trouble["reason"])
+        if trouble.get("hint"):
+            group["driver"]["hint"] = trouble["hint"]
         if trouble["state"] == "failed":
             group["driver"] |= {"state": "failed", "code": trouble["code"]}
             group["driver"]["reason"] = trouble["reason"]

@@ -358,7 +358,7 @@ class RefuseTests(HandshakeTestCase):
     def test_wrong_digest(self) -> None:
         primary, _ = self.shake(digest=b"E" * 32)
         error = self.assert_refused(primary, MismatchError, "dsgrp000.cfg differs")
-        self.assertIn("qdsconfigtool check", error.hint)
+        self.assertIn("qdsdoctor --peer -g 0", error.hint)
 
     def test_wrong_group(self) -> None:
         primary, _ = self.shake(group=1)

@@ -107,6 +107,7 @@ class CheckTests(ToolTestCase):
                     "message": '"asink" is not one of: async, sync, near-sync; '
                     'did you mean "async"?',
                     "severity": "error",
+                    "hint": "",
                 }
             ],
         )
@@ -165,6 +166,16 @@ class CheckTests(ToolTestCase):
             (self.etc / "host.pem").write_bytes(certificate)
             (self.etc / "host.key").write_bytes(key)
             self.finds(part, code=code)
+
+    def test_dates_of_the_authority(self) -> None:
+        authority = pki.Authority.create(days=20)
+        certificate, key = authority.issue("db1")
+        (self.etc / "host.pem").write_bytes(certificate)
+        (self.etc / "host.key").write_bytes(key)
+        (self.etc / "ca.pem").write_bytes(authority.pem())
+        self.finds("host.pem: warning: expires in 19", "ca.pem: warning: expires in 19", code=0)
+        self.call("check")
+        self.assertIn("make a new authority", self.out.getvalue().splitlines()[1])
 
     def test_uses(self) -> None:
         class OneUse:

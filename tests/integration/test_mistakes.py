@@ -1,0 +1,109 @@
+"""Whoever makes a mistake reads what is wrong, and what to type next; a table of real ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from twisted.trial.unittest import SkipTest, TestCase
+
+from tests.integration.lab import CommandError, in_thread
+from tests.integration.mistakes import INFO, LIVE, OFFLINE, Bench, Mistake
+from tests.integration.world import World
+
+SMALL = ("--size", "8M", "--writelog", "8M", "--journal", "8M")
+
+
+def advised(output: str, command: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Give what a command's output says to be wrong, each with its next step."""
+    if command[0] == INFO[0]:
+        return [(line, line) for line in output.splitlines()] + [(output, output)]
+    found = []
+    lines = output.splitlines()
+    for line, below in zip(lines, lines[1:], strict=False):
+        if below.startswith("  next: "):
+            found.append((line, below))
+    return found
+
+
+class MistakeTests(TestCase):
+    """One lab for each half of the table; every row that fails is told, with what was said."""
+
+    timeout = 600
+
+    def look(self, world: World, mistake: Mistake) -> str:
+        """Make a mistake, look as told, put it right; give what is missing."""
+        bench = Bench(world)
+        try:
+            mistake.make(bench)
+            if mistake.wait:
+                world.wait(mistake.wait, site=mistake.site)
+            name, *options = mistake.command
+            done = world.ask(mistake.site, name, *options)
+        finally:
+            bench.undo()
+        output = done.stdout + done.stderr
+        places = {"lab": str(world.directory), "port": bench.port}
+        cause = [word.format(**places) for word in mistake.cause]
+        step = [word.format(**places) for word in mistake.step]
+        for message, below in advised(output, mistake.command):
+            if all(word in message for word in cause) and all(word in below for word in step):
+                return ""
+        return (
+            f"{mistake.name}: {' '.join(mistake.command)} does not say {cause} and {step}, "
+            f"but (exit code {done.returncode}):\n{output}"
+        )
+
+    def look_at_all(self, world: World, rows: tuple[Mistake, ...], live: bool) -> None:
+        wanted = os.environ.get("QDS_MISTAKE", "")
+        missing = []
+        for mistake in rows:
+            if wanted in mistake.name:
+                missing.append(self.look(world, mistake))
+                if live:
+                    self.mended(world, mistake)
+        told = [one for one in missing if one]
+        if told:
+            raise CommandError("\n".join(told))
+
+    def mended(self, world: World, mistake: Mistake) -> None:
+        """Wait until nothing is left of a mistake."""
+        # A link that was refused is tried again at once.
+        world.ask("primary", "qdsconfigtool", "apply")
+
+        def well() -> bool:
+            group = world.info()
+            return group["state"] == "connected" and group["coherent"] is True
+
+        world.until(well, f"all to be well after: {mistake.name}", 60.0)
+
+    @in_thread
+    def test_while_nothing_runs(self) -> None:
+        if os.geteuid() != 0 or not can_mount():
+            raise SkipTest("needs root, who may mount")
+        world = World(self, *SMALL)
+        world.create()
+        self.look_at_all(world, OFFLINE, live=False)
+
+    @in_thread
+    def test_while_both_sites_run(self) -> None:
+        world = World(self, *SMALL)
+        world.create()
+        world.start()
+        self.look_at_all(world, LIVE, live=True)
+
+    def test_how_many(self) -> None:
+        """The promise is of 25."""
+        names = [one.name for one in (*OFFLINE, *LIVE)]
+        self.assertEqual(len(names), len(set(names)))
+        self.assertGreaterEqual(len(names), 25)
+
+
+def can_mount() -> bool:
+    """Tell whether this process may mount a file system."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return False
+    command = [unshare, "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
