@@ -1,8 +1,8 @@
 """What a log event is about: group, LDSU, and where in the group's order this happened.
 
-The events say it by their keys: ``group`` (or ``name``, ``names``), ``ldsu`` (or ``unit``), and
-``gsn`` where they speak of a certain one; otherwise the group's own place is asked for: what is
-written (driver), sent (pmd), or committed (rmd).
+The events say it by their keys: ``group`` (or ``name``, ``names``, ``side``), ``ldsu`` (or
+``unit``), and ``gsn`` where they speak of a certain one; otherwise the group's own place is asked
+for: what is written (driver), sent (pmd), or committed (rmd).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def group_in(text: str) -> str | None:
 
 
 def _group_of(event: LogEvent) -> str | None:
-    for key in ("group", "name", "names"):
+    for key in ("group", "name", "names", "side"):
         value = event.get(key)
         if isinstance(value, str):
             return group_in(value)

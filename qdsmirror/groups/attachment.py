@@ -302,7 +302,7 @@ class DriverEnd(Protocol):
                 elif kind == watermark.REPORT:
                     self._group.pmd.said_report(self, watermark.parse_json(payload))
         except ProtocolError as error:
-            self.log.error("{error}", error=error.message)
+            self.log.error("{group}: {error}", group=self._group.name, error=error.message)
             self.close()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802

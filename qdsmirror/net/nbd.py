@@ -438,7 +438,9 @@ class NbdConnection(Protocol):
 
     def _abort(self, reason: str) -> None:
         if not self._lost:
-            _log.info("NBD client disconnected: {reason}", reason=reason)
+            name = self._export.name if self._export is not None else None
+            of = f" of {name}" if name is not None else ""
+            _log.info("NBD client{of} disconnected: {reason}", of=of, ldsu=name, reason=reason)
             self._lost = True
             self.transport.abortConnection()
 

@@ -83,6 +83,8 @@ class JournalTests(JournalCase):
         self.log.info("{name}: {x}", name="dsgrp007.driver", x="\udcff")
         told = self.receive()
         self.assertEqual((told["QDS_GROUP"], told["QDS_SEQUENCE"]), ("dsgrp007", "9"))
+        self.log.warn("{side}: handshake refused", side="dsgrp007 secondary")
+        self.assertEqual(self.receive()["QDS_GROUP"], "dsgrp007")
         logfields.forget("dsgrp007")
         self.log.info("refused: group {group}", group=7)
         told = self.receive()

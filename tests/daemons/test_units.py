@@ -88,6 +88,13 @@ class UnitTests(SynchronousTestCase):
         self.assertIn(found[1], PREDICATES)
         self.assertGreater(int(unit["TimeoutStartSec"]), int(found[2]))
 
+    def test_a_daemons_restart_does_not_stop_what_needs_a_group(self) -> None:
+        for name in ("qdsgroup@.service", "qdsgroup@.target"):
+            unit = settings(name)
+            for key in ("PartOf", "BindsTo", "Requires"):
+                for daemon in DAEMONS:
+                    self.assertNotIn(daemon, unit.get(key, ""))
+
     def test_systemd_understands_them(self) -> None:
         done = analyze("verify", *sorted(map(str, UNITS.iterdir())))
         # The manual pages need not be installed here, nor the units.
