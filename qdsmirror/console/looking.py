@@ -29,8 +29,10 @@ from qdsmirror.net.control import Status
 from qdsmirror.paths import Paths
 from qdsmirror.tools.status import Group, collect_groups
 
-#: Which daemons host a group, by the part that this host plays in it.
-DAEMONS = {"primary": ("driver", "pmd"), "secondary": ("rmd",)}
+#: Which processes host a group, by the part that this host plays in it.
+DAEMONS = {"primary": ("driver", "pmd", "stats"), "secondary": ("rmd", "stats")}
+#: Those with a master of their own.
+_MASTERS = ("qdsdriver", "qdspmd", "qdsrmd")
 
 #: Asks the daemon behind a control socket for its status.
 Ask = Callable[[Path], Deferred[dict[str, Any]]]
@@ -120,7 +122,7 @@ class Looking:
         pool = self._reactor.getThreadPool()
         configuration, expiries = yield deferToThreadPool(self._reactor, pool, self._read_files)
         host = configuration.host.name
-        names = [f"qds{role}" for roles in DAEMONS.values() for role in roles]
+        names = list(_MASTERS)
         for group in configuration.groups:
             roles = DAEMONS.get(group.role_of(host) or "", ())
             names += [f"{group.name}.{role}" for role in roles]

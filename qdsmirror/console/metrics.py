@@ -80,6 +80,11 @@ _COUNTERS: tuple[tuple[str, str, Sequence[str]], ...] = (
         (*_LDSU, "kind"),
     ),
     ("qds_sent_entries_total", "Entries sent to the secondary.", _LDSU),
+    (
+        "qds_throttle_fired_total",
+        "How often a throttle was found true.",
+        ("group", "role", "throttle"),
+    ),
     ("qds_wire_bytes_total", "Bytes of the messages with frames, after compression.", _GROUP),
 )
 _LATENCY = (
@@ -150,7 +155,9 @@ class Metrics:
             self._writelog(ldsu["writelog"], (name, ldsu["name"], role))
         for ldsu, told in (driver.get("latency") or {}).items():
             self._latency.add_metric((name, ldsu, role), _buckets(told), told["seconds"])
-        pmd = self._answer(group, "pmd")
+        pmd, statistics = self._answer(group, "pmd"), self._answer(group, "stats")
+        for one in (statistics or {}).get("throttles") or ():
+            self._count("qds_throttle_fired_total", one["fired"], *own, one["name"])
         if pmd is not None:
             self._sent(pmd, own)
 

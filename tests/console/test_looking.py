@@ -27,7 +27,8 @@ class LookingTests(SynchronousTestCase):
         self.assertEqual(look.expiries, {})
         self.assertEqual(
             set(self.host.asked),
-            {"qdsdriver", "qdspmd", "qdsrmd", "dsgrp000.driver", "dsgrp000.pmd"},
+            {"qdsdriver", "qdspmd", "qdsrmd"}
+            | {f"dsgrp000.{one}" for one in ("driver", "pmd", "stats")},
         )
 
     def test_many_who_look_ask_once(self) -> None:

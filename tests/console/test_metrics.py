@@ -30,6 +30,7 @@ PROMISED = {
     "qds_cert_expiry_timestamp_seconds",
     "qds_sent_bytes_total",
     "qds_sent_entries_total",
+    "qds_throttle_fired_total",
     "qds_write_latency_seconds",
 }
 OWN = 'group="dsgrp000",role="primary"'
@@ -96,6 +97,17 @@ class MetricsTests(SynchronousTestCase):
         }
         self.assertEqual(kinds, {"data": 5000, "refresh": 3000, "verify": 500, "header": 1500})
         self.assertEqual(sum(kinds.values()), 10_000)
+
+    def test_throttles(self) -> None:
+        told = self.scrape()
+        name = 'qds_throttle_fired_total{{{},throttle="{}"}}'
+        self.assertEqual(told[name.format(OWN, "office hours")], 7)
+        self.assertEqual(told[name.format(OWN, 'a \\"quoted\\" \\\\ name')], 0)
+        del self.host.answers["dsgrp000.stats"]
+        self.host.reactor.advance(1.0)
+        told = samples(render(self.host.look()))
+        self.assertEqual(told[f'qds_daemon_up{{daemon="stats",{OWN}}}'], 0)
+        self.assertFalse([one for one in told if "throttle" in one])
 
     def test_latency(self) -> None:
         told = self.scrape()

@@ -45,6 +45,18 @@ def pmd(number: int = 0) -> dict[str, Any]:
     }
 
 
+def stats(number: int = 0) -> dict[str, Any]:
+    """Give what the process for statistics says of a group."""
+    return {
+        "group": number,
+        "role": "primary",
+        "throttles": [
+            {"name": "office hours", "fired": 7, "last": 1790000000.0},
+            {"name": 'a "quoted" \\ name', "fired": 0, "last": None},
+        ],
+    }
+
+
 class Host:
     """A host whose daemons answer as they are told.
 
@@ -60,6 +72,7 @@ class Host:
         self.answers: dict[str, Any] = {
             "dsgrp000.driver": driver(),
             "dsgrp000.pmd": pmd(),
+            "dsgrp000.stats": stats(),
             "qdsdriver": {"groups": []},
         }
         self.asked: list[str] = []
