@@ -23,7 +23,7 @@ DEBIAN := make python3 python3-venv git \
           nbdkit libnbd-bin nbdfuse python3-libnbd qemu-utils qemu-system-common fio \
           fuse3 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk util-linux mount kmod iproute2 procps socat openssl \
           sqlite3 mandoc man-db zsh \
-          qemu-system-x86 linux-image-amd64 busybox-static
+          qemu-system-x86 linux-image-amd64 busybox-static prometheus
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
 
@@ -73,8 +73,16 @@ $(VENV)/installed-dev: setup.cfg pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,lint]'
 	touch $@ $(VENV)/installed
 
+# Of prometheus promtool alone is wanted: unless it is here already, its service must not run, neither
+# now (policy-rc.d(8)) nor after a boot (the link is what "systemctl mask" makes).
 install-deps:
 	apt-get update -q
+	policy=/usr/sbin/policy-rc.d; unit=/etc/systemd/system/prometheus.service; \
+	if ! dpkg -s prometheus >/dev/null 2>&1; then \
+	    test -e $$unit || { mkdir -p $${unit%/*} && ln -s /dev/null $$unit; }; \
+	    test -e $$policy || { printf '#!/bin/sh\nexit 101\n' >$$policy && chmod 755 $$policy && \
+	        trap "rm -f $$policy" EXIT; }; \
+	fi; \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(KNOWN)
 
 clean:
