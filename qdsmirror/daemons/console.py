@@ -23,13 +23,13 @@ from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.error import CannotListenError
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from qdsmirror import __version__
 from qdsmirror.config import HostConfig, load_host, load_token
-from qdsmirror.configvalues import Listen
 from qdsmirror.console.looking import Look, Looking
 from qdsmirror.console.metrics import CONTENT_TYPE, render
 from qdsmirror.console.site import Console, make_site
@@ -45,11 +45,12 @@ from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.limits import WATCHDOG_SHARE
 from qdsmirror.net.control import ControlServer
 from qdsmirror.net.https import HttpsServer
-from qdsmirror.net.nbd_socket import bind_nbd
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()
+#: Of a Unix socket.
+_SOCKET_MODE = 0o660
 
 
 class ConsoleDaemon(Service):
@@ -72,6 +73,7 @@ class ConsoleDaemon(Service):
         self._tls: HttpsServer | None = None
         self._socket: socket.socket | None = None
         self._port: Any = None
+        self._opened = False
         self._host: HostConfig
 
     # -- life -----------------------------------------------------------------------------------
@@ -102,18 +104,28 @@ class ConsoleDaemon(Service):
         exiting(self._open)
 
     def _open(self) -> None:
+        self._opened = True
+        listen = self._host.console
+        if listen.path:
+            # It belongs to the user whom we become.
+            return
+        family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
         try:
-            self._socket = _listen(self._host.console)
+            self._socket = socket.create_server((listen.host, listen.port), family=family)
         except OSError as error:
-            self._pid_file.release()
-            raise QdsError(
-                f"{self.paths.host_config}: console: {self._host.console}: {error.strerror}",
-                hint="choose another place to listen, or free that one",
-            ) from None
+            raise self._cannot_listen(error.strerror or "") from None
+        self._socket.setblocking(False)
+
+    def _cannot_listen(self, why: str) -> QdsError:
+        self._pid_file.release()
+        return QdsError(
+            f"{self.paths.host_config}: console: {self._host.console}: {why}",
+            hint="choose another place to listen, or free that one",
+        )
 
     def startService(self) -> None:  # noqa: N802
         """Become the user and serve; part of IService."""
-        if self._socket is None:  # daemons.run has no privileged start of its own.
+        if not self._opened:  # daemons.run has no privileged start of its own.
             self.privilegedStartService()
         super().startService()
         exiting(self._start)
@@ -126,10 +138,7 @@ class ConsoleDaemon(Service):
         if self._tls is not None:
             factory = TLSMemoryBIOFactory(self._tls, False, factory)
         factory.noisy = False
-        assert self._socket is not None
-        self._port = self.reactor.adoptStreamPort(
-            self._socket.fileno(), self._socket.family, factory
-        )
+        self._port = self._listen(factory)
         _log.info(
             "{daemon} {version} on {host}: metrics at {url}",
             daemon=self.daemon, version=__version__, host=self._host.name, url=self.url,
@@ -139,6 +148,22 @@ class ConsoleDaemon(Service):
         if self._notifier.watchdog_seconds:
             self._alive.start(self._notifier.watchdog_seconds * WATCHDOG_SHARE)
         signal.signal(signal.SIGHUP, self._hang_up)
+
+    def _listen(self, factory: Any) -> Any:
+        """Serve; on a Unix socket with mode 0660, in place of what a killed console has left."""
+        if self._socket is not None:
+            return self.reactor.adoptStreamPort(self._socket.fileno(), self._socket.family, factory)
+        path = Path(self._host.console.path)
+        if path.is_socket():
+            path.unlink()
+        mask = os.umask(0o777 & ~_SOCKET_MODE)
+        try:
+            return self.reactor.listenUNIX(os.fspath(path), factory, mode=_SOCKET_MODE)
+        except CannotListenError as error:
+            why = os.strerror(getattr(error.socketError, "errno", 0) or errno.EADDRINUSE)
+            raise self._cannot_listen(why) from None
+        finally:
+            os.umask(mask)
 
     @inlineCallbacks
     def stopService(self) -> Any:  # noqa: N802
@@ -154,8 +179,6 @@ class ConsoleDaemon(Service):
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        if self._host.console.path:
-            Path(self._host.console.path).unlink(missing_ok=True)
         yield self._control.stop()
         self._pid_file.release()
 
@@ -224,19 +247,6 @@ class ConsoleDaemon(Service):
         except QdsError as error:
             _log.error("configuration not applied: {error}", error=error)
         self._notifier.ready()
-
-
-def _listen(where: Listen) -> socket.socket:
-    """Listen where the configuration says; a Unix socket found there is replaced."""
-    if where.path:
-        path = Path(where.path)
-        if path.exists() and not path.is_socket():
-            raise FileExistsError(errno.EEXIST, "is there, and is no socket")
-        return bind_nbd(path)
-    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-    listening = socket.create_server((where.host, where.port), family=family)
-    listening.setblocking(False)
-    return listening
 
 
 def makeService(options: Any) -> ConsoleDaemon:  # noqa: N802
