@@ -31,6 +31,7 @@ _UNIT_LESS = ("SIZE", "ENTRIES")
 _RIGHT = frozenset({"SINCE", "GSN", "COMMITTED", "MIRRORED", "SIZE", "FULL IN", "ENTRIES"})
 _GAP = 2
 _METER_CELLS = 8
+_LAST_CELLS = 34
 #: Shares of a log from which on it is shown in another colour, and seconds until it is full.
 _WARN_SHARE, _ALARM_SHARE = 0.6, 0.8
 _WARN_SECONDS, _ALARM_SECONDS = 3600.0, 600.0
@@ -147,6 +148,8 @@ def _table(
         heading: max(len(heading), *(row[column].cell_len for row in rows))
         for column, heading in enumerate(headings)
     }
+    # What stands last goes on in the next line; but not every few letters.
+    widths[headings[-1]] = min(widths[headings[-1]], _LAST_CELLS)
     for heading in less:
         if sum(widths.values()) + _GAP * (len(widths) - 1) <= width:
             break

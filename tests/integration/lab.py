@@ -25,6 +25,7 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.config import load_groups, load_host
 from qdsmirror.paths import Paths
 from qdsmirror.tools.status import collect_groups
+from tests.integration.schema import keep_to_schema
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 90.0
@@ -156,7 +157,10 @@ class LabFixture:
     def groups(self, site: str = "primary") -> list[dict[str, Any]]:
         """Give all groups as ``qdsinfo --json`` shows them, without a process for each look."""
         paths = Paths.of(self.directory / site)
-        return collect_groups(paths, load_host(paths).name, load_groups(paths))
+        host = load_host(paths).name
+        found = collect_groups(paths, host, load_groups(paths))
+        keep_to_schema({"schema": 1, "host": host, "groups": found})
+        return found
 
     # -- processes ----------------------------------------------------------------------------
 

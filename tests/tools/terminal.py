@@ -16,10 +16,16 @@ ROWS = 50
 
 
 def on_terminal(
-    work: Callable[[], object], columns: int, seconds: float = 60.0, **environment: str
+    work: Callable[[], object],
+    columns: int,
+    seconds: float = 60.0,
+    *,
+    until: Callable[[str], bool] = lambda text: False,
+    **environment: str,
 ) -> str:
     """Run something in a process whose standard streams are a terminal; give all it wrote there.
 
+    :param until: tells of what it wrote so far whether somebody now presses Ctrl-C.
     :param environment: beside what the terminal says.
     """
     pid, master = pty.fork()
@@ -34,7 +40,7 @@ def on_terminal(
             traceback.print_exc()
         finally:
             os._exit(0)
-    found = b""
+    found, pressed = b"", False
     while select.select([master], [], [], seconds)[0]:
         try:
             data = os.read(master, 65536)
@@ -43,6 +49,9 @@ def on_terminal(
         if not data:
             break
         found += data
+        if not pressed and until(found.decode(errors="replace")):
+            pressed = True
+            os.write(master, b"\x03")
     os.close(master)
     os.waitpid(pid, 0)
     return found.decode()
