@@ -22,6 +22,7 @@ from qdsmirror.tools.status import collect_groups
 from tests.fakes import MemoryDevice
 from tests.integration.lab import POLL_SECONDS
 from tests.integration.order import SLOT_BYTES
+from tests.integration.schema import keep_to_schema
 from tests.integration.world import World
 
 SLOTS = 128
@@ -145,7 +146,10 @@ class Fleet(World):
             if (number, part) not in self._configs:
                 self._configs[number, part] = load_group(paths, number)
             config = self._configs[number, part]
-        return collect_groups(paths, self.ends(number)[part], [config])[0]
+        host = self.ends(number)[part]
+        found = collect_groups(paths, host, [config])
+        keep_to_schema({"schema": 1, "host": host, "groups": found})
+        return found[0]
 
     def both(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return self.group(number), self.group(number, 1)
