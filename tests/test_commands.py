@@ -53,6 +53,7 @@ NEEDS = {
 WITHOUT_CONFIGURATION = {
     "in.pmd": ["--no-such-option"],
     "in.rmd": ["--no-such-option"],
+    "killconsole": ["--no-such-option"],
     "killdriver": ["--no-such-option"],
     "killpmds": ["--no-such-option"],
     "killrmds": ["--no-such-option"],
