@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qdsmirror.limits import (
     DAY_SECONDS,
 )
 from qdsmirror.net.certificates import describe, load_certificates
-from qdsmirror.net.credentials import Credentials
+from qdsmirror.net.credentials import KeptCredentials
 from qdsmirror.paths import file_identity
 
 _log = Logger()
@@ -40,6 +41,7 @@ class HostCertificate:
     :param reactor: provides IReactorTime.
     :param host: the configuration in effect.
     :param wall: seconds since 1970.
+    :ivar kept: what the master's own sessions are begun with.
     """
 
     def __init__(
@@ -50,11 +52,15 @@ class HostCertificate:
         self._wall = wall
         self._timer: IDelayedCall | None = None
         self._taken = _files(host)
+        self.kept = KeptCredentials()
 
     def begin(self) -> None:
         """Look when they expire, now and from now on once a day."""
         self.end()
         self._timer = self._reactor.callLater(CERTIFICATE_LOOK_SECONDS, self.begin)
+        with suppress(QdsError):
+            # Whoever needs it says so.
+            self.kept.of(self._host)
         self._look(self._host.certificate, "certificate")
         self._look(self._host.ca, "ca")
 
@@ -66,7 +72,7 @@ class HostCertificate:
         found = _files(host)
         if found == self._taken:
             return False
-        Credentials.load(host)
+        self.kept.reload(host)
         self._host, self._taken = host, found
         self.begin()
         return True

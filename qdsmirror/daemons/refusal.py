@@ -22,6 +22,7 @@ from qdsmirror import errors
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.describing import facts
+from qdsmirror.net.credentials import KeptCredentials
 from qdsmirror.net.handshake import (
     IRemoteAuthority,
     RebasePosition,
@@ -119,17 +120,19 @@ def refuse(
     error: QdsError,
     descriptor: int,
     ended: Callable[[], None],
+    kept: KeptCredentials,
 ) -> bool:
     """Begin the handshake that ends with this error.
 
     :param reactor: provides IReactorSocket and IReactorTime.
     :param descriptor: an accepted connection; it stays the caller's.
     :param ended: called once when the handshake is over, if it was begun.
+    :param kept: what the master's sessions are begun with.
     :returns: ``False`` if this host's own identity is what is wrong.
     """
     try:
         secret = load_secret(paths, config.number)
-        context = server_context_factory(host, config.primary_host)
+        context = server_context_factory(kept.of(host), config.primary_host)
     except QdsError:
         return False
     authority = RefusingAuthority(config, host, secret, error, ended)

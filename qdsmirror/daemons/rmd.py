@@ -112,14 +112,17 @@ class RmdMaster(master.Master):
             turn_away(descriptor, ALERT_UNRECOGNIZED_NAME)
             return False
         trouble = self._trouble(number)
-        if trouble is not None and refuse(
-            self.reactor, self.paths, self._host, self.groups[number], trouble, descriptor, ended
-        ):
+        if trouble is not None and self._refuse(number, trouble, descriptor, ended):
             return True
         if self._supervisor.has_failed(number):
             turn_away(descriptor, ALERT_HANDSHAKE_FAILURE)
             return False
         return self._supervisor.adopt(number, descriptor, ended)
+
+    def _refuse(self, number: int, trouble: QdsError, descriptor: int, ended: Ended) -> bool:
+        assert self._certificate is not None
+        group, kept = self.groups[number], self._certificate.kept
+        return refuse(self.reactor, self.paths, self._host, group, trouble, descriptor, ended, kept)
 
     def _trouble(self, number: int) -> QdsError | None:
         """Say why a group is not served, if it has failed or waits for its next attempt."""
