@@ -183,7 +183,9 @@ def evaluate(
     closed = tuple(name for name in true_of if name not in names)
     for name in closed:
         del true_of[name]
-    limits = {name: kbps for name, kbps in state.limits.items() if name in names}
+    # One that its throttle does not set any more, which was changed, has ended too.
+    sets = {(one.name, action.amount) for one in open_ for action in one.actions}
+    limits = {name: kbps for name, kbps in state.limits.items() if (name, kbps) in sets}
     state = replace(state, limits=limits)
     fired: list[Fired] = []
     for throttle in open_:

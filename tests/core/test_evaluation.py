@@ -201,6 +201,14 @@ class EvaluationTests(SynchronousTestCase):
         outcome = self.evaluate(netkbps=1)
         self.assertEqual((self.state, outcome.closed), (State(sleep_us=9), ("one",)))
 
+    def test_a_limit_that_its_throttle_does_not_set_any_more_has_ended(self) -> None:
+        self.evaluate(throttle("netkbps > 200", "limit 5"), netkbps=300)
+        self.assertEqual(self.state.knobs.limit_kbps, 5)
+        self.evaluate(throttle("netkbps > 200", "limit 5"), netkbps=1)
+        self.assertEqual(self.state.knobs.limit_kbps, 5)
+        self.evaluate(throttle("netkbps > 200", "limit 7"), netkbps=1)
+        self.assertEqual(self.state.knobs.limit_kbps, 0)
+
     def test_values_are_of_the_time_since_the_last_evaluation(self) -> None:
         history = [
             GroupSample(
