@@ -127,6 +127,8 @@ class Actions:
         self._wall = wall
         self._tell = tell
         self._mails = Lane()
+        #: Mails that the relay does not have yet.
+        self._unsent: list[tuple[Fired, Action]] = []
         self._ordered: set[tuple[str, str]] = set()
         self._owed: list[tuple[Fired, Action, str]] = []
         self._stopped = False
@@ -138,7 +140,9 @@ class Actions:
         }
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more, and let no program go on."""
+        for fired, action in self._unsent:
+            self._failed(fired, action, QdsError("given up: the process is stopped"))
         self._stopped = True
         self._mails.drop()
 
@@ -213,7 +217,15 @@ class Actions:
     # -- mail -----------------------------------------------------------------------------------
 
     def _mail(self, fired: Fired, action: Action) -> None:
-        self._report(fired, action, self._mails.run(partial(self._deliver, fired, action)))
+        mail = (fired, action)
+        self._unsent.append(mail)
+
+        def ended(result: Any) -> Any:
+            self._unsent.remove(mail)
+            return result
+
+        sent = self._mails.run(partial(self._deliver, fired, action)).addBoth(ended)
+        self._report(fired, action, sent)
 
     @inlineCallbacks
     def _deliver(self, fired: Fired, action: Action) -> Any:
@@ -235,9 +247,11 @@ class Actions:
                     self._reactor, host.relay, sender, action.address, message, MAIL_SECONDS_MAX
                 )
             except QdsError:
-                if attempt + 1 == MAIL_ATTEMPTS or self._stopped:
+                if attempt + 1 == MAIL_ATTEMPTS:
                     raise
                 yield deferLater(self._reactor, MAIL_RETRY_SECONDS * 2**attempt)
+                if self._stopped:
+                    raise
             else:
                 return f"taken by {host.relay.host}"
         raise AssertionError
@@ -249,6 +263,8 @@ class Actions:
         self._report(fired, action, ran)
 
     def _run(self, fired: Fired, action: Action) -> Deferred[str]:
+        if self._stopped:
+            raise QdsError("the daemons are stopped")
         # When it is its turn, for the permission may have been withdrawn.
         self._check_permission()
         facts = {f"QDS_{key.upper()}": value for key, value in self._facts(fired).items()}
@@ -256,8 +272,9 @@ class Actions:
             facts["QDS_ROOT"] = str(self._paths.root)
         pool = self._reactor.getThreadPool()
         ran: Deferred[str] = deferToThreadPool(
-            self._reactor, pool, self._means.program, action.argv, facts, EXEC_SECONDS_MAX
-        )
+            self._reactor, pool, self._means.program,
+            action.argv, facts, EXEC_SECONDS_MAX, lambda: self._stopped,
+        )  # fmt: skip
         return ran.addCallback(lambda said: said or "ended well")
 
     def _check_permission(self) -> None:

@@ -7,7 +7,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -20,7 +20,12 @@ _LOOK_SECONDS = 0.1
 _READ_BYTES = 65536
 
 
-def run_program(argv: Sequence[str], variables: Mapping[str, str], seconds: float) -> str:
+def run_program(
+    argv: Sequence[str],
+    variables: Mapping[str, str],
+    seconds: float,
+    given_up: Callable[[], bool] = lambda: False,
+) -> str:
     """Run a program to its end; blocking.
 
     No shell takes part, and it inherits nothing of ours; what it starts is killed with it when its
@@ -28,6 +33,7 @@ def run_program(argv: Sequence[str], variables: Mapping[str, str], seconds: floa
 
     :param argv: its absolute path and arguments.
     :param variables: ``QDS_*``.
+    :param given_up: whether nobody wants it to go on.
     :returns: the beginning of what it has written.
     :raises QdsError: it cannot be started, takes too long, or ends with an error.
     """
@@ -45,36 +51,38 @@ def run_program(argv: Sequence[str], variables: Mapping[str, str], seconds: floa
         raise QdsError(f"{argv[0]}: {getattr(error, 'strerror', None) or error}") from None
     assert process.stdout is not None
     with process.stdout as output:
-        said = _listen(process, output, time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        said = _listen(process, output, lambda: given_up() or time.monotonic() >= deadline)
     code = process.poll()
     text = " ".join(said.decode("utf-8", "replace").split())
     if code is None:
         _kill(process)
-        raise QdsError(f"{argv[0]} took longer than {seconds:g} s and was killed")
+        why = "is killed at our end" if given_up() else f"took longer than {seconds:g} s; killed"
+        raise QdsError(f"{argv[0]} {why}")
     if code:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise QdsError(f"{argv[0]} {how}" + (f": {text}" if text else ""))
     return text
 
 
-def _listen(process: subprocess.Popen[bytes], output: IO[bytes], deadline: float) -> bytes:
-    """Keep the beginning of what a program writes, until its end or the deadline."""
+def _listen(
+    process: subprocess.Popen[bytes], output: IO[bytes], is_over: Callable[[], bool]
+) -> bytes:
+    """Keep the beginning of what a program writes, until its end, or until its time is over."""
     said = b""
     readable = select.poll()
     readable.register(output, select.POLLIN | select.POLLHUP)
-    ended = False
-    while time.monotonic() < deadline:
-        # What it has left running in the background may keep its output open.
-        ready = readable.poll(0 if ended else int(1000 * _LOOK_SECONDS))
-        piece = os.read(output.fileno(), _READ_BYTES) if ready else b""
-        said = (said + piece)[:EXEC_OUTPUT_BYTES_MAX]
-        if ended:
-            break
-        if ready and not piece:
+    closed = ended = False
+    while not ended and not is_over():
+        if closed:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            break
+                process.wait(_LOOK_SECONDS)
+        # What it has left running in the background may keep its output open.
         ended = process.poll() is not None
+        if not closed and readable.poll(0 if ended else int(1000 * _LOOK_SECONDS)):
+            piece = os.read(output.fileno(), _READ_BYTES)
+            said = (said + piece)[:EXEC_OUTPUT_BYTES_MAX]
+            closed = not piece
     return said
 
 

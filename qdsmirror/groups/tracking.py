@@ -30,6 +30,7 @@ class Tracking:
         self._worker = worker
         self._waiting = 0
         self._lost = 0
+        self._stopped = False
 
     def replace(self, path: Path, text: str) -> None:
         """Give a file another content, all or nothing of it; that it fails is told."""
@@ -42,7 +43,7 @@ class Tracking:
 
     def write(self, file: GrowingFile, lines: Sequence[str]) -> None:
         """Append lines, in the order of the calls; what does not fit is dropped and told."""
-        if not lines:
+        if not lines or self._stopped:
             return
         if self._waiting + len(lines) > TRACKING_LINES_MAX:
             self._lost += len(lines)
@@ -78,7 +79,8 @@ class Tracking:
         self.error, self._lost = "", 0
 
     def stop(self, *files: GrowingFile) -> Deferred[None]:
-        """Write what waits, and close the files."""
+        """Write what waits, and close the files; what comes from here on is dropped."""
+        self._stopped = True
         for file in files:
             self._worker.run(file.close, lambda _result, _error: None)
         return self._worker.stop()

@@ -61,7 +61,7 @@ class ProgramTests(SynchronousTestCase):
         file = self.base / "pid"
         begun = time.monotonic()
         text = self.fails(f"sleep 300 & echo $! > {file}; wait", 0.5)
-        self.assertIn("took longer than 0.5 s and was killed", text)
+        self.assertIn("took longer than 0.5 s; killed", text)
         self.assertLess(time.monotonic() - begun, 10)
         pid = int(file.read_text())
         while Path(f"/proc/{pid}/stat").exists():
@@ -72,6 +72,15 @@ class ProgramTests(SynchronousTestCase):
     def test_one_that_closes_its_output_early(self) -> None:
         self.assertIn("took longer", self.fails("exec >&- 2>&-; sleep 300", 0.3))
         self.assertEqual(self.shell("exec >&- 2>&-; sleep 0.1"), "")
+
+    def test_nobody_wants_it_any_more(self) -> None:
+        begun = time.monotonic()
+        error = self.assertRaises(
+            QdsError, run_program, ["/bin/sleep", "300"], {}, 600.0,
+            lambda: time.monotonic() > begun + 0.2,
+        )  # fmt: skip
+        self.assertIn("is killed at our end", error.message)
+        self.assertLess(time.monotonic() - begun, 10)
 
     def test_what_it_leaves_behind_is_not_waited_for(self) -> None:
         file = self.base / "pid"

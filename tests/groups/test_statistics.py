@@ -91,7 +91,7 @@ class StatisticsCase(SynchronousTestCase):
         self.mails.append((relay.host, relay.port, to, message))
         return fail(self.mail_error) if self.mail_error is not None else succeed(None)
 
-    def program(self, argv: Any, variables: Any, _seconds: float) -> str:
+    def program(self, argv: Any, variables: Any, _seconds: float, _given_up: Any) -> str:
         self.programs.append((argv, dict(variables)))
         if self.program_error is not None:
             raise self.program_error
@@ -496,6 +496,27 @@ class MessageTests(StatisticsCase):
         self.begin(throttle("lag T> 0.1", 'mail a "b"'))
         (line,) = self.events("failed")
         self.assertIn("no mail_relay is configured", line)
+
+
+class EndTests(StatisticsCase):
+    def test_what_comes_of_orders_after_the_end_is_dropped(self) -> None:
+        self.answers[Extend] = waiting = Deferred()
+        self.fill(61)
+        self.begin(throttle("pctwl > 20", "extend"))
+        self.successResultOf(self.group.stop())
+        waiting.callback({"device": "/x", "state": "chained"})
+        self.assertEqual(self.events("done"), [])
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_a_mail_that_waits_for_its_next_attempt_is_given_up(self) -> None:
+        self.host(HOST + "mail_relay = relay\n")
+        self.mail_error = QdsError("refused")
+        self.begin(throttle("lag T> 0.1", 'mail a "b"'))
+        self.successResultOf(self.group.stop())
+        self.reactor.advance(1000.0)
+        self.assertEqual(len(self.mails), 1)
+        self.assertEqual(len(self.events("failed")), 1)
+        self.assertIn("given up: the process is stopped", self.events("failed")[0])
 
 
 class ProgramTests(StatisticsCase):
