@@ -356,6 +356,8 @@ PRF_LIMIT_BYTES_MAX = 64 * MIB
 MODES_INTERVAL_SECONDS = 10.0
 #: A daemon that does not answer in this time is left out of a sample.
 STATISTICS_ASK_SECONDS = 5.0
+#: By so much, times its number, a group is looked at after the others.
+STATISTICS_SPREAD_SECONDS = 0.01
 #: Lines that may wait for the disk: more are dropped, and that is told.
 TRACKING_LINES_MAX = 1024
 EVENT_LINE_CHARS_MAX = 2048

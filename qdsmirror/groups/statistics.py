@@ -33,7 +33,11 @@ from qdsmirror.groups.actions import Actions, Means
 from qdsmirror.groups.throttling import Throttling
 from qdsmirror.groups.tracking import Tracking
 from qdsmirror.interfaces import IGroup, IWorker
-from qdsmirror.limits import MODES_INTERVAL_SECONDS, STATISTICS_ASK_SECONDS
+from qdsmirror.limits import (
+    MODES_INTERVAL_SECONDS,
+    STATISTICS_ASK_SECONDS,
+    STATISTICS_SPREAD_SECONDS,
+)
 from qdsmirror.net.asking import NobodyThereError, ask
 from qdsmirror.net.control import SetKnobs, Status
 from qdsmirror.paths import Paths
@@ -159,7 +163,8 @@ class StatisticsGroup:
         """Begin to ask; succeeds at once, whether anybody answers or not."""
         self._tracking = Tracking(self.name, self._machine.worker(f"{self.name} files"))
         self._take_up()
-        self._turn()
+        # Groups that are started together do not ask at the same moment for ever.
+        self._timer = self._reactor.callLater(self.number * STATISTICS_SPREAD_SECONDS, self._turn)
         return succeed(None)
 
     @inlineCallbacks

@@ -114,6 +114,7 @@ class StatisticsCase(SynchronousTestCase):
         means = Means(self.ask, self.mail, self.syslog.append, self.program)
         self.group = StatisticsGroup(config, self.role, self.paths, machine, means)
         self.successResultOf(self.group.start())
+        self.reactor.advance(0.0)
         return self.group
 
     def restart(self, *throttles: Throttle) -> None:
