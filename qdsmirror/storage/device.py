@@ -106,6 +106,13 @@ def _explain(error: OSError, path: str, role: str) -> DeviceError:
         return DeviceError(
             f"{role} {path} does not exist", hint=f"correct the path, or create it: ls -l {path}"
         )
+    if error.errno in (errno.EPERM, errno.EROFS) and "INVOCATION_ID" in os.environ:
+        # What a unit's DevicePolicy and ProtectSystem say (systemd.exec(5)).
+        return DeviceError(
+            f"{role} {path}: {error.strerror}: the systemd unit does not let it be used",
+            hint="qdsconfigtool units --out /etc/systemd/system && systemctl daemon-reload, "
+            "then restart the daemon",
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
         return DeviceError(
             f"{role} {path}: no permission for user id {os.geteuid()}",

@@ -173,6 +173,8 @@ class Checkup:
             self.findings += host.examine_kernel(host.kernel_has_nbd())
         if self.paths.root is None:
             self.findings += host.examine_units(roles)
+            if self.host is not None:
+                self.findings += host.examine_drop_ins(self.host.name, self.groups)
         self.findings += host.examine_ports(
             self.paths, self._of_role("secondary"), host.listening_ports()
         )

@@ -18,6 +18,7 @@ from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
 from qdsmirror.tools import attach_fuse
+from qdsmirror.tools.units import outdated
 
 #: Logs, state and performance files need so much at least ...
 SPACE_BYTES_MIN = 4 * MIB
@@ -195,6 +196,25 @@ def examine_units(
         elif not any(list(place.glob(f"*.wants/{name}.*")) for place in places):
             told = f"{name}.service is not enabled: nothing starts {name} at boot"
             yield warning("units", told, f"systemctl enable --now {name}")
+
+
+def examine_drop_ins(
+    host: str,
+    groups: Iterable[GroupConfig],
+    directories: Iterable[Path] = UNIT_DIRECTORIES,
+    booted: bool | None = None,
+) -> Iterator[Finding]:
+    """Tell of devices that a unit does not let its daemon open.
+
+    :param host: this host's name.
+    :param directories: as for :func:`examine_units`; likewise ``booted``.
+    """
+    if not (_SYSTEMD.is_dir() if booted is None else booted):
+        return
+    for service, path in outdated(host, groups, directories):
+        told = f"{service}.service does not let {service} use {path}"
+        step = "qdsconfigtool units --out /etc/systemd/system && systemctl daemon-reload, then "
+        yield warning("units", told, f"{step}systemctl restart {service}")
 
 
 # -- ports -----------------------------------------------------------------------------------------

@@ -68,6 +68,33 @@ def _is_file(path: str) -> bool:
         return False
 
 
+def outdated(
+    host: str, groups: Iterable[GroupConfig], directories: Iterable[Path]
+) -> list[tuple[str, str]]:
+    """Name the services that may not open, or write, all that the group files name.
+
+    :param directories: where systemd looks for units.
+    :returns: service and a device, or file, that its drop-in lacks; not where the unit is not
+        installed, or leaves all devices to it.
+    """
+    places = list(directories)
+    found = []
+    for name, text in drop_ins(host, groups).items():
+        service = name.partition(".")[0]
+        units = [place / f"{service}.service" for place in places]
+        unit = next((one for one in units if one.exists()), None)
+        if unit is None or "DevicePolicy=closed" not in unit.read_text():
+            continue
+        given: set[str] = set()
+        for place in places:
+            for path in place.glob(f"{service}.service.d/*.conf"):
+                given.update(path.read_text().splitlines())
+        missing = [line for line in text.splitlines()[2:] if line not in given]
+        if missing:
+            found.append((service, missing[0].split('"')[1].removeprefix("-")))
+    return found
+
+
 def write(directory: Path, texts: dict[str, str]) -> list[Path]:
     """Write drop-ins below a directory.
 

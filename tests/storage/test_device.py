@@ -20,7 +20,7 @@ from zope.interface.verify import verifyObject
 from qdsmirror import limits
 from qdsmirror.errors import DeviceError, DeviceFailedError
 from qdsmirror.interfaces import IBlockDevice
-from qdsmirror.storage import filedevice, ioctl
+from qdsmirror.storage import device, filedevice, ioctl
 from qdsmirror.storage.device import FileDevice, open_device, open_shared
 from qdsmirror.storage.identity import file_system_of, identify
 from tests.fakes import MemoryDevice, at_random, everything, nothing
@@ -545,3 +545,20 @@ class OpenTests(TestCase):
         self.assertIsNotNone(device.pread_nowait(4096, 1 << 20))
         device.drop_cache()
         self.assertIsNone(device.pread_nowait(4096, 1 << 20))
+
+
+class PermissionTests(TestCase):
+    """Who may not open a device reads what to do."""
+
+    def explained(self, number: int) -> DeviceError:
+        return device._explain(OSError(number, os.strerror(number)), "/dev/x", "data device")
+
+    def test_by_its_mode(self) -> None:
+        self.patch(os, "environ", {})
+        self.assertIn("ls -lL", self.explained(errno.EPERM).hint)
+
+    def test_by_the_unit(self) -> None:
+        self.patch(os, "environ", {"INVOCATION_ID": "1"})
+        for number in (errno.EPERM, errno.EROFS):
+            self.assertIn("qdsconfigtool units --out", self.explained(number).hint)
+        self.assertIn("ls -lL", self.explained(errno.EACCES).hint)

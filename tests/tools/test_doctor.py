@@ -27,6 +27,7 @@ from qdsmirror.paths import Paths
 from qdsmirror.tools import doctor, doctor_bundle, doctor_host, doctor_peer, doctor_sizes
 from qdsmirror.tools.doctor_devices import Device, examine, look, names_by_kernel
 from qdsmirror.tools.doctor_disks import Disks
+from qdsmirror.tools.units import drop_ins, write
 
 GROUP = """\
 operation = async
@@ -310,6 +311,31 @@ class HostTests(DoctorTestCase):
         self.patch(doctor_host.attach_fuse, "missing_programs", lambda: ["nbdfuse"])
         (one,) = doctor_host.examine_kernel(None)
         self.assertIn("nbdfuse are not installed", one.message)
+
+    def test_drop_ins(self) -> None:
+        units = self.base / "units"
+        units.mkdir()
+        groups = [load_group(self.paths, 0)]
+
+        def found() -> list[Finding]:
+            return list(doctor_host.examine_drop_ins("db1", groups, [units], booted=True))
+
+        self.assertEqual(found(), [])
+        (units / "qdsdriver.service").write_text("[Service]\nDevicePolicy=closed\n")
+        (one,) = found()
+        self.assertIn(f"does not let qdsdriver use {self.base}/", one.message)
+        self.assertIn("qdsconfigtool units --out", one.next_step)
+        write(units, drop_ins("db1", groups))
+        self.assertEqual(found(), [])
+        drop_in = units / "qdsdriver.service.d" / "qdsmirror-devices.conf"
+        drop_in.write_text(drop_in.read_text().replace("data0", "data9"))
+        self.assertIn("data0", found()[0].message)
+        # Whoever opens all devices to the daemon needs none of it.
+        (units / "qdsdriver.service").write_text("[Service]\n")
+        self.assertEqual(found(), [])
+        self.assertEqual(
+            list(doctor_host.examine_drop_ins("db1", groups, [units], booted=False)), []
+        )
 
     def test_units(self) -> None:
         units = self.base / "units"
