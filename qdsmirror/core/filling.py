@@ -27,6 +27,9 @@ class FillRate:
     def note(self, now: float, used_bytes: int) -> None:
         """Take a sample; one that comes too soon after another is passed over."""
         samples = self._samples
+        if samples and now < samples[-1][0]:
+            # The clock was set back.
+            samples.clear()
         if not samples or now - samples[-1][0] >= SAMPLE_SECONDS:
             samples.append((now, used_bytes))
 

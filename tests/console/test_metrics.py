@@ -159,7 +159,13 @@ class MetricsTests(SynchronousTestCase):
         self.assertEqual(told[f'qds_daemon_up{{daemon="pmd",{OWN}}}'], 1)
         self.assertEqual(told[f'qds_group_state{{{OWN},state="setup"}}'], 1)
         names = {name.partition("{")[0] for name in told}
-        for absent in ("qds_coherent", "qds_writelog_entries", "qds_write_latency_seconds_count"):
+        for absent in (
+            "qds_coherent",
+            "qds_bypass_active",
+            "qds_refresh_remaining_bytes",
+            "qds_writelog_entries",
+            "qds_write_latency_seconds_count",
+        ):
             self.assertNotIn(absent, names)
 
     def test_nothing_is_sent_while_there_is_no_pmd(self) -> None:

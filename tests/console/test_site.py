@@ -142,6 +142,7 @@ class SiteTests(SynchronousTestCase):
         protocol.dataReceived(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + SHOWN + b"\r\n\r\n")
         protocol.connectionLost(_lost())
         waiting.callback((b"late", "text/plain"))
+        self.successResultOf(waiting)
         self.assertEqual(transport.value(), b"")
 
     def test_one_that_brings_much(self) -> None:

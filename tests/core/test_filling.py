@@ -51,6 +51,13 @@ class FillRateTests(SynchronousTestCase):
         even = fed([turn * MIB for turn in range(30)])
         dense = fed([turn * MIB / 8 for turn in range(240)], step=0.125)
         self.assertEqual(dense.bytes_per_second, even.bytes_per_second)
+        self.assertIsNone(fed([turn * MIB for turn in range(30)], step=0.125).bytes_per_second)
+
+    def test_a_clock_that_is_set_back(self):
+        rate = fed([turn * MIB for turn in range(30)])
+        for turn in range(10):
+            rate.note(-3600.0 + turn, 5 * turn * MIB)
+        self.assertEqual(rate.bytes_per_second, 5 * MIB)
 
     def test_an_outage_is_noticed(self):
         rate = fed([0] * 100 + [turn * MIB for turn in range(1, 16)])
