@@ -225,25 +225,28 @@ def _shared_disks(devices: list[Device], disks: Disks) -> Iterator[Finding]:
         if device.key[-1] in ("writelog_device", "journal_device")
     }
     pairs = {"data_device": "writelog", "mirror_device": "journal"}
+    found: dict[tuple[str, frozenset[str]], list[tuple[Device, Device]]] = {}
     for device in devices:
-        if device.key[-1] not in pairs:
-            continue
-        ldsu = device.ldsu if device.key[-1] == "data_device" else ""
-        log = logs.get((device.group.number, ldsu))
-        if log is None:
+        kind = pairs.get(device.key[-1], "")
+        log = logs.get((device.group.number, device.ldsu if kind == "writelog" else ""))
+        if not kind or log is None:
             continue
         try:
             common = disks.below(device.path) & disks.below(log.path)
         except OSError:
             continue
         if common:
-            told = (
-                f"{device.title} {device.path} and the {pairs[device.key[-1]]} {log.path} share "
-                f"the disk {', '.join(sorted(common))}: every write goes there twice, and both "
-                "are lost together"
-            )
-            step = f"move the {pairs[device.key[-1]]} to another disk; see lsblk"
-            yield warning("devices", told, step, device.group.number)
+            found.setdefault((kind, common), []).append((device, log))
+    for (kind, common), here in found.items():
+        device, log = here[0]
+        more = f", as do {len(here) - 1} more such pairs" if len(here) > 1 else ""
+        told = (
+            f"{device.title} {device.path} and the {kind} {log.path} share the disk "
+            f"{', '.join(sorted(common))}{more}: every write goes there twice, and both are lost "
+            "together"
+        )
+        number = device.group.number
+        yield warning("devices", told, f"move the {kind} to another disk; see lsblk", number)
 
 
 def _latched(paths: Paths, group: GroupConfig, root: str) -> Iterator[Finding]:

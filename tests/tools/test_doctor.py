@@ -214,6 +214,22 @@ class DiskTests(DoctorTestCase):
         self.assertIn(f"{self.base}/log0", one.message)
         self.assertIn("move the writelog to another disk", one.next_step)
 
+    def test_many_share_a_disk(self) -> None:
+        """They are told once."""
+        text = self.paths.group_config(0).read_text()
+        for name in ("data", "log"):
+            (self.base / f"{name}1").write_bytes(bytes(4 * MIB))
+        lines = [
+            "[[qds1]]",
+            f"data_device = {self.base}/data1",
+            f"writelog_device = {self.base}/log1",
+            "mirror_device = /dev/d1",
+        ]
+        self.paths.group_config(0).write_text(text + "\n".join(lines) + "\n")
+        disks = Disks(self.sys, self.mounts)
+        self.patch(disks, "below", lambda path: frozenset(["sda"]))
+        self.find(self.findings(disks), "share the disk sda, as do 1 more such pairs")
+
     def test_other_disks(self) -> None:
         disks = Disks(self.sys, self.mounts)
         self.patch(disks, "below", lambda path: frozenset([path]))
