@@ -27,9 +27,9 @@ def event_line(epoch: float, what: str, text: str) -> str:
 
 def fired_line(epoch: float, fired: Fired) -> str:
     """Make the line of a throttle that has fired."""
-    name, _, rest = str(fired).partition(f"{fired.throttle.name}: ")
+    said = str(fired).removeprefix(f"{fired.throttle.name}: ")
     actions = "; ".join(map(str, fired.actions))
-    return event_line(epoch, FIRED, f"{name}{quoted(fired.throttle.name)} {rest}: {actions}")
+    return event_line(epoch, FIRED, f"{quoted(fired.throttle.name)} {said}: {actions}")
 
 
 def action_line(epoch: float, what: str, throttle: Throttle, action: object, text: str) -> str:

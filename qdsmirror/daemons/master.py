@@ -244,10 +244,9 @@ class Master(Service):
         if self._certificate is not None:
             self._certificate.end()
         self.close()
-        if self._statistics is not None:
-            # Before the daemons that it asks: it has nothing to say of their end.
-            yield self._statistics.stop()
+        watched = self._statistics.stop() if self._statistics is not None else None
         yield self._supervisor.stop()
+        yield watched
         self._supervisor.keep_failures()
         for number in list(self.groups):
             self.close_group(number)

@@ -41,7 +41,7 @@ from qdsmirror.limits import (
 from qdsmirror.net.asking import ask
 from qdsmirror.net.control import Extend, Free
 from qdsmirror.net.mailing import compose, send_mail
-from qdsmirror.net.syslog import send_syslog
+from qdsmirror.net.syslog import SOCKET, send_syslog
 from qdsmirror.paths import Paths
 
 
@@ -204,7 +204,7 @@ class Actions:
         try:
             self._means.syslog(action.text)
         except OSError as error:
-            self._failed(fired, action, QdsError(f"the system's log: {error.strerror}"))
+            self._failed(fired, action, QdsError(f"the system's log {SOCKET}: {error.strerror}"))
 
     def _console(self, fired: Fired, action: Action) -> None:
         now = self._wall()
