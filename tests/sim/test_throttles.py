@@ -10,8 +10,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.throttles import Throttle
 from qdsmirror.limits import KIB
+from tests.sim.history import Violation
 from tests.sim.runs import a_base
-from tests.sim.throttled import ThrottledWorld, throttle
+from tests.sim.throttled import KnobWorld, ThrottledWorld, throttle
 
 _OFFICE = {"start": "08:00:00", "stop": "17:00:00"}
 #: The patent's Figure 10, completed: conf/throttles.sample has the same.
@@ -22,6 +23,10 @@ FIGURE_10 = (
     throttle("nearly idle", "netkbps < 50", "sleep dec 10000", **_OFFICE),
     throttle("out of hours", "netkbps >= 0", "sleep set 0", start="17:00:00", stop="08:00:00"),
 )
+
+
+#: Seeds whose knobs are turned all the time.
+KNOB_SEEDS = 40
 
 
 @contextmanager
@@ -181,3 +186,20 @@ class PoolTests(SynchronousTestCase):
                 one.link_up = True
 
             one.run_throttled(cut, lambda: one.load(65), look)
+
+
+class KnobTests(SynchronousTestCase):
+    def test_no_invariant_is_violated_however_knobs_are_turned(self) -> None:
+        """Through all the faults of the simulation, in the middle of pauses and limits."""
+        turned = 0
+        for seed in range(KNOB_SEEDS):
+            with a_base() as base:
+                one = KnobWorld(seed, base)
+                try:
+                    one.run()
+                except Violation as violation:
+                    self.fail(f"seed {seed}: {violation}")
+                finally:
+                    one.close()
+                turned += one.counts["knobs"]
+        self.assertGreater(turned, 5 * KNOB_SEEDS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from twisted.internet.defer import maybeDeferred
@@ -198,10 +200,10 @@ class ThrottledWorld(World):
         self.fired.append(list(outcome.fired))
         knobs = self.state.knobs
         if pmd is not None:
-            told = f'{{"sleep_us": {knobs.sleep_us}, "limit_kbps": {knobs.limit_kbps}}}'
-            pmd.group.set_knobs(told)
+            told = {"sleep_us": knobs.sleep_us, "limit_kbps": knobs.limit_kbps}
+            pmd.group.set_knobs(json.dumps(told))
         if driver is not None:
-            driver.group.set_knobs(f'{{"writesleep_us": {knobs.writesleep_us}}}')
+            driver.group.set_knobs(json.dumps({"writesleep_us": knobs.writesleep_us}))
             for one in outcome.fired:
                 self._change_logs(driver.group, one)
 
@@ -215,3 +217,35 @@ class ThrottledWorld(World):
 
     def _shown(self, at: float) -> datetime:
         return BEGIN + timedelta(seconds=at - self._begun)
+
+
+class KnobWorld(World):
+    """A run of the simulation in which throttles turn the knobs of the daemons all the time."""
+
+    def __init__(self, seed: int, base: Path) -> None:
+        super().__init__(seed, base)
+        # By itself: what else a seed decides is not drawn from it.
+        self._turns = Random(f"knobs {seed}")
+
+    def step(self) -> None:
+        if self._turns.random() < 0.02:
+            self.turn(
+                self._turns.choice((0, 100, 5_000, 100_000, 10_000_000)),
+                self._turns.choice((0, 1_000, 50_000, 10_000_000)),
+                self._turns.choice((0, 1, 20, 1000)),
+            )
+        super().step()
+
+    def turn(self, sleep_us: int, writesleep_us: int, limit_kbps: int) -> None:
+        """Turn those of the daemons that run."""
+        self.count("knobs")
+        self.note(f"knobs {sleep_us} {writesleep_us} {limit_kbps}")
+        if self.pmd is not None:
+            self.pmd.group.set_knobs(json.dumps({"sleep_us": sleep_us, "limit_kbps": limit_kbps}))
+        if self.driver is not None and self.serving:
+            self.driver.group.set_knobs(json.dumps({"writesleep_us": writesleep_us}))
+
+    def _liveness(self) -> None:
+        # What began to wait counts the pauses of now.
+        self.turn(0, 0, 0)
+        super()._liveness()
