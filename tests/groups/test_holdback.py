@@ -20,6 +20,9 @@ from tests.groups.test_outbound import PmdWorld
 from tests.groups.world import BLOCK, DriverWorld, FakeConnection, unique
 from tests.storage.logworld import KIB
 
+#: So many buffers do not leave at once.
+_SENDS_MAX = 1000
+
 
 def knobs(**values: int) -> str:
     """Give knobs as a daemon is told them."""
@@ -108,10 +111,14 @@ class LimitTests(SynchronousTestCase):
         seen, rates = 0, []
         for _ in range(seconds):
             for _ in range(round(1 / step)):
-                while world.band.can_send:
+                for _ in range(_SENDS_MAX):
+                    if not world.band.can_send:
+                        break
                     world.send(length=length)
                     for worker in world.workers:
                         worker.step_all()
+                else:
+                    self.fail("there is no limit")
                 world.clock.advance(step)
             now = world.near_wire.wire_bytes
             rates.append(now - seen)
@@ -239,6 +246,11 @@ class WriteSleepTests(SynchronousTestCase):
         asked = self.write(1)
         self.world.group.stop()
         self.world.settle()
+        self.assertEqual(self.answered(asked), [True])
+
+    def test_an_ldsu_that_fails_makes_nobody_wait(self) -> None:
+        asked = self.write(1)
+        self.unit.refuse("its device has failed")
         self.assertEqual(self.answered(asked), [True])
 
     def test_a_payload_is_not_kept_while_its_answer_waits(self) -> None:
