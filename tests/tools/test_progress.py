@@ -101,6 +101,12 @@ class WorkTests(TestCase):
         self.assertTrue(MIB <= (told[-1][2] or 0) < 2 * MIB)
         self.assertRegex(told[-1][1], r"^writing back, [0-9.]+ MiB of 4 MiB, ")
 
+    def test_looking_does_not_count(self) -> None:
+        work = progress.Work(self.tell, "x", "nothing", moves=True)
+        for _ in range(5):
+            work.look()
+        self.assertTrue(self.told[-1][1].startswith("nothing, 0 B read, 0 B written, "), self.told)
+
     def test_ends_with_an_error_too(self) -> None:
         before = threading.active_count()
         with self.assertRaises(ValueError), progress.working(self.tell, "x", "y"):
