@@ -119,6 +119,7 @@ def remarks(group: Group) -> list[str]:
         lines.append(f"{group['name']}: {text}")
     lines += _checkpoint_lines(group)
     lines += [f"{group['name']}: {line}" for line in _synchronous_lines(group)]
+    lines += _throttle_lines(group)
     lines += _wire_lines(group)
     lines += _before_lines(group)
     lines += _extension_lines(group)
@@ -134,6 +135,19 @@ def _reason_of(group: Group, mode: Mode) -> str:
     """Give why a mode holds; "" if it does not."""
     told = (str(one["reason"]) for one in group["mode_details"] if one["mode"] == mode)
     return next(told, "")
+
+
+def _throttle_lines(group: Group) -> list[str]:
+    """Give what throttles hold the group back by."""
+    knobs = group.get("throttled") or {}
+    told = []
+    if knobs.get("sleep_us"):
+        told.append(f"{knobs['sleep_us'] / 1000:g} ms before each entry is sent")
+    if knobs.get("writesleep_us"):
+        told.append(f"{knobs['writesleep_us'] / 1000:g} ms before a write is answered")
+    if knobs.get("limit_kbps"):
+        told.append(f"{knobs['limit_kbps']} KB/s at most")
+    return [f"{group['name']}: held back by throttles: {', '.join(told)}"] if told else []
 
 
 def _wire_lines(group: Group) -> list[str]:

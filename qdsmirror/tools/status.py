@@ -174,6 +174,7 @@ def _skeleton(config: GroupConfig, role: str, peer: str) -> Group:
         "verify": None,
         "checkpoint": None,
         "wire": None,
+        "throttled": None,
         "before_images": None,
         "pool": None,
         "driver": {"pid": None},
@@ -223,7 +224,16 @@ def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
     else:
         group = _overlay(group, driver, ldsus)
     _link(group, config, pmd, daemons)
+    group["throttled"] = _throttled(driver, pmd)
     return group
+
+
+def _throttled(driver: dict[str, Any] | None, pmd: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Give what throttles hold the group back by; ``None`` while they do not."""
+    knobs = {"sleep_us": None, "writesleep_us": None, "limit_kbps": None}
+    for said in (driver, pmd):
+        knobs |= (said or {}).get("knobs") or {}
+    return knobs if any(knobs.values()) else None
 
 
 def _be_set_up(group: Group, reason: str) -> None:

@@ -103,6 +103,23 @@ class MergeTests(TestCase):
         self.assertIs(unit["device"], None)
         self.assertEqual(answers.asked, ["dsgrp000.driver", "dsgrp000.pmd"])
 
+    def test_held_back_by_throttles(self) -> None:
+        paths = host_root(self)
+        answers = Answers(dsgrp000_driver=driver_status(), dsgrp000_pmd=pmd_status())
+        self.assertIsNone(self.groups(paths, answers)[0]["throttled"])
+        driver = {**driver_status(), "knobs": {"writesleep_us": 1500}}
+        pmd = {**pmd_status(), "knobs": {"sleep_us": 30000, "limit_kbps": 250}}
+        (group,) = self.groups(paths, Answers(dsgrp000_driver=driver, dsgrp000_pmd=pmd))
+        wanted = {"sleep_us": 30000, "writesleep_us": 1500, "limit_kbps": 250}
+        self.assertEqual(group["throttled"], wanted)
+        said = (
+            "30 ms before each entry is sent, 1.5 ms before a write is answered, 250 KB/s at most"
+        )
+        self.assertIn(f"dsgrp000: held back by throttles: {said}", info_view.remarks(group))
+        idle = {**driver_status(), "knobs": {"writesleep_us": 0}}
+        (group,) = self.groups(paths, Answers(dsgrp000_driver=idle))
+        self.assertIsNone(group["throttled"])
+
     def test_attached_device(self) -> None:
         paths = host_root(self)
         (paths.dev / "qds0").symlink_to("/dev/null")
