@@ -163,8 +163,9 @@ def replay(arguments: argparse.Namespace, paths: Paths) -> int:
         print(cli.one_line(f"{shown} {fired}: {actions} -> {', '.join(held) or 'nothing held'}"))
     first, last = (clock(one.epoch) for one in (table.samples[0], table.samples[-1]))
     print(
-        f"{len(table.samples)} samples from {first.isoformat(' ', 'seconds')} to "
-        f"{last.isoformat(' ', 'seconds')}, {len(group.throttles)} throttles, {len(found)} firings"
+        f"samples: {len(table.samples)}, from {first.isoformat(' ', 'seconds')} to "
+        f"{last.isoformat(' ', 'seconds')}; throttles: {len(group.throttles)}; "
+        f"firings: {len(found)}"
     )
     return 0
 

@@ -148,7 +148,7 @@ class ReplayTests(ThrottleTestCase):
         )
         self.assertEqual(
             lines[-1],
-            "3 samples from 2026-01-15 07:59:40 to 2026-01-15 08:00:00, 3 throttles, 4 firings",
+            "samples: 3, from 2026-01-15 07:59:40 to 2026-01-15 08:00:00; throttles: 3; firings: 4",
         )
 
     def test_as_often_as_they_would_have_been_evaluated(self) -> None:
