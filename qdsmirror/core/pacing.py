@@ -27,7 +27,7 @@ class Pauses:
     They begin when a frame is the next to be sent.  Where the one before it went late, because a
     timer did, they began when it was due.
 
-    :ivar usec: microseconds before each entry.
+    :ivar usec: microseconds before each entry; whoever has none asks no more, and is idle.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,6 @@ class Pauses:
 
         :param frame: a number that tells it from others.
         """
-        if not self.usec:
-            self.idle()
-            return 0.0
         if self._next != frame:
             due = now if self._due is None else self._due
             self._next, self._since = frame, max(due, now - PAUSE_BEHIND_SECONDS_MAX)

@@ -90,6 +90,8 @@ class HoldBack:
         """Take what a throttle has set: see :func:`parse_knobs`."""
         knobs = parse_knobs(text, self.status())
         self._pauses.usec = knobs[SLEEP]
+        if not knobs[SLEEP]:
+            self._pauses.idle()
         self._kbps = knobs[LIMIT]
         self._bucket.set_rate(1024 * self._kbps, self._reactor.seconds())
         self.end()
@@ -103,6 +105,8 @@ class HoldBack:
 
     def is_frame_due(self, header: FrameHeader) -> bool:
         """Tell whether the pauses before a frame's entries are over; if not, call when they are."""
+        if not self._pauses.usec:
+            return True
         now = self._reactor.seconds()
         seconds = self._pauses.wait(header.gsn_first, header.entry_count, now)
         if seconds:

@@ -15,10 +15,6 @@ class PausesTests(SynchronousTestCase):
         self.pauses = Pauses()
         self.pauses.usec = 10_000
 
-    def test_none(self) -> None:
-        self.pauses.usec = 0
-        self.assertEqual([self.pauses.wait(n, 5, 0.0) for n in range(3)], [0.0] * 3)
-
     def test_one_before_each_entry(self) -> None:
         self.assertAlmostEqual(self.pauses.wait(1, 5, 7.0), 0.05)
         self.assertAlmostEqual(self.pauses.wait(1, 5, 7.03), 0.02)
