@@ -35,7 +35,9 @@ from tests.daemons.world import until
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Read the records that are there as yet: a daemon's thread writes them."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Handler:

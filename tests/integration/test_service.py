@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import stat
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import TestCase
 
+from tests.daemons.test_auditing import records
 from tests.daemons.test_journald import parse
 from tests.daemons.test_notify import ServiceManager
 from tests.integration.lab import console_script, in_thread
@@ -83,10 +82,6 @@ class Journal:
         return None
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 class ServiceTests(TestCase):
     timeout = 300
 
@@ -133,7 +128,12 @@ class ServiceTests(TestCase):
         """Who asked for the bypass, and for what is refused, is in the audit log."""
         path = world.primary / "var" / "audit.log"
         self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o640)
-        (asked, done) = [one for one in records(path) if one.get("command") == "Bypass"]
+
+        def bypasses() -> list[dict[str, Any]]:
+            return [one for one in records(path) if one.get("command") == "Bypass"]
+
+        world.until(lambda: len(bypasses()) == 2, "the command and its outcome")
+        asked, done = bypasses()
         self.assertEqual((asked["event"], done["event"]), ("asked", "done"))
         self.assertEqual((done["arguments"], done["daemon"]), ({"to": "on"}, "dsgrp000.driver"))
         self.assertEqual((done["uid"], done["program"]), (os.getuid(), "qdsbypass"))
