@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qdsmirror.config import parse_size
 from qdsmirror.errors import EXIT_OK, UsageError
-from qdsmirror.tools import cli, info_view
+from qdsmirror.tools import cli, info_view, progress
 from qdsmirror.tools.lab_plan import Layout, Plan
 
 if TYPE_CHECKING:
@@ -134,8 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "stop":
         lab.stop(sites)
         return _tell(arguments, f"{lab.directory}: {_listed(sites)} stopped")
-    lab.start(sites, lambda text: print(text, file=sys.stderr, flush=True))
+    with progress.of_groups(arguments.json, stream=sys.stderr, write=_to_stderr) as show:
+        lab.start(sites, show=show)
     return _tell(arguments, f"{lab.directory}: {_listed(sites)} started")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -242,19 +242,26 @@ class Lab:
 
     # -- start and stop ----------------------------------------------------------------------------
 
-    def start(self, sites: Sequence[str], tell: Tell = lambda text: None) -> None:
+    def start(
+        self,
+        sites: Sequence[str],
+        tell: Tell = lambda text: None,
+        show: progress.Show | None = None,
+    ) -> None:
         """Start the daemons of sites; wait for coherent mirrors of groups with both sites running.
 
         What runs already is left alone; what a kill -9 left behind is cleared.  A group that
         never had a mirror gets its first full refresh.
 
         :param tell: told, in a line, how it goes.
+        :param show: shows instead how far the groups are.
         :raises QdsError: a daemon does not start, or a group does not become coherent.
         """
         self._must_be()
         self._launch(sites)
         # One that was killed a moment ago may have looked alive.
-        self.wait_coherent([one for one in self.sites if one in sites or self._runs(one)], tell)
+        running = [one for one in self.sites if one in sites or self._runs(one)]
+        self.wait_coherent(running, show or progress.group_lines(write=tell))
 
     def stop(self, sites: Sequence[str]) -> None:
         """End the daemons of sites in order; what does not run is no error."""
@@ -285,7 +292,7 @@ class Lab:
         for place in [*run.glob("*.ctl"), *run.glob("*.nbd")]:
             place.unlink(missing_ok=True)
 
-    def wait_coherent(self, sites: Sequence[str], tell: Tell = lambda text: None) -> None:
+    def wait_coherent(self, sites: Sequence[str], show: progress.Show) -> None:
         """Wait until every group of these sites alone is connected and coherent.
 
         A group that never had a mirror gets its first full refresh, a master that is gone is
@@ -298,7 +305,6 @@ class Lab:
             for number in range(self.layout.groups)
             if set(self.layout.ends(number)) <= set(sites)
         }
-        show = progress.group_lines(write=tell)
         moved, before = time.monotonic(), ""
         while numbers:
             groups = self._mirrored(sites, numbers)

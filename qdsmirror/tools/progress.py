@@ -170,18 +170,25 @@ def waiting(quiet: bool, name: str, text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def of_groups(quiet: bool, of: str = "refresh") -> Iterator[Show]:
-    """Give what shows the progress of groups on standard output.
+def of_groups(
+    quiet: bool,
+    of: str = "refresh",
+    stream: TextIO | None = None,
+    write: Callable[[str], None] = print,
+) -> Iterator[Show]:
+    """Give what shows the progress of groups.
 
     :param of: the part of a group object that tells it: refresh, verify or backfresh.
+    :param stream: where bars are shown if that is a terminal; by default standard output.
+    :param write: else takes the lines.
     """
     if quiet:
         yield lambda group: None
-    elif info_view.is_terminal():
-        with _bars(sys.stdout) as bars:
+    elif info_view.is_terminal(stream):
+        with _bars(stream or sys.stdout) as bars:
             yield _group_bars(bars, of)
     else:
-        yield group_lines(of=of)
+        yield group_lines(write=write, of=of)
 
 
 def group_lines(
