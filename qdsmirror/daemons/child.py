@@ -28,6 +28,7 @@ from qdsmirror import errors, limits
 from qdsmirror.config import load_group
 from qdsmirror.daemons import logs, memory
 from qdsmirror.daemons.channel import Channel
+from qdsmirror.daemons.clock import use_monotonic_time
 from qdsmirror.daemons.hosting import Factory, GroupParts, Hosting
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
@@ -130,6 +131,7 @@ class _Child:
         from twisted.internet import reactor
 
         self._reactor: Any = reactor
+        use_monotonic_time(reactor)
         self._groups = groups
         self._memories = memories
         self._protection = protection

@@ -31,6 +31,7 @@ from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
 from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.daemons.certificate import HostCertificate
+from qdsmirror.daemons.clock import use_monotonic_time
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
@@ -465,6 +466,7 @@ def make_service(kind: Callable[[Any, Paths], _M], options: Any) -> _M:
     from twisted.internet import reactor
 
     def make() -> _M:
+        use_monotonic_time(reactor)
         master = kind(reactor, Paths.of(options["root"]))
         master.prepare()
         return master
