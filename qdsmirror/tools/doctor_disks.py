@@ -82,16 +82,6 @@ class Disks:
         """Give the disks below a device number, of a block device or of a file's file system."""
         return frozenset(self._disks(device, 0))
 
-    def cache_of(self, path: str) -> str:
-        """Give what a block device says of its cache: ``write back``, ``write through`` or "".
-
-        :raises OSError: the path cannot be looked at.
-        """
-        status = os.stat(path)
-        if not stat.S_ISBLK(status.st_mode):
-            return ""
-        return _text(self._directory(status.st_rdev) / "queue" / "write_cache").strip()
-
     def _directory(self, device: int) -> Path:
         return self._block / f"{os.major(device)}:{os.minor(device)}"
 
