@@ -160,10 +160,11 @@ class LanguageTests(SynchronousTestCase):
             except ThrottleError as error:
                 self.assertTrue(1 <= error.column <= len(text) + 1, (error.column, text))
                 self.assertTrue(error.expected)
-                # A word is told as it is meant: without the quotes and what stands for them.
+                # A quoted word is told as it is meant: without its quotes and escapes.
                 meant = re.sub(r'\\(["\\])', r"\1", text)
-                if error.word and error.column <= len(text):
-                    self.assertIn(error.word.split()[0] if error.word.split() else "", meant)
+                if error.word.strip() and error.column <= len(text):
+                    word = error.word.split()[0]
+                    self.assertTrue(word in text or word in meant, (word, text))
             else:
                 self.assertEqual(parse(str(made)), made)
 
