@@ -40,8 +40,8 @@ class State:
     :ivar sleep_us: see :class:`Knobs`; likewise ``writesleep_us``.
     :ivar limits: KB a second by the throttle that set it and whose window is open; the lowest
         holds.
-    :ivar true_of: by throttle, of which subjects its relation was true last; only of throttles
-        whose window is open.
+    :ivar true_of: by throttle's :attr:`~qdsmirror.core.throttles.Throttle.condition`, of which
+        subjects its relation was true last; only of throttles whose window is open.
     """
 
     sleep_us: int = 0
@@ -101,16 +101,10 @@ class Fired:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One evaluation.
-
-    :ivar opened: names of throttles whose window has opened since the last one, or that are new;
-        ``closed``: whose window has closed, or that are gone.
-    """
+    """One evaluation: what it leaves to the next one, and which throttles have fired."""
 
     state: State
     fired: tuple[Fired, ...]
-    opened: tuple[str, ...] = ()
-    closed: tuple[str, ...] = ()
 
 
 #: Measured values by measure and subject: an LDSU's name, or GROUP.  What is not known is missing.
@@ -177,29 +171,36 @@ def evaluate(
     """
     measured = measure(history)
     open_ = [one for one in throttles if is_within(one.window, now, clock)]
-    names = {one.name for one in open_}
+    state = _kept(state, throttles, open_)
     true_of = dict(state.true_of)
-    opened = tuple(one.name for one in open_ if one.name not in true_of)
-    closed = tuple(name for name in true_of if name not in names)
-    for name in closed:
-        del true_of[name]
-    # One that its throttle does not set any more, which was changed, has ended too.
-    sets = {(one.name, action.amount) for one in open_ for action in one.actions}
-    limits = {name: kbps for name, kbps in state.limits.items() if (name, kbps) in sets}
-    state = replace(state, limits=limits)
     fired: list[Fired] = []
     for throttle in open_:
         values = measured.get(throttle.test.measure, {})
-        before = true_of.get(throttle.name, frozenset())
+        before = true_of.get(throttle.condition, frozenset())
         holds = frozenset(name for name, value in values.items() if throttle.test.holds(value))
         # Of what is not known now, what was known last still counts.
-        true_of[throttle.name] = holds | (before - values.keys())
+        true_of[throttle.condition] = holds | (before - values.keys())
         due = holds - before if throttle.test.transition else holds
         if due:
             one = _fired(throttle, tuple(name for name in values if name in due), measured)
             fired.append(one)
             state = _turn(state, throttle)
-    return Outcome(replace(state, true_of=true_of), tuple(fired), opened, closed)
+    return Outcome(replace(state, true_of=true_of), tuple(fired))
+
+
+def _kept(state: State, throttles: Sequence[Throttle], open_: Sequence[Throttle]) -> State:
+    """Give what still counts of a state, of throttles and those whose window is open."""
+    conditions = {one.condition for one in open_}
+    # One that its throttle does not set any more, which was changed, has ended too.
+    sets = {(one.name, action.amount) for one in open_ for action in one.actions}
+    # A sleep outlasts its window, but what no throttle turns nobody would ever turn back.
+    turned = {action.kind for one in throttles for action in one.actions}
+    return State(
+        state.sleep_us if SLEEP in turned else 0,
+        state.writesleep_us if WRITESLEEP in turned else 0,
+        {name: kbps for name, kbps in state.limits.items() if (name, kbps) in sets},
+        {key: subjects for key, subjects in state.true_of.items() if key in conditions},
+    )
 
 
 def _fired(throttle: Throttle, due: tuple[str, ...], measured: Measured) -> Fired:

@@ -461,9 +461,19 @@ class Throttle:
     actions: tuple[Action, ...]
     window: Window | None = None
 
+    @property
+    def condition(self) -> str:
+        """Its name, and when and if what it fires: another one has another past."""
+        start, stop = self._ends
+        return f"{self.name} {start} {stop} {self.test}"
+
+    @property
+    def _ends(self) -> tuple[time | str, time | str]:
+        return (self.window.start, self.window.stop) if self.window else (ALWAYS, ALWAYS)
+
     def lines(self) -> list[str]:
         """Give it as the lines of a configuration file, below ``[throttles]``."""
-        start, stop = (self.window.start, self.window.stop) if self.window else (ALWAYS, ALWAYS)
+        start, stop = self._ends
         return [
             f"[[{self.name}]]",
             f"from = {start}",

@@ -97,7 +97,7 @@ class Throttling:
 
     def _is_true(self, fired: Fired, ldsu: str) -> bool:
         """Tell whether what a throttle fired for is still so."""
-        subjects = self.state.true_of.get(fired.throttle.name, frozenset())
+        subjects = self.state.true_of.get(fired.throttle.condition, frozenset())
         return (ldsu in subjects) if fired.ldsus else bool(subjects)
 
     # -- knobs ----------------------------------------------------------------------------------

@@ -167,16 +167,11 @@ class EvaluationTests(SynchronousTestCase):
         after = throttle(
             "netkbps >= 0", "sleep set 0", name="after", start="00:00:30", stop="00:00:40"
         )
-        knobs, turns = [], []
+        knobs = []
         for _ in range(5):
             outcome = self.evaluate(office, after, netkbps=300)
             knobs.append((outcome.state.knobs.sleep_us, outcome.state.knobs.limit_kbps))
-            turns.append((outcome.opened, outcome.closed))
         self.assertEqual(knobs, [(15000, 250), (30000, 250), (30000, 0), (0, 0), (0, 0)])
-        self.assertEqual(
-            turns,
-            [(("one",), ()), ((), ()), ((), ("one",)), (("after",), ()), ((), ("after",))],
-        )
 
     def test_a_window_that_opens_again_is_a_first_evaluation(self) -> None:
         one = throttle("netkbps T> 200", "free", start="00:00:00", stop="00:00:20")
@@ -195,11 +190,32 @@ class EvaluationTests(SynchronousTestCase):
         ]
         self.assertEqual(limits, [900, 300, 300, 0, 0])
 
-    def test_a_throttle_that_is_gone_leaves_nothing_but_its_sleep(self) -> None:
-        one = throttle("netkbps > 0", "limit 5", "sleep set 9")
+    def test_a_throttle_that_is_gone_leaves_nothing(self) -> None:
+        one = throttle("netkbps > 0", "limit 5", "sleep set 9", "writesleep set 8")
         self.evaluate(one, netkbps=1)
-        outcome = self.evaluate(netkbps=1)
-        self.assertEqual((self.state, outcome.closed), (State(sleep_us=9), ("one",)))
+        self.evaluate(netkbps=1)
+        self.assertEqual(self.state, State())
+
+    def test_a_sleep_stays_while_a_throttle_is_left_that_turns_it(self) -> None:
+        self.evaluate(throttle("netkbps > 0", "sleep set 9", "writesleep set 8"), netkbps=1)
+        closed = throttle("lag > 9", "sleep dec 1", name="b", start="10:00:00", stop="11:00:00")
+        self.evaluate(closed, netkbps=1)
+        self.assertEqual(self.state.knobs, Knobs(sleep_us=9))
+        self.evaluate(throttle("lag > 9", "extend"), netkbps=1)
+        self.assertEqual(self.state.knobs, Knobs())
+
+    def test_a_throttle_that_is_changed_has_no_past(self) -> None:
+        early = throttle("lag T> 300", "free")
+        self.assertEqual(self.fired(early, 400, 400, measure="lag_seconds"), [True, False])
+        for changed in (
+            throttle("lag T<= 600", "free"),
+            throttle("lag T<= 600", "free", start="00:00:00", stop="12:00:00"),
+            throttle("lag T<= 600", "free", start="00:00:00", stop="12:00:00", name="other"),
+        ):
+            self.assertEqual(self.fired(changed, 400, 400, measure="lag_seconds"), [True, False])
+        # What it does is not what it is about.
+        done = throttle("lag T<= 600", "extend", start="00:00:00", stop="12:00:00", name="other")
+        self.assertEqual(self.fired(done, 400, measure="lag_seconds"), [False])
 
     def test_a_limit_that_its_throttle_does_not_set_any_more_has_ended(self) -> None:
         self.evaluate(throttle("netkbps > 200", "limit 5"), netkbps=300)
