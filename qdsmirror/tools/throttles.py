@@ -193,9 +193,14 @@ def replayed(
 
     :returns: when which throttle fires, and what is in force after that evaluation.
     """
-    state, history = State(), []
-    due = samples[0].epoch
+    state = State()
+    history: list[GroupSample] = []
+    due = before = samples[0].epoch
     for sample in samples:
+        if sample.epoch < before:
+            # The clock was set back: what is due goes by a new one.
+            due, history = sample.epoch, []
+        before = sample.epoch
         history.append(sample)
         # A sample that is a little early is the one of its evaluation.
         if sample.epoch < due - 0.5:

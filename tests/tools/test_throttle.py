@@ -162,6 +162,17 @@ class ReplayTests(ThrottleTestCase):
             ],
         )  # fmt: skip
 
+    def test_a_clock_that_was_set_back(self) -> None:
+        """What comes after that is evaluated as often as before, of its own samples."""
+        self.record([300] * 5)
+        later = self.history.read_text()
+        self.record([300] * 3)
+        first = self.history.read_text().splitlines()[1:]
+        self.history.write_text(later + "\n".join(first) + "\n")
+        times = [at for at, name, _ in self.replay() if name != "filling"]
+        shown = ["07:59:40", "07:59:50", "08:00:00", "08:00:10", "08:00:20"]
+        self.assertEqual(times, shown + shown[:3])
+
     def test_another_groups_history_and_another_file(self) -> None:
         self.record([300])
         other = self.history.rename(self.history.with_name("old"))
