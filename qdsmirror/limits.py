@@ -363,7 +363,6 @@ TRACKING_LINES_MAX = 1024
 EVENT_LINE_CHARS_MAX = 2048
 #: Texts for the console, and errors, that are kept for whoever asks.
 CONSOLE_TEXTS_KEPT = 64
-STATISTICS_ERRORS_KEPT = 8
 #: Actions of throttles: how long one may take, how many of a kind may wait, and what is kept of
 #: what a program says.
 EXEC_SECONDS_MAX = 60.0

@@ -135,7 +135,9 @@ class StatisticsGroup:
         self._seen = Seen()
         self._kept = ""
         self._timer: IDelayedCall | None = None
-        self._asking = False
+        #: What is being read for, and what waits until that is done.
+        self._served: list[_Rhythm] = []
+        self._waiting: list[_Rhythm] = []
         self._stopping: Deferred[None] | None = None
         self._since = machine.wall()
 
@@ -175,7 +177,7 @@ class StatisticsGroup:
             timer.cancel()
         if self._actions is not None:
             self._actions.stop()
-        if self._asking:
+        if self._served:
             self._stopping = Deferred()
             yield self._stopping
         yield self._tracking.stop(self._rows, self._events)
@@ -205,18 +207,26 @@ class StatisticsGroup:
         due = [one for one in self._rhythms if one.take(now)]
         next_ = min(one.due for one in self._rhythms)
         self._timer = self._reactor.callLater(max(0.0, next_ - now), self._turn)
-        # Who has not answered yet is not asked again: that turn is left out.
-        if due and not self._asking:
-            self._asking = True
-            self._read().addCallback(self._take, due).addBoth(self._asked)
+        # Who has not answered yet is not asked again meanwhile: what is being read for already
+        # leaves that turn out, the rest has its turn when the answers are there.
+        self._waiting += [one for one in due if one not in (*self._served, *self._waiting)]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read for what waits, unless somebody is being asked."""
+        if self._waiting and not self._served:
+            self._served, self._waiting = self._waiting, []
+            self._read().addCallback(self._take, self._served).addBoth(self._asked)
 
     def _asked(self, failure: Failure | None) -> None:
-        self._asking = False
+        self._served = []
         if failure is not None:
             self.log.failure("{group}: statistics", failure, group=self.name)
         stopping, self._stopping = self._stopping, None
         if stopping is not None:
             stopping.callback(None)
+        else:
+            self._begin()
 
     @inlineCallbacks
     def _read(self) -> Any:

@@ -192,6 +192,23 @@ class RowTests(StatisticsCase):
         self.pass_()
         self.assertEqual(len(self.rows()), 2)
 
+    def test_what_is_due_meanwhile_has_its_turn_when_the_answers_are_there(self) -> None:
+        self.answers[Extend] = DegradedError("none")
+        self.begin(throttle("pctwl > 20", "extend"), perf_interval=6.0, throttle_interval=7.0)
+        self.fill(61)
+        waiting: Deferred[Any] = Deferred()
+        self.said["driver"], full = waiting, self.said["driver"]
+        self.told.clear()
+        self.pass_(6.0)
+        self.pass_(1.0)
+        self.pass_(5.0)
+        self.assertEqual(self.told, [])
+        self.said["driver"] = full
+        waiting.errback(UnreachableError("no answer in time"))
+        # A row of the one who did not answer, and the evaluation of the one who does.
+        self.assertEqual(len(self.rows()), 1)
+        self.assertEqual([name for _, name, _ in self.told], ["Extend"])
+
     def test_a_machine_that_slept_goes_on_in_its_rhythm(self) -> None:
         self.begin()
         self.pass_(3605.0)
