@@ -371,6 +371,8 @@ MAIL_SECONDS_MAX = 60.0
 MAIL_ATTEMPTS = 5
 MAIL_RETRY_SECONDS = 10.0
 ORDER_SECONDS_MAX = 20.0
+#: An action that keeps failing for the same reason is told again after this.
+FAILURE_AGAIN_SECONDS = 3600.0
 ACTIONS_WAITING_MAX = 64
 EXEC_OUTPUT_BYTES_MAX = 1024
 #: Changes of a group's modes that its driver keeps for whoever asks now and then.

@@ -33,6 +33,7 @@ from qdsmirror.limits import (
     ACTIONS_WAITING_MAX,
     CONSOLE_TEXTS_KEPT,
     EXEC_SECONDS_MAX,
+    FAILURE_AGAIN_SECONDS,
     MAIL_ATTEMPTS,
     MAIL_RETRY_SECONDS,
     MAIL_SECONDS_MAX,
@@ -131,6 +132,8 @@ class Actions:
         self._unsent: list[tuple[Fired, Action]] = []
         self._ordered: set[tuple[str, str]] = set()
         self._owed: list[tuple[Fired, Action, str]] = []
+        #: By throttle and action that failed last: when each message was told, monotonic seconds.
+        self._failing: dict[tuple[str, str], dict[str, float]] = {}
         self._stopped = False
         self._do: Mapping[str, Callable[[Fired, Action], None]] = {
             SYSLOG: self._syslog,
@@ -169,6 +172,10 @@ class Actions:
             if is_true(fired, ldsu):
                 self._order(fired, action, ldsu)
 
+    def is_failing(self, fired: Fired, action: Action) -> bool:
+        """Tell whether an action failed last, and that was told not long ago."""
+        return bool(self._told(_key(fired, action)))
+
     # -- writelogs ------------------------------------------------------------------------------
 
     def _order(self, fired: Fired, action: Action, ldsu: str) -> None:
@@ -205,6 +212,8 @@ class Actions:
             self._means.syslog(action.text)
         except OSError as error:
             self._failed(fired, action, QdsError(f"the system's log {SOCKET}: {error.strerror}"))
+        else:
+            self._failing.pop(_key(fired, action), None)
 
     def _console(self, fired: Fired, action: Action) -> None:
         now = self._wall()
@@ -304,6 +313,7 @@ class Actions:
 
     def _report(self, fired: Fired, action: Action, done: Deferred[Any]) -> None:
         def ended(text: str) -> None:
+            self._failing.pop(_key(fired, action), None)
             line = action_line(self._wall(), DONE, fired.throttle, action, text)
             self._tell([line])
 
@@ -318,13 +328,28 @@ class Actions:
 
         done.addCallbacks(ended, failed)
 
+    def _told(self, key: tuple[str, str]) -> dict[str, float]:
+        """Give the messages of a failing action that were told not long ago, and when."""
+        since = self._reactor.seconds() - FAILURE_AGAIN_SECONDS
+        return {text: at for text, at in self._failing.get(key, {}).items() if at > since}
+
     def _failed(self, fired: Fired, action: Action, error: QdsError) -> None:
+        """Tell that an action has failed, unless it is known to fail so."""
+        key = _key(fired, action)
+        told = self._told(key)
+        if error.message in told:
+            return
+        self._failing[key] = {**told, error.message: self._reactor.seconds()}
         self._tell([action_line(self._wall(), FAILED, fired.throttle, action, error.message)])
         self.log.error(
             "{group}: throttle {throttle}: {action}: {error}",
             group=self._config.name, throttle=fired.throttle.name, action=str(action),
             error=error.message,
         )  # fmt: skip
+
+
+def _key(fired: Fired, action: Action) -> tuple[str, str]:
+    return fired.throttle.name, str(action)
 
 
 def _write_console(path: Path, text: str) -> None:

@@ -90,10 +90,18 @@ class Throttling:
     def _fire(self, fired: Fired, turned: bool, extended: frozenset[str]) -> None:
         name = fired.throttle.name
         self._counts[name] = (self._counts[name][0] + 1, self._now)
-        if turned or name not in self._firing or _has_work(fired, extended):
+        if turned or name not in self._firing or self._has_work(fired, extended):
             self._tell([fired_line(self._now, fired)])
             self.log.info("{group}: throttle {fired}", group=self._config.name, fired=str(fired))
         self._actions.perform(fired, extended)
+
+    def _has_work(self, fired: Fired, extended: frozenset[str]) -> bool:
+        """Tell whether a throttle that fires again does anything new beside turning knobs."""
+        return any(
+            not extended.isdisjoint(fired.targets) if one.kind == FREE else one.kind not in _TURNED
+            for one in fired.actions
+            if not self._actions.is_failing(fired, one)
+        )
 
     def _is_true(self, fired: Fired, ldsu: str) -> bool:
         """Tell whether what a throttle fired for is still so."""
@@ -137,12 +145,4 @@ def _extended(reading: Reading) -> frozenset[str]:
         one["name"]
         for one in (reading.driver or {}).get("ldsus") or ()
         if any(not each["leaving"] for each in one["writelog"].get("extensions") or ())
-    )
-
-
-def _has_work(fired: Fired, extended: frozenset[str]) -> bool:
-    """Tell whether a throttle that fires again does anything beside turning knobs."""
-    return any(
-        not extended.isdisjoint(fired.targets) if one.kind == FREE else one.kind not in _TURNED
-        for one in fired.actions
     )

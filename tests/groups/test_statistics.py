@@ -18,6 +18,7 @@ from qdsmirror.core.throttles import Throttle
 from qdsmirror.errors import DegradedError, QdsError, UnreachableError
 from qdsmirror.groups.actions import Means
 from qdsmirror.groups.statistics import Machine, StatisticsGroup
+from qdsmirror.limits import FAILURE_AGAIN_SECONDS
 from qdsmirror.net.asking import NobodyThereError
 from qdsmirror.net.control import Extend, Free, SetKnobs, Status
 from qdsmirror.paths import Paths
@@ -430,6 +431,36 @@ class WritelogTests(StatisticsCase):
         self.answers[Extend] = DegradedError("none")
         self.pass_()
         self.assertEqual([one[1] for one in self.told], ["Extend"])
+
+    def test_what_keeps_failing_is_told_once(self) -> None:
+        self.fill(61)
+        self.answers[Extend] = DegradedError("none is free")
+        self.begin(throttle("pctwl > 60", "extend"))
+        for _ in range(20):
+            self.pass_()
+        lines = ['fired "one" pctwl > 60: 61 (qds0): extend', 'failed "one" extend: none is free']
+        told = [one for one in self.events() if not one.startswith("mode")]
+        self.assertEqual(told, lines)
+        # It is tried all the same, and another reason is news.
+        self.assertEqual([name for _, name, _ in self.told].count("Extend"), 21)
+        self.answers[Extend] = DegradedError("none has the size")
+        self.pass_()
+        self.assertEqual(self.events("failed")[1:], ['failed "one" extend: none has the size'])
+        self.assertEqual(len(self.events("fired")), 1)
+
+    def test_what_keeps_failing_is_told_again_after_an_hour_or_a_success(self) -> None:
+        self.fill(61)
+        self.answers[Extend] = DegradedError("none is free")
+        self.begin(throttle("pctwl > 60", "extend"))
+        self.pass_(FAILURE_AGAIN_SECONDS - 10)
+        self.assertEqual((len(self.events("fired")), len(self.events("failed"))), (1, 1))
+        self.pass_()
+        self.assertEqual((len(self.events("fired")), len(self.events("failed"))), (2, 2))
+        self.answers[Extend] = {"device": "/x", "state": "chained"}
+        self.pass_()
+        self.answers[Extend] = DegradedError("none is free")
+        self.pass_()
+        self.assertEqual(len(self.events("failed")), 3)
 
     def test_what_did_not_reach_the_driver_at_a_transition_is_ordered_again(self) -> None:
         one = throttle("pctwl T> 60", "extend")
