@@ -15,22 +15,43 @@ REMOVED = b"[removed]"
 #: A shorter part of a known secret is not looked for: it would be found everywhere.
 _KNOWN_BYTES_MIN = 8
 
+#: A word as shells know it, with its quotes; what closes the quotes or brackets around stays.
+_WORD = (
+    rb"(?!" + re.escape(REMOVED) + rb")(?:\\\"[^\n]*?\\\"|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\S)+?"
+    rb"(?=[\\\"',;)}\]]{0,6}(?:\s|\Z))"
+)
+_NAMES = rb"password|passphrase|passwd|secret|token|api[_-]?key"
+#: An option whose value is a secret, as far as its name goes.
+_OPTION = rb"(?<![\w-])--?[\w-]*?(?:" + _NAMES + rb"|key|pass|credentials?)"
+
+#: What is removed whole.
 _PATTERNS = (
     # Private keys in PEM, whole or broken off.
     re.compile(
         rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)",
         re.DOTALL,
     ),
+    # The end of one that began before the text does.
+    re.compile(rb"\A.*-----END [A-Z0-9 ]*PRIVATE KEY-----", re.DOTALL),
     # 256 bits in hexadecimal, as a group's secret is written, perhaps longer.
     re.compile(rb"(?<![0-9A-Za-z])[0-9A-Fa-f]{64,}(?![0-9A-Za-z])"),
-    re.compile(rb"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
     # user:password@host in an address.
     re.compile(rb"(?<=://)[^\s/@]+:[^\s/@]+(?=@)"),
 )
-#: The value of what calls itself a secret; the word that gave it away stays.
-_NAMED = re.compile(
-    rb"(?i)((?:password|passphrase|passwd|secret|token|api[_-]?key)[\"']?[ \t]*[=:][ \t]*)"
-    rb"(\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}]+)"
+#: What follows a word that gives it away; that word stays.
+_TOLD = (
+    re.compile(rb"(?i)(\bbearer[ \t]+)[A-Za-z0-9._~+/=-]{8,}"),
+    # Base64, and not a word of a sentence.
+    re.compile(rb"((?i:\bbasic)[ \t]+)(?=.[a-z]*[A-Z0-9+/=])[A-Za-z0-9+/]{4,}=*"),
+    re.compile(
+        rb"(?i)((?:" + _OPTION + rb")(?:=|[\"']?,?[ \t]+))"
+        rb"(?!" + _OPTION + rb"[\"']?[=, \t])" + _WORD
+    ),
+    re.compile(rb"(?i)((?:" + _NAMES + rb")[\"']?[ \t]*[=:][ \t]*)" + _WORD),
+    # curl -u user:password
+    re.compile(
+        rb"((?<![\w-])(?:-[uU]|--(?:proxy-)?user)[\"']?[=,]?[ \t]*[\"']?[^\s:\"'/]+:)" + _WORD
+    ),
 )
 
 
@@ -55,4 +76,6 @@ def redact(text: bytes, known: Iterable[bytes]) -> bytes:
             text = text.replace(form, REMOVED)
     for pattern in _PATTERNS:
         text = pattern.sub(REMOVED, text)
-    return _NAMED.sub(rb"\1" + REMOVED, text)
+    for pattern in _TOLD:
+        text = pattern.sub(rb"\1" + REMOVED, text)
+    return text

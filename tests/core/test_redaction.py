@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -26,6 +26,7 @@ class KnownTests(SynchronousTestCase):
     @given(st.binary(max_size=60), st.binary(min_size=8, max_size=40), st.binary(max_size=60))
     def test_wherever_it_stands(self, before: bytes, secret: bytes, after: bytes) -> None:
         for part in parts_of(secret):
+            assume(part not in REMOVED)
             self.assertNotIn(part, redact(before + secret + after, parts_of(secret)))
 
     def test_in_another_case(self) -> None:
@@ -45,6 +46,21 @@ class UnknownTests(SynchronousTestCase):
             (b"API_KEY=hunter22;", b"hunter22"),
             (b'exec "/bin/page --token=hunter22"', b"hunter22"),
             (b"api-token: 'hunter22'", b"hunter22"),
+            (b"exec /usr/bin/page --token hunter22", b"hunter22"),
+            (b"--secret --password hunter22", b"hunter22"),
+            (b"openssl rsa -pass 'hun ter22'", b"ter22"),
+            (b"curl --api-key=hunter22 x", b"hunter22"),
+            (b'["page", "--key", "hunter22"]', b"hunter22"),
+            (b"curl -u admin:hunter22", b"hunter22"),
+            (b"curl --user=admin:hun,ter22 x", b"ter22"),
+            (b"curl -uadmin:hunter22 x", b"hunter22"),
+            (b"Authorization: Basic YWRtaW46aHVudGVyMjI=", b"YWRtaW46aHVudGVyMjI"),
+            (b"MIGHAgEA\nc2hvcnQ=\n-----END EC PRIVATE KEY-----\n", b"c2hvcnQ="),
+            (KEY + b"MIGHAgEA\n-----END PRIVATE KEY-----\n", b"MIGHAgEA"),
+            (b"password = hunter,tail22", b"tail22"),
+            (b"password = hunter;tail22\n", b"tail22"),
+            (b'password = "hun\\"tail22"', b"tail22"),
+            (b'{"message": "password = \\"hun tail22\\""}', b"tail22"),
         ):
             found = redact(text, [])
             self.assertNotIn(secret, found, text)
@@ -58,5 +74,20 @@ class UnknownTests(SynchronousTestCase):
             b"key = /etc/opt/QLIXds/host.key",
             b"nbd+unix:///qds0?socket=/run/qdsmirror/dsgrp000.nbd",
             b"port 575, 10.0.0.1>10.0.0.2",
+            b"see journalctl -u qdsrmd: it says why",
+            b"X509v3 Basic Constraints; basic authentication",
+            b"qdsconfigtool pki --overwrite --out DIR db1 dr1",
         ):
             self.assertEqual(redact(text, []), text)
+
+    def test_what_stands_around_it_stays(self) -> None:
+        for text, left in (
+            (
+                b'{"a": "exec /page --token hunter22", "b": 1}',
+                b'{"a": "exec /page --token [removed]", "b": 1}',
+            ),
+            (b'{"token": "hunter22",\n"b": 1}', b'{"token": [removed],\n"b": 1}'),
+            (b"exec '/page --token=hunter22' and on", b"exec '/page --token=[removed]' and on"),
+            (b"curl -u admin:hunter22 url", b"curl -u admin:[removed] url"),
+        ):
+            self.assertEqual(redact(text, []), left)
