@@ -11,6 +11,8 @@ from qdsmirror.errors import EXIT_CONFIG
 #: Clocks that differ by more make logs hard to compare, and certificates invalid too early.
 SKEW_WARN_SECONDS = 2.0
 SKEW_ERROR_SECONDS = 300.0
+#: What says more, or is no number, is no clock.
+_CLOCK_SECONDS_MAX = 1e12
 
 #: Keys whose difference keeps the two from mirroring (``GroupConfig.identity_digest``).
 IDENTITY_KEYS = ("primary.host", "secondary.host", "secondary.journal_device")
@@ -89,6 +91,8 @@ def compare_clocks(
     :param asked: seconds since 1970 here before; ``answered``: after.
     """
     if not isinstance(theirs, int | float) or isinstance(theirs, bool):
+        return []
+    if not -_CLOCK_SECONDS_MAX < theirs < _CLOCK_SECONDS_MAX:
         return []
     skew = theirs - (asked + answered) / 2
     # What the way there and back took says nothing of the clocks.

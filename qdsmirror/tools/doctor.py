@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from qdsmirror.core.findings import exit_code, ordered
 
+    if arguments.bundle is not None:
+        from qdsmirror.tools.doctor_bundle import refuse_existing
+
+        refuse_existing(arguments.bundle)
     checkup = Checkup(cli.paths_of(arguments), arguments)
     checkup.run()
     findings = ordered(checkup.findings)
@@ -228,7 +232,7 @@ class Checkup:
 
     def _peer(self, devices: Iterable[Device]) -> None:
         from qdsmirror.errors import QdsError
-        from qdsmirror.tools import doctor_peer, doctor_sizes
+        from qdsmirror.tools import doctor_peer, doctor_sizes, progress
 
         primaries = self._of_role("primary")
         data = {
@@ -237,7 +241,8 @@ class Checkup:
             if one.key[-1] == "data_device" and one.trouble is None
         }
         try:
-            visits = doctor_peer.visit(self.paths, primaries)
+            with progress.waiting(self.arguments.json, "peer", "asking the secondaries"):
+                visits = doctor_peer.visit(self.paths, primaries)
         except QdsError as error:
             self.findings.append(_of_error(error, "peer", f"qdsconfigtool check {self.root}"))
             visits = {}
@@ -255,7 +260,9 @@ class Checkup:
         """Add what the pmd has not said of the same link."""
         for one in findings:
             reason = one.message.partition(": ")[2] or one.message
-            if not any(reason in other.message for other in self.findings):
+            if not any(
+                one.group == other.group and reason in other.message for other in self.findings
+            ):
                 self.findings.append(one)
 
     # -- telling -----------------------------------------------------------------------------------

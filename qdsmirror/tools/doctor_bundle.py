@@ -33,19 +33,27 @@ _LOGS = ("*.log", "*.log.1")
 _SECRETS = ("*.key", "*.secret", "*token*")
 #: What the kernel says that bears on storage, time and network; nothing of other programs.
 _PROC = ("mounts", "partitions", "mdstat", "swaps", "uptime", "meminfo", "loadavg", "net/dev")
+_UNITS = ("qdsdriver", "qdspmd", "qdsrmd", "qdsconsole")
 _COMMANDS = {
     "lsblk.txt": ["lsblk", "-o", "NAME,MAJ:MIN,TYPE,SIZE,RO,FSTYPE,MOUNTPOINT,PHY-SEC,LOG-SEC"],
     "df.txt": ["df", "-hT"],
     "addresses.txt": ["ip", "-brief", "address"],
     "listening.txt": ["ss", "-ltn"],
     "timedatectl.txt": ["timedatectl", "status"],
-    "units.txt": ["systemctl", "status", "--no-pager", "qdsdriver", "qdspmd", "qdsrmd"],
-    "journal.txt": [
-        "journalctl", "--no-pager", "-n", "5000", "-u", "qdsdriver", "-u", "qdspmd", "-u", "qdsrmd",
-    ],
-}  # fmt: skip
+    "units.txt": ["systemctl", "status", "--no-pager", *_UNITS],
+    "journal.txt": ["journalctl", "--no-pager", "-n", "5000", *(f"-u{unit}" for unit in _UNITS)],
+}
 _COMMAND_SECONDS = 10.0
 _SECRET_BYTES_MAX = 64 * 1024
+
+
+def refuse_existing(target: Path) -> None:
+    """Make sure that nothing is where the archive is to be.
+
+    :raises QdsError: something is.
+    """
+    if os.path.lexists(target):
+        raise QdsError(f"{target} exists already", f"give another name, or: rm {target}")
 
 
 def write_bundle(
@@ -58,8 +66,7 @@ def write_bundle(
     :returns: the names of its members.
     :raises QdsError: it cannot be written.
     """
-    if target.exists():
-        raise QdsError(f"{target} exists already", f"give another name, or: rm {target}")
+    refuse_existing(target)
     known = known_secrets(paths, host)
     top = f"qdsdoctor-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     temporary = target.with_name(f".{target.name}.new")
@@ -71,8 +78,8 @@ def write_bundle(
             open(os.open(temporary, flags, 0o600), "wb") as file,
             tarfile.open(fileobj=file, mode="w:gz") as archive,
         ):
-            for name, content in _members(paths, told):
-                clean = redact(content, known)
+            for name, content, most in _members(paths, told):
+                clean = _end(redact(content, known), most)
                 member = tarfile.TarInfo(f"{top}/{name}")
                 member.size, member.mtime, member.mode = len(clean), int(time.time()), 0o600
                 archive.addfile(member, io.BytesIO(clean))
@@ -101,10 +108,13 @@ def known_secrets(paths: Paths, host: HostConfig | None) -> list[bytes]:
     return found
 
 
-def _members(paths: Paths, told: dict[str, dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
-    yield "about.json", _json(_about(paths))
+def _members(
+    paths: Paths, told: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, bytes, int | None]]:
+    """Give the name, the content as it is, and how much of its end is wanted."""
+    yield "about.json", _json(_about(paths)), None
     for name, value in told.items():
-        yield f"{name}.json", _json(value)
+        yield f"{name}.json", _json(value), None
     for directory, patterns, most in (
         (paths.etc, _ETC, BUNDLE_TEXT_BYTES),
         (paths.var, _VAR, BUNDLE_TEXT_BYTES),
@@ -112,12 +122,13 @@ def _members(paths: Paths, told: dict[str, dict[str, Any]]) -> Iterator[tuple[st
     ):
         for path in sorted({one for pattern in patterns for one in directory.glob(pattern)}):
             if path.is_file() and not path.is_symlink():
-                yield f"{directory.name}/{path.name}", _read(path, most)
-    yield "files.txt", _listing((paths.etc, paths.var, paths.run))
+                yield f"{directory.name}/{path.name}", _read(path, most), most
+    yield "files.txt", _listing((paths.etc, paths.var, paths.run)), None
     for name in _PROC:
-        yield f"proc/{name.replace('/', '-')}", _read(Path("/proc") / name, BUNDLE_TEXT_BYTES)
+        content = _read(Path("/proc") / name, BUNDLE_TEXT_BYTES)
+        yield f"proc/{name.replace('/', '-')}", content, BUNDLE_TEXT_BYTES
     for name, command in _COMMANDS.items():
-        yield f"host/{name}", _output(command)
+        yield f"host/{name}", _output(command), BUNDLE_LOG_BYTES
 
 
 def _about(paths: Paths) -> dict[str, Any]:
@@ -135,7 +146,12 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _read(path: Path, most: int) -> bytes:
-    """Read the end of a file, at most so many bytes; why not, where it cannot be read."""
+    """Read the end of a file; why not, where it cannot be read.
+
+    A secret that stands across the place where it will be cut has to be seen whole: what precedes
+    that place is read too.
+    """
+    most += _SECRET_BYTES_MAX
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -145,6 +161,14 @@ def _read(path: Path, most: int) -> bytes:
             return file.read(most)
     except OSError as problem:
         return f"[cannot be read: {problem.strerror}]\n".encode()
+
+
+def _end(text: bytes, most: int | None) -> bytes:
+    """Cut a text to whole lines of its end, at most so many bytes."""
+    if most is None or len(text) <= most:
+        return text
+    # The first byte too many tells whether a line begins after it.
+    return text[-most - 1 :].partition(b"\n")[2]
 
 
 def _listing(directories: tuple[Path, ...]) -> bytes:
@@ -174,4 +198,4 @@ def _output(command: list[str]) -> bytes:
         )
     except (OSError, subprocess.TimeoutExpired) as problem:
         return f"[{' '.join(command)}: {problem}]\n".encode()
-    return (done.stdout + done.stderr)[-BUNDLE_LOG_BYTES:]
+    return done.stdout + done.stderr

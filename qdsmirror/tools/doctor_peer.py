@@ -23,7 +23,13 @@ from qdsmirror.core.peering import (
     compare_versions,
 )
 from qdsmirror.errors import EXIT_FAILED, EXIT_UNREACHABLE, QdsError
-from qdsmirror.limits import CERTIFICATE_WARN_DAYS, HANDSHAKE_SECONDS, PATHS_MAX
+from qdsmirror.limits import (
+    CERTIFICATE_WARN_DAYS,
+    HANDSHAKE_SECONDS,
+    PATHS_MAX,
+    PEER_NOTES_MAX,
+    PEER_TEXT_CHARACTERS_MAX,
+)
 from qdsmirror.paths import Paths
 
 _DAY_SECONDS = 86400.0
@@ -61,7 +67,9 @@ def visit(paths: Paths, groups: Sequence[GroupConfig]) -> Visits:
             f"the secondaries could not be asked: {last}", "qdsconfigtool check"
         ) from None
     if told.get("error"):
-        raise QdsError(told["error"]["message"], told["error"]["hint"])
+        failed = QdsError(told["error"]["message"], told["error"]["hint"])
+        failed.exit_code = told["error"]["exit_code"]
+        raise failed
     return {one["group"]: one["ways"] for one in told["groups"]}
 
 
@@ -89,7 +97,7 @@ def examine(
     yield from compare_keys(group.name, number, peer, ours, theirs, path)
     ldsus = [(one.name, one.mirror_device, sizes.get(one.name)) for one in group.ldsus]
     yield from compare_ldsus(group.name, number, peer, ldsus, good["ldsus"], path)
-    for note in facts.get("notes") or ():
+    for note in _notes(facts):
         step = f"on {peer}: qdsdoctor -g {number}; qdsinfo -g {number}"
         if facts.get("state") == "failed":
             yield error("peer", f"on {peer}: {_one_line(note)}", step, number)
@@ -103,7 +111,7 @@ def journal_bytes(ways: Sequence[dict[str, Any]]) -> int:
     """Give how large the secondary says that its journal is; 0: not known."""
     for way in ways:
         told = way["facts"].get("journal_bytes") if way["error"] is None else None
-        if isinstance(told, int):
+        if isinstance(told, int) and not isinstance(told, bool) and told > 0:
             return told
     return 0
 
@@ -138,5 +146,12 @@ def one_sided(groups: Sequence[GroupConfig]) -> Iterator[Finding]:
         yield advice("peer", told, f"on {primary}: qdsdoctor --peer")
 
 
-def _one_line(text: object) -> str:
-    return "".join(c if c.isprintable() else " " for c in str(text))
+def _notes(facts: dict[str, Any]) -> list[str]:
+    """Give what the secondary says went wrong; nothing where that has no known form."""
+    told = facts.get("notes")
+    notes = [one for one in told if isinstance(one, str)] if isinstance(told, list) else []
+    return [one[:PEER_TEXT_CHARACTERS_MAX] for one in notes[-PEER_NOTES_MAX:]]
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

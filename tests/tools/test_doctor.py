@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from twisted.trial.unittest import TestCase
 from qdsmirror import pki
 from qdsmirror.config import load_group, load_host
 from qdsmirror.core.findings import Finding, Severity
+from qdsmirror.core.redaction import redact
 from qdsmirror.core.samples import GroupSample, LdsuSample, header, row
 from qdsmirror.errors import QdsError
 from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths
-from qdsmirror.tools import doctor, doctor_bundle, doctor_host, doctor_peer, doctor_sizes
+from qdsmirror.tools import doctor, doctor_bundle, doctor_host, doctor_peer, doctor_sizes, progress
 from qdsmirror.tools.doctor_devices import Device, examine, look, names_by_kernel
 from qdsmirror.tools.doctor_disks import Disks
 from qdsmirror.tools.units import drop_ins, write
 
+COMMANDS = doctor_bundle._COMMANDS
 GROUP = """\
 operation = async
 [primary]
@@ -498,11 +501,50 @@ class PeerTests(DoctorTestCase):
         one = self.find(self.findings({**bad, "error": identity}), "no way")
         self.assertEqual((one.code, one.check), (12, "identity"))
 
+    def test_facts_of_no_known_form(self) -> None:
+        """The secondary is not trusted to tell anything in the form that we would."""
+        for odd in (None, True, float("nan"), "no disk", {"a": 1}, [[1], {}, 7], 10**400):
+            for fact in ("time", "state", "notes", "configuration"):
+                self.assertEqual(self.findings(self.way(**{fact: odd})), [], (fact, odd))
+            self.find(self.findings(self.way(version=odd)), "is installed here")
+        for odd in (None, True, "7", [7], {}, 7.5, -7):
+            self.assertEqual(doctor_peer.journal_bytes([self.way(journal_bytes=odd)]), 0, odd)
+        self.find(self.findings(self.way(notes=[7, "was odd"])), "was odd")
+
+    def test_what_another_group_says_in_the_same_words_is_told(self) -> None:
+        def told(group: int) -> Finding:
+            words = f"dsgrp00{group}: the peer's disk is full"
+            return Finding(Severity.ERROR, "peer", words, "df", group)
+
+        arguments = doctor.build_parser().parse_args([])
+        checkup = doctor.Checkup(self.paths, arguments, findings=[told(0)])
+        checkup._add_news([told(0), told(1)])
+        self.assertEqual(checkup.findings, [told(0), told(1)])
+
+    def test_what_is_waited_for_is_told(self) -> None:
+        stages: list[Any] = []
+
+        @contextlib.contextmanager
+        def waiting(*what: Any) -> Iterator[None]:
+            stages.append(what)
+            yield
+            stages.append("over")
+
+        def visit(*_: Any) -> doctor_peer.Visits:
+            stages.append("visit")
+            return {}
+
+        self.patch(progress, "waiting", waiting)
+        self.patch(doctor_peer, "visit", visit)
+        self.call("--peer")
+        self.assertEqual(stages, [(False, "peer", "asking the secondaries"), "visit", "over"])
+
     def test_a_visitor_that_fails(self) -> None:
         group = load_group(self.paths, 0)
         self.paths.host_config.unlink()
         error = self.assertRaises(QdsError, doctor_peer.visit, self.paths, [group])
         self.assertIn("qds.cfg", error.message)
+        self.assertEqual(error.exit_code, 10)
         self.assertEqual(doctor_peer.visit(self.paths, []), {})
         self.patch(doctor_peer.sys, "executable", "/bin/true")
         error = self.assertRaises(QdsError, doctor_peer.visit, self.paths, [group])
@@ -587,6 +629,38 @@ class BundleTests(DoctorTestCase):
         self.assertEqual(self.target.read_text(), "mine")
         self.assertEqual(self.call("--bundle", str(self.base / "no" / "x.tgz")), 1)
         self.assertIn("No such file", self.err.getvalue())
+
+    def test_an_existing_file_is_refused_before_the_run(self) -> None:
+        ran: list[Any] = []
+        self.patch(doctor.Checkup, "run", ran.append)
+        self.target.symlink_to("nowhere")
+        self.assertEqual(self.call("--bundle", str(self.target)), 1)
+        self.assertEqual(ran, [])
+
+    def test_every_daemon_is_asked_for(self) -> None:
+        for name in ("units.txt", "journal.txt"):
+            for daemon in ("qdsdriver", "qdspmd", "qdsrmd", "qdsconsole"):
+                self.assertIn(daemon, " ".join(COMMANDS[name]), name)
+
+    def test_secrets_across_the_cut(self) -> None:
+        """Whatever the place where a text is cut, no part of a secret is left of it."""
+        secret = self.canaries[3]
+        tail = b"".join(b"line %02d\n" % number for number in range(20))
+        lines = b"a " + secret + b"; password = 'hunter 22pass'; -u admin:hunter22pass\n" + tail
+        output = self.base / "output"
+        output.write_bytes(lines)
+        self.patch(doctor_bundle, "_COMMANDS", {"cat.txt": ["cat", str(output)]})
+        (self.paths.var / "qdsdriver.log").write_bytes(lines)
+        for most in range(len(tail) + 5, len(lines), 7):
+            self.patch(doctor_bundle, "BUNDLE_LOG_BYTES", most)
+            self.target.unlink(missing_ok=True)
+            self.call("--bundle", str(self.target))
+            found = self.contents()
+            for name in ("var/qdsdriver.log", "host/cat.txt"):
+                self.assertIn(
+                    found[name][: -len(tail)], (b"", redact(lines, [secret])[: -len(tail)])
+                )
+                self.assertTrue(found[name].endswith(tail))
 
     def test_of_a_long_log_the_end(self) -> None:
         self.patch(doctor_bundle, "BUNDLE_LOG_BYTES", 1000)
