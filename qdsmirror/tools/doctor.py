@@ -179,9 +179,9 @@ class Checkup:
             self.findings += host.examine_units(roles)
             if self.host is not None:
                 self.findings += host.examine_drop_ins(self.host.name, self.groups)
-        self.findings += host.examine_ports(
-            self.paths, self._of_role("secondary"), host.listening_ports()
-        )
+        secondaries = self._of_role("secondary")
+        kept = host.systemd_ports() if secondaries and self.paths.root is None else frozenset()
+        self.findings += host.examine_ports(self.paths, secondaries, host.listening_ports(), kept)
 
     def _devices(self) -> list[Device]:
         from qdsmirror.tools import doctor_devices

@@ -119,7 +119,9 @@ def examine(paths: Paths, devices: list[Device], disks: Disks) -> Iterator[Findi
         if device.is_log:
             yield from _log(device, root)
         yield from _sparse(device)
-    yield from _durability([one for one in devices if one.trouble is None], disks)
+    good = [one for one in devices if one.trouble is None]
+    yield from _durability(good, disks)
+    yield from _unflushed(good, disks)
     yield from _same(devices)
     yield from _shared_disks(devices, disks)
     for group in dict.fromkeys(device.group for device in devices):
@@ -181,6 +183,30 @@ def _durability(devices: list[Device], disks: Disks) -> Iterator[Finding]:
         elif mount.kind in FOREIGN_FILE_SYSTEMS:
             told = f"{where}: on {mount.place} is {mount.kind}: its server decides what a flush is"
             yield warning("devices", told, f"use a local disk, in {first.group.path}", number)
+
+
+def _unflushed(devices: list[Device], disks: Disks) -> Iterator[Finding]:
+    """Tell of block devices that keep flushes from a disk's cache; each once."""
+    by_way: dict[tuple[str, str], list[Device]] = {}
+    for device in devices:
+        try:
+            way = disks.unflushed(device.path)
+        except OSError:
+            continue
+        if way is not None:
+            by_way.setdefault(way, []).append(device)
+    for (upper, disk), here in by_way.items():
+        where = f"{here[0].title} {here[0].path}"
+        if len(here) > 1:
+            where += f", and {len(here) - 1} more"
+        told = (
+            f"{where}: {upper} is set to get no flushes, but {disk} has a volatile write cache: "
+            "unless a battery keeps it, what was synced is lost with the power"
+        )
+        step = (
+            f'echo "write back" > /sys/block/{upper}/queue/write_cache; see udev(7) for each boot'
+        )
+        yield warning("devices", told, step, here[0].group.number)
 
 
 def _sparse(device: Device) -> Iterator[Finding]:

@@ -82,43 +82,81 @@ class Disks:
         """Give the disks below a device number, of a block device or of a file's file system."""
         return frozenset(self._disks(device, 0))
 
-    def _directory(self, device: int) -> Path:
-        return self._block / f"{os.major(device)}:{os.minor(device)}"
+    def unflushed(self, path: str) -> tuple[str, str] | None:
+        """Find what keeps flushes of a file or block device from a disk's volatile cache.
+
+        The kernel sends none to a device whose ``queue/write_cache`` says ``write through``.  It
+        sets that by the device's own word, and for stacked ones by what is below them; where a
+        disk has a volatile cache nonetheless, somebody has written it there.  FUA (``queue/fua``)
+        says only whether a flush follows a write or comes with it.
+
+        :returns: names of the device that gets no flushes, and of the disk; ``None``: all is well,
+            or not known.
+        :raises OSError: the path cannot be looked at.
+        """
+        status = os.stat(path)
+        block = stat.S_ISBLK(status.st_mode)
+        return self._unflushed(status.st_rdev if block else status.st_dev, "", 0)
+
+    def _unflushed(self, device: int, above: str, depth: int) -> tuple[str, str] | None:
+        """Go down; ``above``: the first device on the way that gets no flushes."""
+        if depth > _STACKED_MAX:
+            return None
+        directory = self._whole(device)
+        if directory is None:
+            below = self._number_of_mount(device)
+            return None if below is None else self._unflushed(below, above, depth + 1)
+        name = directory.resolve().name
+        cache = _text(directory / "queue" / "write_cache").strip()
+        if cache == "write through":
+            above = above or name
+        # What a SCSI disk itself says stays when the kernel is told otherwise.
+        own = [_text(one).strip() for one in directory.glob("device/scsi_disk/*/cache_type")]
+        if above and any(one.startswith("write back") for one in (cache, *own)):
+            return above, name
+        ways = (self._unflushed(one, above, depth + 1) for one in self._lower(directory))
+        return next((found for found in ways if found is not None), None)
+
+    def _whole(self, device: int) -> Path | None:
+        """Give a block device's directory, of a partition its disk's; ``None``: it has none."""
+        directory = self._block / f"{os.major(device)}:{os.minor(device)}"
+        if not directory.exists():
+            return None
+        return directory.resolve().parent if (directory / "partition").exists() else directory
 
     def _disks(self, device: int, depth: int) -> set[str]:
-        directory = self._directory(device)
         if depth > _STACKED_MAX:
             return set()
-        if not directory.exists():
-            return self._below_mount(device, depth)
-        if (directory / "partition").exists():
-            directory = directory.resolve().parent
-        backing = _text(directory / "loop" / "backing_file").strip()
-        if backing:
-            return self._below_file(backing, depth)
-        found: set[str] = set()
-        for slave in _entries(directory / "slaves"):
-            number = _number(_text(directory / "slaves" / slave / "dev"))
-            if number is not None:
-                found |= self._disks(number, depth + 1)
+        directory = self._whole(device)
+        if directory is None:
+            # A file system whose files have a device number of their own.
+            below = self._number_of_mount(device)
+            return set() if below is None else self._disks(below, depth + 1)
+        found = {disk for one in self._lower(directory) for disk in self._disks(one, depth + 1)}
         return found or {directory.resolve().name}
 
-    def _below_mount(self, device: int, depth: int) -> set[str]:
-        """Find what is below a file system whose files have a device number of their own."""
+    def _lower(self, directory: Path) -> list[int]:
+        """Give the devices that one lies on: of a loop device its file's; none: it is a disk."""
+        backing = _text(directory / "loop" / "backing_file").strip()
+        if backing:
+            try:
+                return [os.stat(backing).st_dev]
+            except OSError:
+                return []
+        slaves = directory / "slaves"
+        numbers = (_number(_text(slaves / slave / "dev")) for slave in _entries(slaves))
+        return [number for number in numbers if number is not None]
+
+    def _number_of_mount(self, device: int) -> int | None:
+        """Give the device that a file system is mounted from."""
         mount = self._mounts.get(device)
         if mount is None or not mount.source.startswith("/dev/"):
-            return set()
+            return None
         try:
             status = os.stat(mount.source)
         except OSError:
-            return set()
-        return self._disks(status.st_rdev, depth + 1) if stat.S_ISBLK(status.st_mode) else set()
-
-    def _below_file(self, path: str, depth: int) -> set[str]:
-        try:
-            return self._disks(os.stat(path).st_dev, depth + 1)
-        except OSError:
-            return set()
+            return None
+        return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
 
 
 def _number(text: str) -> int | None:

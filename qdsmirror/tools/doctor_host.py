@@ -6,8 +6,10 @@ import ctypes
 import os
 import platform
 import pwd
+import re
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -39,6 +41,7 @@ UNIT_DIRECTORIES = (
 _SYSTEMD = Path("/run/systemd/system")
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"
+_SYSTEMCTL_SECONDS = 10.0
 
 #: adjtimex(2): the clock is not synchronised.
 _TIME_ERROR = 5
@@ -236,12 +239,42 @@ def listening_ports(tables: Iterable[Path] = _TCP_TABLES) -> frozenset[int]:
     return frozenset(found)
 
 
+def systemd_ports() -> frozenset[int]:
+    """Ask systemd which TCP ports it holds for qdsrmd (qdsrmd.socket); none where it is not up."""
+    if not _SYSTEMD.is_dir():
+        return frozenset()
+    try:
+        told = subprocess.run(
+            ["systemctl", "show", "--property=ActiveState,Listen", "qdsrmd.socket"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SYSTEMCTL_SECONDS,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    return ports_of_socket(told)
+
+
+def ports_of_socket(told: str) -> frozenset[int]:
+    """Give the TCP ports of a socket unit that is active, as ``systemctl show`` tells them."""
+    if "ActiveState=active" not in told.splitlines():
+        return frozenset()
+    return frozenset(int(port) for port in re.findall(r"^Listen=\S*?(\d+) \(Stream\)$", told, re.M))
+
+
 def examine_ports(
-    paths: Paths, groups: Iterable[GroupConfig], listening: frozenset[int]
+    paths: Paths,
+    groups: Iterable[GroupConfig],
+    listening: frozenset[int],
+    kept: frozenset[int] = frozenset(),
 ) -> Iterator[Finding]:
     """Tell of ports of secondary groups that the rmd does not listen on, or cannot.
 
     :param groups: those whose secondary this host is.
+    :param kept: ports that systemd holds for the rmd.
     """
     runs = running_pid(paths.pid_file("qdsrmd")) is not None
     root = " ".join(["", *paths.arguments()])
@@ -249,6 +282,10 @@ def examine_ports(
         if runs and port not in listening:
             told = f"qdsrmd runs, but nobody listens on port {port}"
             yield error("link", told, f"qdsconfigtool apply{root}", code=EXIT_UNREACHABLE)
+        elif not runs and port in listening & kept:
+            told = f"systemd holds port {port} for qdsrmd, which does not run"
+            step = "systemctl start qdsrmd; why it ended: journalctl -u qdsrmd"
+            yield error("link", told, step, code=EXIT_UNREACHABLE)
         elif not runs and port in listening:
             told = f"port {port} is in use, and not by qdsrmd, which does not run"
             step = f"ss -ltnp sport = {port}; end that program, then: launchrmds{root}"

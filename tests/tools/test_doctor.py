@@ -160,6 +160,13 @@ class DiskTests(DoctorTestCase):
         for name, slave in what.get("slaves", {}).items():
             (directory / "slaves" / name).mkdir(parents=True)
             (directory / "slaves" / name / "dev").write_text(slave + "\n")
+        if "cache" in what:
+            (directory / "queue").mkdir()
+            (directory / "queue" / "write_cache").write_text(what["cache"] + "\n")
+        if "scsi" in what:
+            (directory / "device" / "scsi_disk" / "0:0:0:0").mkdir(parents=True)
+            kept = directory / "device" / "scsi_disk" / "0:0:0:0" / "cache_type"
+            kept.write_text(what["scsi"] + "\n")
         (self.block / number).symlink_to(directory)
 
     def below(self, major: int, minor: int) -> set[str]:
@@ -206,6 +213,33 @@ class DiskTests(DoctorTestCase):
         self.find(self.findings(self.mounted("nfs4", "rw")), "data device", "is nfs4")
         for one in self.findings(self.mounted("ext4", "rw,barrier=1")):
             self.assertNotIn("flush", one.message)
+
+    def test_flushes_that_a_block_device_keeps_back(self) -> None:
+        number = os.stat(self.base).st_dev
+        place = self.block / f"{os.major(number)}:{os.minor(number)}"
+        disks = Disks(self.sys, self.mounts)
+        self.add("8:48", "sdd", cache="write back", scsi="write back")
+        self.add("8:49", "sdd/sdd1", partition="1")
+        self.add("8:64", "sde", cache="write through", scsi="write through")
+        self.add("8:80", "sdf", cache="write through", scsi="write back, no read (daft)")
+        for up, (name, slaves, cache, told) in enumerate((
+            ("a", {"sdd1": "8:49"}, "write back", None),
+            ("b", {"sdd1": "8:49"}, "write through", ("b", "sdd")),
+            ("c", {"sde": "8:64"}, "write through", None),
+            ("d", {"sde": "8:64", "sdf": "8:80"}, "write back", ("sdf", "sdf")),
+            ("e", {"b": "1000:1"}, "write back", ("b", "sdd")),
+            ("f", {"f": "1000:5"}, "write through", None),
+            ("g", {}, "", None),
+        )):  # fmt: skip
+            self.add(f"1000:{up}", name, slaves=slaves, cache=cache)
+            place.symlink_to(self.sys / "devices" / name)
+            self.assertEqual(disks.unflushed(str(self.base)), told, name)
+            if told is not None:
+                one = self.find(self.findings(disks), f"{told[0]} is set to get no flushes",
+                                f"{told[1]} has a volatile write cache", "and 1 more")  # fmt: skip
+                self.assertIn(f"/sys/block/{told[0]}/queue/write_cache", one.next_step)
+            place.unlink()
+        self.assertEqual(disks.unflushed(str(self.base)), None)
 
     def test_a_data_device_and_its_writelog_share_a_disk(self) -> None:
         """Files of one file system, whatever is below it."""
@@ -388,10 +422,37 @@ class HostTests(DoctorTestCase):
         group = load_group(self.paths, 0)
         (found,) = doctor_host.examine_ports(self.paths, [group], frozenset([575]))
         self.assertIn("port 575 is in use, and not by qdsrmd", found.message)
+        self.assertIn("end that program", found.next_step)
+        kept = frozenset([575])
+        (found,) = doctor_host.examine_ports(self.paths, [group], frozenset([575]), kept)
+        self.assertIn("systemd holds port 575 for qdsrmd", found.message)
+        self.assertTrue(found.next_step.startswith("systemctl start qdsrmd"), found.next_step)
+        self.assertNotIn("end that program", found.next_step)
         self.assertEqual(list(doctor_host.examine_ports(self.paths, [group], frozenset())), [])
         self.patch(doctor_host, "running_pid", lambda _: 7)
         (found,) = doctor_host.examine_ports(self.paths, [group], frozenset())
         self.assertIn("nobody listens on port 575", found.message)
+
+    def test_ports_that_systemd_holds(self) -> None:
+        told = "Listen=[::]:575 (Stream)\nListen=1575 (Stream)\nListen=/run/9 (Datagram)\n"
+        active = f"{told}ActiveState=active\n"
+        self.assertEqual(doctor_host.ports_of_socket(active), {575, 1575})
+        self.assertEqual(doctor_host.ports_of_socket(f"{told}ActiveState=inactive\n"), set())
+        self.assertEqual(doctor_host.ports_of_socket(""), set())
+        systemctl = self.base / "bin" / "systemctl"
+        systemctl.parent.mkdir()
+        systemctl.write_text(f"#!/bin/sh\n[ $3 = qdsrmd.socket ] && cat <<END\n{active}END\n")
+        systemctl.chmod(0o755)
+        self.patch(doctor_host, "_SYSTEMD", self.base / "none")
+        self.assertEqual(doctor_host.systemd_ports(), set())
+        self.patch(doctor_host, "_SYSTEMD", self.base)
+        path = os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", path)
+        os.environ["PATH"] = f"{systemctl.parent}:{path}"
+        self.assertEqual(doctor_host.systemd_ports(), {575, 1575})
+        systemctl.unlink()
+        os.environ["PATH"] = str(systemctl.parent)
+        self.assertEqual(doctor_host.systemd_ports(), set())
 
 
 class SizeTests(DoctorTestCase):
