@@ -190,7 +190,7 @@ class HostsTests(TestCase):
     def check_logs(self) -> None:
         """Every line names the group, or the daemon that speaks of itself."""
         for host in (self.primary, self.secondary):
-            logs = (self.directory / f"host{host.number}" / "_var_opt" / "QLIXds").glob("*.log")
+            logs = (self.directory / f"host{host.number}" / "_var_opt" / "QLIXds").glob("qds*.log")
             lines = "".join(log.read_text() for log in logs).splitlines()
             who = "pmd" if host is self.primary else "rmd"
             self.assertRegex("\n".join(lines), rf" {who}\[\d+\]: dsgrp000: connected")
