@@ -3,6 +3,9 @@
 Lines are alike when they are about the same and differ in numbers only.  Of those alike some pass
 in each period, and of all together many; when the period is over, a line says how many did not, and
 gives one of them.
+
+What has failed is limited by its kind alone, and the outcomes of commands are not limited here at
+all: no storm of other lines may hide either (security.md 12).
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_.-])[0-9]+")
 _KIND_CHARACTERS = 200
 
 _TOLD = "({suppressed_lines} lines {suppressed_which} were suppressed) {text}"
+
+#: What many lines of other kinds do not suppress.
+_SEVERE = frozenset({LogLevel.error, LogLevel.critical})
 
 #: Calls a function after some seconds, from any thread.
 Later = Callable[[float, Callable[[], None]], Any]
@@ -81,6 +87,10 @@ class RateLimit:
 
     def __call__(self, event: LogEvent) -> None:
         """Pass an event on, or count it."""
+        if event.get("audit"):
+            # The control socket bounds how much may be asked for.
+            self._observer(event)
+            return
         with self._lock:
             now = self._clock()
             self._end_periods(now)
@@ -92,6 +102,9 @@ class RateLimit:
                     self._tell(self._periods.popitem(last=False)[1])
             if period.passed >= LOG_ALIKE_LINES_MAX:
                 self._suppress(period, event)
+            elif event.get("log_level") in _SEVERE:
+                period.passed += 1
+                self._observer(event)
             elif self._all.passed >= LOG_LINES_MAX:
                 self._suppress(self._all, event)
             else:

@@ -75,12 +75,40 @@ class RateLimitTests(SynchronousTestCase):
         self.assertEqual(len(self.texts()), LOG_ALIKE_LINES_MAX * 2 + 1)
 
     def test_all_together_are_bounded(self) -> None:
-        for number in range(LOG_LINES_MAX + 50):
-            self.storm(1, f"qds{number}")
+        self.flood(LOG_LINES_MAX + 50)
         self.assertEqual(len(self.texts()), LOG_LINES_MAX)
         self.clock.advance(LOG_PERIOD_SECONDS)
         (text,) = self.texts()
         self.assertIn("(50 lines of many kinds were suppressed)", text)
+
+    def flood(self, count: int) -> None:
+        for number in range(count):
+            self.log.warn("dsgrp000: {unit}: slow", unit=f"qds{number}")
+
+    def test_a_new_failure_passes_behind_many_others(self) -> None:
+        self.flood(LOG_LINES_MAX + 1)
+        self.texts()
+        self.storm(LOG_ALIKE_LINES_MAX + 2)
+        self.log.critical("dsgrp000: a bug")
+        self.assertEqual(len(self.texts()), LOG_ALIKE_LINES_MAX + 1)
+        self.clock.advance(LOG_PERIOD_SECONDS)
+        counts = {event["suppressed_which"]: event["suppressed_lines"] for event in self.events}
+        self.assertEqual(counts, {"like this one": 2, "of many kinds": 1})
+
+    def test_failures_take_no_room_from_other_lines(self) -> None:
+        for number in range(LOG_LINES_MAX):
+            self.storm(1, f"qds{number}")
+        self.texts()
+        self.log.info("dsgrp000: connected")
+        self.assertEqual(self.texts(), ["dsgrp000: connected"])
+
+    def test_outcomes_of_commands_pass_always(self) -> None:
+        """The log has each of them: qdsmirror-security(7)."""
+        self.flood(LOG_LINES_MAX + 1)
+        self.texts()
+        for _ in range(LOG_ALIKE_LINES_MAX * 2):
+            self.log.info("dsgrp000.driver: Bypass to=on: done", audit=True)
+        self.assertEqual(len(self.texts()), LOG_ALIKE_LINES_MAX * 2)
 
     def test_memory_is_bounded(self) -> None:
         for number in range(LOG_KINDS_MAX * 2):
