@@ -15,6 +15,7 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view, progress
+from qdsmirror.tools.audited import audited
 from qdsmirror.tools.orders import order_all, primaries, tell
 from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, looking
 from qdsmirror.tools.status import Group, raise_failure
@@ -246,7 +247,10 @@ def _replay(
     done = []
     with progress.telling(arguments.json) as say:
         for config in configs:
-            with progress.working(say, config.name, "checking") as work:
+            with (
+                audited(paths, "qdsbackfresh", arguments),
+                progress.working(say, config.name, "checking") as work,
+            ):
                 to = replay(paths, config, arguments.replay, work, dry_run=arguments.dry_run)
             done.append({**to, "group": config.number})
     if arguments.json:

@@ -220,6 +220,24 @@ class ReplayTests(TestCase):
         self.assertNotEqual(self.run_it()[0], 0)
         self.assertEqual(seen, [(False, NEEDED)] * 2)
 
+    def audited(self) -> list[dict[str, Any]]:
+        """Give what the audit log has behind the initialising of the site."""
+        lines = self.site.paths.audit_log.read_text().splitlines()
+        return [json.loads(line) for line in lines[1:]]
+
+    def test_who_wrote_back_what(self) -> None:
+        self.keep(Kept(0, 0, b"a" * 512))
+        self.assertEqual(self.run_it(consent="--dry-run")[0], 0)
+        self.assertEqual(self.audited(), [])
+        self.assertEqual(self.run_it()[0], 0)
+        self.left_by(NEEDED, "cd" * 16)
+        self.assertEqual(self.run_it()[0], EXIT_CONFIG)
+        done, refused = self.audited()
+        self.assertEqual((done["event"], done["command"]), ("done", "qdsbackfresh"))
+        self.assertEqual(done["arguments"]["replay"], self.path)
+        self.assertEqual((refused["event"], refused["code"]), ("refused", EXIT_CONFIG))
+        self.assertIn("another backfresh", refused["message"])
+
     def test_anothers_file(self) -> None:
         self.left_by(NEEDED, "cd" * 16)
         self.keep(Kept(0, 0, b"a" * 512))
