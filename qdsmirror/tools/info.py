@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.watch:
         code = cli.report_all(broken, arguments.json)
         interval = arguments.interval or INTERVAL_SECONDS_DEFAULT
-        watch(look, max(interval, INTERVAL_SECONDS_MIN), arguments.json)
+        watch(look, max(interval, INTERVAL_SECONDS_MIN), arguments.json, broken=broken)
         return code
     if arguments.wait is not None:
         if broken:
@@ -237,13 +237,17 @@ def watch(
     interval_seconds: float,
     as_json: bool,
     sleep: Callable[[float], None] = time.sleep,
+    broken: Sequence[QdsError] = (),
 ) -> None:
-    """Show the groups again and again, until Ctrl-C."""
+    """Show the groups again and again, until Ctrl-C.
+
+    :param broken: the groups' files that cannot be looked at; each JSON object names them.
+    """
     if as_json or not info_view.is_terminal():
         while True:
             host, groups = look()
             if as_json:
-                cli.print_json(report(host, groups), indent=None)
+                cli.print_json({**report(host, groups), **cli.errors_json(broken)}, indent=None)
             else:
                 info_view.show(groups)
                 print()

@@ -397,12 +397,17 @@ class CommandTests(TestCase):
             def look() -> tuple[str, list[status.Group]]:
                 return "alpha", next(looks)
 
-            self.assertRaises(StopIteration, info.watch, look, 0.5, True, sleep)
+            broken = [ConfigError("dsgrp001.cfg: no such key", hint="correct it")]
+            self.assertRaises(StopIteration, info.watch, look, 0.5, True, sleep, broken)
             return 0
 
         _, output, _ = captured(self, watch)
         lines = [json.loads(line) for line in output.splitlines()]
         self.assertEqual([line["schema"] for line in lines], [1, 1])
+        for line in lines:
+            jsonschema.validate({**line, "groups": []}, SCHEMA)
+            self.assertEqual([one["message"] for one in line["errors"]], [line["error"]["message"]])
+            self.assertIn("dsgrp001.cfg", line["error"]["message"])
 
 
 class ViewTests(TestCase):
