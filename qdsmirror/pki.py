@@ -190,14 +190,21 @@ class Made:
     """What :func:`make_hosts` did.
 
     :ivar written: the files that are new or replaced; ``kept``: those that stood there already.
+    :ivar replaced: those of ``written`` that had been there before.
     """
 
     written: tuple[Path, ...]
     kept: tuple[Path, ...]
+    replaced: tuple[Path, ...]
 
 
 def make_hosts(
-    out: Path, names: Sequence[str], groups: Iterable[int], *, overwrite: bool = False
+    out: Path,
+    names: Sequence[str],
+    groups: Iterable[int],
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Made:
     """Make certificates and secrets of hosts that mirror to each other, ready to be copied.
 
@@ -209,33 +216,41 @@ def make_hosts(
     :param names: the hosts' names as in their ``qds.cfg``.
     :param groups: numbers of the groups that these hosts share.
     :param overwrite: renew the hosts' certificates, keys and secrets; the authority stays.
+    :param dry_run: only find out what would be written, replaced and kept.
     :raises ConfigError: half of something exists, or hosts have different secrets of a group.
     """
-    work = _Work(overwrite)
-    _directory(out)
+    work = _Work(overwrite, dry_run)
+    work.directory(out)
     if (out / CA).exists() or (out / CA_KEY).exists():
         authority = Authority.load(out)
         work.kept += [out / CA, out / CA_KEY]
     else:
         authority = Authority.create()
-        authority.save(out)
+        if not dry_run:
+            authority.save(out)
         work.written += [out / CA, out / CA_KEY]
     for name in names:
-        _directory(out / name)
+        work.directory(out / name)
         work.certificate(authority, out / name, name)
         work.token(out / name / TOKEN)
     for number in groups:
         work.secret([out / name / f"{group_name(number)}.secret" for name in names])
-    return Made(tuple(work.written), tuple(work.kept))
+    return Made(tuple(work.written), tuple(work.kept), tuple(work.replaced))
 
 
 class _Work:
-    """Writes or keeps files, and remembers which."""
+    """Writes or keeps files, or does not even that, and remembers which."""
 
-    def __init__(self, overwrite: bool) -> None:
+    def __init__(self, overwrite: bool, dry_run: bool) -> None:
         self._overwrite = overwrite
+        self._dry_run = dry_run
+        self.replaced: list[Path] = []
         self.written: list[Path] = []
         self.kept: list[Path] = []
+
+    def directory(self, path: Path) -> None:
+        if not self._dry_run:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def certificate(self, authority: Authority, directory: Path, name: str) -> None:
         pair = [directory / CERTIFICATE, directory / KEY]
@@ -280,7 +295,12 @@ class _Work:
             self._write(path, content, 0o600)
 
     def _write(self, path: Path, content: bytes, mode: int) -> None:
-        write_file(path, content, mode, overwrite=self._overwrite)
+        if os.path.lexists(path):
+            if not self._overwrite:
+                raise ConfigError(f"{path} exists and is not replaced", _OVERWRITE)
+            self.replaced.append(path)
+        if not self._dry_run:
+            write_file(path, content, mode, overwrite=self._overwrite)
         self.written.append(path)
 
 
@@ -326,10 +346,6 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _directory(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _read(path: Path) -> bytes:

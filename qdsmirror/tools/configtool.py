@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdsmirror.config import GroupConfig, HostConfig, load_host, scan_groups
 from qdsmirror.core.throttles import Throttle
@@ -15,6 +15,9 @@ from qdsmirror.errors import EXIT_CONFIG, EXIT_OK, QdsError, UnreachableError, U
 from qdsmirror.limits import APPLY_SECONDS, GROUPS_MAX, HOST_CERTIFICATE_DAYS
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.tools import cli
+
+if TYPE_CHECKING:
+    from qdsmirror.pki import Made
 
 #: The masters that take up changed files, in the order in which they are told.
 MASTERS = ("qdsdriver", "qdsrmd", "qdspmd", "qdsconsole")
@@ -53,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--overwrite",
         action="store_true",
         help="renew certificates, keys and secrets that exist; the authority stays",
+    )
+    pki.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what would be written, replaced and kept",
     )
     units = cli.subcommand(
         commands, "units", "Let the systemd units open the devices of this host's groups."
@@ -248,11 +256,15 @@ def _pki(arguments: argparse.Namespace, paths: Paths) -> int:
         raise UsageError("primary and secondary have the same name", "give two names")
     out = Path(arguments.out).absolute()
     numbers = range(arguments.groups)
-    made = pki.make_hosts(out, names, numbers, overwrite=arguments.overwrite)
+    dry_run = arguments.dry_run
+    made = pki.make_hosts(out, names, numbers, overwrite=arguments.overwrite, dry_run=dry_run)
+    if dry_run:
+        return _tell_pki_plan(made, arguments.json)
     if arguments.json:
         cli.print_json(
             {
                 "written": [str(path) for path in made.written],
+                "replaced": [str(path) for path in made.replaced],
                 "kept": [str(path) for path in made.kept],
                 "copy": {name: str(out / name) for name in names},
             }
@@ -269,6 +281,23 @@ def _pki(arguments: argparse.Namespace, paths: Paths) -> int:
         f"Keep {out / pki.CA_KEY} off both hosts: who has it can pass for any host.\n"
         f"The certificates are valid for {HOST_CERTIFICATE_DAYS} days."
     )
+    return EXIT_OK
+
+
+def _tell_pki_plan(made: Made, as_json: bool) -> int:
+    """Say what would be done."""
+    fresh = [path for path in made.written if path not in made.replaced]
+    plan = (
+        ("would_write", "would be written", fresh),
+        ("would_replace", "would be replaced", made.replaced),
+        ("kept", "kept", made.kept),
+    )
+    if as_json:
+        cli.print_json({key: [str(path) for path in files] for key, _, files in plan})
+        return EXIT_OK
+    for _, words, files in plan:
+        for path in files:
+            print(f"{words}: {path}")
     return EXIT_OK
 
 

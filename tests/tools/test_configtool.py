@@ -306,6 +306,31 @@ class PkiTests(ToolTestCase):
         self.assertEqual(len(self.json()["written"]), 8)
         self.assertEqual(self.json()["copy"]["db1"], str(self.base / "pki" / "db1"))
 
+    def test_dry_run(self) -> None:
+        """It says what a run would do, and does nothing of it."""
+        out = self.base / "pki"
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        argv = ["pki", "--out", str(out), "db1", "dr1", "--groups", "2", "--dry-run"]
+        self.assertEqual(self.call(*argv, "--overwrite"), 0)
+        said = self.out.getvalue().splitlines()
+        for line in (
+            f"would be replaced: {out}/db1/host.key",
+            f"would be replaced: {out}/dr1/dsgrp000.secret",
+            f"would be written: {out}/dr1/dsgrp001.secret",
+            f"kept: {out}/ca.key",
+        ):
+            self.assertIn(line, said)
+        self.assertEqual(self.call(*argv, "--json"), 0)
+        told = self.json()
+        self.assertEqual((len(told["would_write"]), told["would_replace"]), (2, []))
+        after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        self.assertEqual(after, before)
+        self.assertEqual(self.call(*argv[:2], str(self.base / "none"), *argv[3:]), 0)
+        self.assertFalse((self.base / "none").exists())
+        # What a run would refuse.
+        (out / "db1" / "host.key").unlink()
+        self.assertEqual(self.call(*argv), 10)
+
     def test_refusals(self) -> None:
         out = str(self.base / "new")
         for argv in (
