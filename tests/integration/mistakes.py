@@ -157,6 +157,7 @@ class Mistake:
         have ``{lab}`` and ``{port}``.
     :ivar command: what is typed to find it; where: ``site``.
     :ivar wait: a state of ``qdsinfo --wait`` that comes of it.
+    :ivar mounts: whether it takes a mount to make it.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Mistake:
     command: tuple[str, ...] = DOCTOR
     site: str = "primary"
     wait: str = ""
+    mounts: bool = False
 
 
 def _listen(bench: Bench, port: int) -> None:
@@ -360,6 +362,7 @@ OFFLINE = (
         _full_disk,
         ("{lab}/primary/var: no space left",),
         ("df -h {lab}/primary/var", "du -xh"),
+        mounts=True,
     ),
     Mistake(
         "a disk lost what it was to keep",

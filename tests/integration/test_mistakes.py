@@ -80,11 +80,20 @@ class MistakeTests(TestCase):
 
     @in_thread
     def test_while_nothing_runs(self) -> None:
+        self.offline(mounts=False)
+
+    @in_thread
+    def test_of_a_full_file_system(self) -> None:
         if os.geteuid() != 0 or not can_mount():
             raise SkipTest("needs root, who may mount")
+        self.offline(mounts=True)
+
+    def offline(self, *, mounts: bool) -> None:
+        rows = tuple(one for one in OFFLINE if one.mounts == mounts)
+        self.assertTrue(rows)
         world = World(self, *SMALL)
         world.create()
-        self.look_at_all(world, OFFLINE, live=False)
+        self.look_at_all(world, rows, live=False)
 
     @in_thread
     def test_while_both_sites_run(self) -> None:
