@@ -17,6 +17,7 @@ from qdsmirror.daemons import logfields
 from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.errors import DeviceFailedError, QdsError
 from qdsmirror.interfaces import IGroup
+from qdsmirror.net.certificates import CredentialsError
 from qdsmirror.net.control import ControlServer
 from qdsmirror.paths import Paths, group_name
 from qdsmirror.pidfile import PidFile
@@ -195,10 +196,11 @@ class HostedGroup:
         else:
             code, reason = errors.EXIT_FAILED, f"{type(error).__name__}: {error}"
             _log.failure("{name} does not start", name=self._name)
-        fatal = code in FATAL_CODES
-        retrying = not fatal and self._wanted
+        passing = isinstance(error, CredentialsError)
+        retrying = self._wanted and (passing or code not in FATAL_CODES)
         self._report(self.number, "retrying" if retrying else "failed", reason, code)
-        if self._wanted and not self._give_up(code) and retrying:
+        ending = errors.EXIT_FAILED if passing else code
+        if self._wanted and not self._give_up(ending) and retrying:
             self._retry = self._reactor.callLater(self._delay_seconds, self._try_again)
             self._delay_seconds = min(2 * self._delay_seconds, limits.CHILD_RESTART_SECONDS_MAX)
 
@@ -283,6 +285,7 @@ class Hosting:
         self._factory = factory
         self._report = report
         self._end = end
+        self._reload_failed = False
         self._groups: dict[int, HostedGroup] = {}
 
     def start(
@@ -337,6 +340,9 @@ class Hosting:
         """
         order, number = message.get("order"), message.get("group")
         group = self._groups.get(number) if isinstance(number, int) else None
+        if self._reload_failed and order in ("hint", "restart"):
+            # Somebody has acted; the master, whose own files are good, does not say it again.
+            self._reload_credentials()
         if order == "start" and isinstance(number, int) and group is None:
             passed = _taken(message, descriptors)
             self._add(number, passed.get("listening"), passed.get("memory")).start()
@@ -371,6 +377,8 @@ class Hosting:
     def _reload_credentials(self) -> None:
         try:
             self._reload(load_host(self._paths))
+            self._reload_failed = False
         except QdsError as error:
+            self._reload_failed = True
             # The master has tried it before it told us: somebody has changed them since.
             _log.error("certificate, key and CA stay as they were: {error}", error=error)

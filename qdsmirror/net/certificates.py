@@ -46,6 +46,13 @@ class HostIdentity(Protocol):
         """PEM file: the certificates that a peer's chain may end in."""
 
 
+class CredentialsError(ConfigError):
+    """A file is no whole one, or they do not fit each other: as while they are being replaced.
+
+    What begins at that moment tries again by itself.
+    """
+
+
 def describe(certificate: x509.Certificate) -> str:
     """Name a certificate for people: its DNS names, else its subject; bounded and printable."""
     try:
@@ -65,12 +72,13 @@ def describe(certificate: x509.Certificate) -> str:
 def load_certificates(path: Path, key: str) -> list[x509.Certificate]:
     """Load the certificates of a PEM file that ``key`` of ``qds.cfg`` names.
 
-    :raises ConfigError: the file is unreadable or holds none.
+    :raises ConfigError: the file is unreadable.
+    :raises CredentialsError: it holds none.
     """
     try:
         return x509.load_pem_x509_certificates(_read(path, key))
     except ValueError:
-        raise ConfigError(f"{path}: no certificate in PEM form", hint=HINT_PKI) from None
+        raise CredentialsError(f"{path}: no certificate in PEM form", hint=HINT_PKI) from None
 
 
 def _read(path: Path, key: str, *, secret: bool = False) -> bytes:
@@ -100,14 +108,15 @@ def _read(path: Path, key: str, *, secret: bool = False) -> bytes:
 def load_key(host: HostIdentity) -> Any:
     """Load the host's private key; its file's mode is checked on the opened descriptor.
 
-    :raises ConfigError: it is unreadable, open to others, or no private key.
+    :raises ConfigError: it is unreadable, or open to others.
+    :raises CredentialsError: it is no private key.
     """
     path = Path(host.key)
     try:
         return load_pem_private_key(_read(path, "key", secret=True), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # Nothing of the file goes into the message: it is a secret.
-        raise ConfigError(
+        raise CredentialsError(
             f"{path}: not a private key in PEM form without a passphrase", hint=HINT_PKI
         ) from None
 

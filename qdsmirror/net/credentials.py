@@ -19,6 +19,7 @@ from OpenSSL import SSL, crypto
 from qdsmirror.errors import ConfigError
 from qdsmirror.net.certificates import (
     HINT_PKI,
+    CredentialsError,
     HostIdentity,
     check_own_name,
     load_certificates,
@@ -48,6 +49,7 @@ class Credentials:
         """Load the files of a host, and check that certificate and key are a pair.
 
         :raises ConfigError: a file is missing, unreadable, wrong, or the key's mode is not 0600.
+        :raises CredentialsError: they are no whole set, as while they are being replaced.
         """
         loaded = cls(
             host.name,
@@ -59,7 +61,7 @@ class Credentials:
         try:
             loaded.apply_to(SSL.Context(SSL.TLS_METHOD))
         except (SSL.Error, TypeError, ValueError):
-            raise ConfigError(
+            raise CredentialsError(
                 f"{os.fspath(host.key)}: not the key of the certificate in "
                 f"{os.fspath(host.certificate)}",
                 hint=HINT_PKI,

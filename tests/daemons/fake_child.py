@@ -15,6 +15,7 @@ from qdsmirror.daemons import child
 from qdsmirror.daemons.hosting import GroupParts
 from qdsmirror.errors import BrokenError, DeviceError
 from qdsmirror.interfaces import IGroup
+from qdsmirror.net.certificates import CredentialsError
 
 
 class Greeter:
@@ -59,6 +60,8 @@ class FakeGroup:
         self._event(f"start-{behaviour}")
         if behaviour == "fatal":
             return fail(BrokenError("the log is broken", "look"))
+        if behaviour == "unpaired":
+            return fail(CredentialsError("not the key of the certificate", "wait"))
         if behaviour == "fail":
             return fail(DeviceError("the device is in use", "wait"))
         if behaviour == "bug":

@@ -20,7 +20,7 @@ from twisted.internet.threads import deferToThread
 from qdsmirror.daemons import master as master_module
 from qdsmirror.daemons.driver import DriverMaster
 from qdsmirror.daemons.pmd import PmdMaster
-from qdsmirror.errors import ConfigError, QdsError
+from qdsmirror.errors import EXIT_CONFIG, ConfigError, QdsError
 from qdsmirror.pidfile import running_pid
 from qdsmirror.tools.client import ControlClient
 from tests.daemons.world import CHILD, MASTER, WorldCase, alive, until
@@ -146,6 +146,26 @@ class SupervisionTests(MasterCase):
         await until(lambda: master.status()["groups"][0]["reason"] == "the device is in use; wait")
         self.world.behave(0, "good")
         await self.running(master, 0)
+
+    async def unpaired(self, children: int) -> None:
+        """It is tried again by itself, though it is the configuration that is wrong."""
+        self.world.host(children=children)
+        self.world.group(0)
+        self.world.group(1)
+        self.world.behave(0, "unpaired")
+        master = self.begin()
+        await until(lambda: len(self.world.events(0)) >= 2)
+        reason = "not the key of the certificate; wait"
+        await until(lambda: master.status()["groups"][0]["reason"] == reason)
+        self.assertEqual(master.status()["groups"][0]["code"], EXIT_CONFIG)
+        self.world.behave(0, "good")
+        await self.running(master, 0, 1)
+
+    async def test_a_start_while_certificate_and_key_are_replaced(self) -> None:
+        await self.unpaired(children=2)
+
+    async def test_a_shared_child_starts_while_they_are_replaced(self) -> None:
+        await self.unpaired(children=1)
 
     async def test_shared_child_retries_one_group_and_keeps_the_other(self) -> None:
         self.world.host(children=1)
