@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cryptography.x509 import Certificate
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger, LogLevel
 
@@ -33,6 +34,7 @@ _HINTS = {
     "certificate": "renew it with qdsconfigtool pki --overwrite",
     "ca": "add its successor to the file on all hosts, and renew their certificates",
 }
+_SUCCEEDED = "its successor is in the file: renew what it has issued, and remove it on all hosts"
 
 
 class HostCertificate:
@@ -90,17 +92,22 @@ class HostCertificate:
             # Whoever needs it says so.
             return
         first = min(found, key=lambda one: one.not_valid_after_utc)
-        days = (first.not_valid_after_utc.timestamp() - self._wall()) / DAY_SECONDS
+        days = self._days(first)
         if days > CERTIFICATE_WARN_DAYS:
             return
+        succeeded = key == "ca" and any(self._days(one) > CERTIFICATE_WARN_DAYS for one in found)
         _log.emit(
             LogLevel.error if days <= CERTIFICATE_ALARM_DAYS else LogLevel.warn,
             "{path}: the certificate of {names} {when}; {hint}, then run qdsconfigtool apply",
             path=str(path),
-            hint=_HINTS[key],
+            hint=_SUCCEEDED if succeeded else _HINTS[key],
             names=describe(first),
             when=f"expires in {days:.0f} days" if days > 0 else "has expired",
         )
+
+    def _days(self, certificate: Certificate) -> float:
+        """Give how long a certificate is valid yet."""
+        return (certificate.not_valid_after_utc.timestamp() - self._wall()) / DAY_SECONDS
 
 
 def _files(host: HostConfig) -> tuple[object, ...]:

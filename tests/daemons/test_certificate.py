@@ -80,6 +80,23 @@ class HostCertificateTests(SynchronousTestCase):
         self.assertIs(level, LogLevel.error)
         self.assertIn(str(self.files.ca), text)
 
+    def test_an_old_authority_beside_its_successor(self) -> None:
+        self.certify(100)
+        self.certify(3, self.files.ca)
+        old = self.files.ca.read_bytes()
+        self.certify(20, self.files.ca)
+        young = self.files.ca.read_bytes()
+        self.files.ca.write_bytes(old + young)
+        self.expiry.begin()
+        ((_, text),) = self.told()
+        self.assertIn("; add its successor to the file", text)
+        self.certify(3000, self.files.ca)
+        self.files.ca.write_bytes(old + self.files.ca.read_bytes())
+        self.expiry.begin()
+        ((level, text),) = self.told()
+        self.assertIs(level, LogLevel.error)
+        self.assertIn("; its successor is in the file: renew what it has issued, and remove", text)
+
     def test_files_that_are_not_there(self) -> None:
         self.files.certificate.unlink()
         self.expiry.begin()
