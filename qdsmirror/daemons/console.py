@@ -24,7 +24,6 @@ from typing import Any
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import CannotListenError
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
@@ -41,9 +40,10 @@ from qdsmirror.daemons.master import (
     make_service,
 )
 from qdsmirror.daemons.notify import Notifier
+from qdsmirror.daemons.vigil import OwnVigil
 from qdsmirror.errors import ConfigError, QdsError
-from qdsmirror.limits import WATCHDOG_SHARE
-from qdsmirror.net.control import ControlServer
+from qdsmirror.net.asking import ask
+from qdsmirror.net.control import ControlServer, Status
 from qdsmirror.net.https import HttpsServer
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import PidFile
@@ -68,7 +68,7 @@ class ConsoleDaemon(Service):
         self._control = ControlServer(reactor, paths.control_socket(self.daemon), self)
         self._looking = Looking(reactor, paths)
         self._notifier = Notifier()
-        self._alive = LoopingCall(self._notifier.alive)
+        self._vigil = OwnVigil(reactor, self._notifier, self._ask_self)
         self._since = time.time()
         self._tls: HttpsServer | None = None
         self._socket: socket.socket | None = None
@@ -145,8 +145,7 @@ class ConsoleDaemon(Service):
         )  # fmt: skip
         self._notifier.status(f"metrics at {self.url}")
         self._notifier.ready()
-        if self._notifier.watchdog_seconds:
-            self._alive.start(self._notifier.watchdog_seconds * WATCHDOG_SHARE)
+        self._vigil.begin()
         signal.signal(signal.SIGHUP, self._hang_up)
 
     def _listen(self, factory: Any) -> Any:
@@ -172,8 +171,7 @@ class ConsoleDaemon(Service):
         _log.info("{daemon} is told to end", daemon=self.daemon)
         self._notifier.stopping()
         super().stopService()
-        if self._alive.running:
-            self._alive.stop()
+        self._vigil.end()
         if self._port is not None:
             yield self._port.stopListening()
         if self._socket is not None:
@@ -204,6 +202,10 @@ class ConsoleDaemon(Service):
             return render(look), CONTENT_TYPE
 
         return self._looking.look().addCallback(rendered)
+
+    def _ask_self(self, seconds: float) -> Deferred[Any]:
+        asked: Deferred[Any] = ask(self.reactor, self._control.path, Status, seconds)
+        return asked
 
     # -- control channel and signals ------------------------------------------------------------
 

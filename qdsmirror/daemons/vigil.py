@@ -6,6 +6,8 @@ has its sign of life.  A child that does not answer is killed and relaunched by 
 groups of the others are not disturbed; where none answers at all the fault may be the master's own,
 and the service manager is left to restart it.
 
+A daemon without children asks itself, over its own control socket, as anybody else would.
+
 What is counted are questions, not seconds: a machine that was suspended finds nobody silent.
 """
 
@@ -15,8 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.supervise import Supervisor
@@ -98,6 +102,44 @@ class Vigil:
     def _ask_all(self) -> None:
         self._supervisor.ask_all()
         self._beside()
+
+
+class OwnVigil:
+    """Feeds the watchdog of a daemon that has no children, while it answers its own question.
+
+    :param reactor: provides IReactorTime.
+    :param ask: asks for the daemon's Status, within so many seconds, by its control socket.
+    """
+
+    def __init__(
+        self, reactor: Any, notifier: Notifier, ask: Callable[[float], Deferred[Any]]
+    ) -> None:
+        self._reactor = reactor
+        self._notifier = notifier
+        self._ask = ask
+        self._seconds = notifier.watchdog_seconds * WATCHDOG_SHARE
+        self._timer: IDelayedCall | None = None
+        self._ended = False
+
+    def begin(self) -> None:
+        """Begin, when the control socket is there."""
+        if self._seconds:
+            self._timer = self._reactor.callLater(self._seconds, self.begin)
+            self._ask(self._seconds).addCallbacks(self._answered, self._silent)
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ended = True
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    def _answered(self, _status: Any) -> None:
+        if not self._ended:
+            self._notifier.alive()
+
+    def _silent(self, failure: Failure) -> None:
+        if not self._ended:
+            _log.error("our own question was not answered: {why}", why=failure.getErrorMessage())
 
 
 def describe(groups: list[dict[str, Any]]) -> str:

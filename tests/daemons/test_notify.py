@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import ensureDeferred
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.task import Clock
+from twisted.logger import LogPublisher, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
 from qdsmirror.core.ampbox import dump_json, load_json
+from qdsmirror.daemons import vigil as vigil_module
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.process import _environment
 from qdsmirror.daemons.supervise import Setting, Supervisor
-from qdsmirror.daemons.vigil import Vigil, describe
+from qdsmirror.daemons.vigil import OwnVigil, Vigil, describe
+from qdsmirror.errors import UnreachableError
 from qdsmirror.paths import Paths
 from tests.daemons.test_master import Ended
 from tests.daemons.test_supervise import FakeProcess, FakeReactor
@@ -288,6 +292,49 @@ class VigilTests(NotifyCase):
 
     def test_no_groups_in_words(self) -> None:
         self.assertEqual(describe([]), "0 groups: none")
+
+
+class OwnVigilTests(NotifyCase):
+    """A daemon without children asks itself."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.asked: list[Deferred[Any]] = []
+        self.seconds = WATCHDOG_SECONDS * limits.WATCHDOG_SHARE
+
+    def begin(self, **more: str) -> OwnVigil:
+        made = OwnVigil(self.clock, self.notifier(**more), self.ask)
+        made.begin()
+        return made
+
+    def ask(self, seconds: float) -> Deferred[Any]:
+        self.assertEqual(seconds, self.seconds)
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+    def test_fed_by_answers_alone(self) -> None:
+        vigil = self.begin(WATCHDOG_USEC=str(int(WATCHDOG_SECONDS * 1e6)))
+        for number in range(3):
+            self.assertEqual(self.manager.take(), [])
+            self.asked[number].callback({"name": "qdsconsole"})
+            self.assertEqual(self.manager.take(), ["WATCHDOG=1"])
+            self.clock.advance(self.seconds)
+        said: list[Any] = []
+        self.patch(vigil_module._log, "observer", LogPublisher(said.append))
+        self.asked[3].errback(UnreachableError("nobody answers"))
+        (event,) = said
+        self.assertEqual(formatEvent(event), "our own question was not answered: nobody answers")
+        self.clock.advance(self.seconds)
+        self.assertEqual(self.manager.take(), [])
+        vigil.end()
+        self.asked[4].callback({})
+        self.clock.advance(self.seconds)
+        self.assertEqual((self.manager.take(), len(self.asked)), ([], 5))
+
+    def test_nobody_wants_to_know(self) -> None:
+        self.begin().end()
+        self.assertEqual((self.asked, self.clock.getDelayedCalls()), ([], []))
 
 
 class DaemonTests(WorldCase):

@@ -124,6 +124,35 @@ class ServiceTests(TestCase):
             self.assertEqual(service.process.wait(60), -signal.SIGTERM)
             self.assertIn("STOPPING=1", service.manager.receive())
 
+    @in_thread
+    def test_of_the_console(self) -> None:
+        world = World(self, "--size", "2M", "--writelog", "2M", "--journal", "3M", "--console")
+        world.create()
+        journal = Journal(world)
+        service = Service(world, "primary", "qdsconsole")
+        service.tells("READY=1")
+        world.until(
+            lambda: [one for one in service.manager.receive() if one.startswith("STATUS=metrics")],
+            "qdsconsole to say where the metrics are",
+        )
+        for _ in range(2):
+            service.manager.take()
+            service.tells("WATCHDOG=1")
+        service.manager.take()
+        service.process.send_signal(signal.SIGHUP)
+        service.tells("RELOADING=1")
+        service.tells("READY=1")
+        # Fed by answers of its own alone: now there are none.
+        (world.primary / "run" / "qdsconsole.ctl").unlink()
+        world.until(lambda: journal.find("our own question was not"), "the console to notice")
+        service.manager.take()
+        journal.entries.clear()
+        world.until(lambda: journal.find("our own question was not"), "it to notice again")
+        self.assertNotIn("WATCHDOG=1", service.manager.receive())
+        service.process.terminate()
+        self.assertEqual(service.process.wait(60), -signal.SIGTERM)
+        self.assertIn("STOPPING=1", service.manager.receive())
+
     def audited(self, world: World, journal: Journal) -> None:
         """Who asked for the bypass, and for what is refused, is in the audit log."""
         path = world.primary / "var" / "audit.log"
