@@ -24,8 +24,8 @@ RULES = ROOT / "conf" / "prometheus" / "qdsmirror.rules.yml"
 DASHBOARD = ROOT / "conf" / "grafana" / "qdsmirror.json"
 RULE_TESTS = Path(__file__).with_name("qdsmirror.rules.test.yml")
 #: What alerts must be about, and a word of the alert that is.
-TOPICS = ("Lags", "WritelogFilling", "WritelogFullSoon", "NotCoherent", "Bypass", "VerifyMismatch",
-          "CertificateExpires", "DaemonGone", "ConsoleGone")  # fmt: skip
+TOPICS = ("Lags", "WritelogFilling", "WritelogFullSoon", "NotCoherent", "RefreshStalled", "Bypass",
+          "VerifyMismatch", "CertificateExpires", "DaemonGone", "ConsoleGone")  # fmt: skip
 
 
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
