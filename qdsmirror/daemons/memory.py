@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _PR_SET_IO_FLUSHER = 57
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
@@ -45,6 +47,19 @@ def protect() -> Protection:
     score = _lower_oom_score(refused)
     flusher = _call("PR_SET_IO_FLUSHER", refused, library.prctl, _PR_SET_IO_FLUSHER, 1, 0, 0, 0)
     return Protection(flusher, _lock(library, refused), score, tuple(refused))
+
+
+def unprotect() -> None:
+    """Give up what a unit for systemd grants for the sake of the others.
+
+    To be called by a process that runs programs (throttles' ``exec``): they would inherit the
+    OOM score and the ambient capabilities (capabilities(7)), and be spared in place of others.
+    """
+    with suppress(OSError):
+        if int(_OOM_SCORE_ADJ.read_text()) < 0:
+            _OOM_SCORE_ADJ.write_text("0")
+    # Refused only by a kernel that has none.
+    ctypes.CDLL(None).prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 
 
 def _lock(library: ctypes.CDLL, refused: list[str]) -> bool:

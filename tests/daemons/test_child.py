@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from twisted.trial.unittest import TestCase
+import signal
 
-from qdsmirror.daemons import child
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from qdsmirror.daemons import child, memory
 from tests.tools.sites import host_root
 
 
@@ -23,3 +25,26 @@ class NicenessTests(TestCase):
             self.assertEqual(child._niceness("pmd", (0, 2), paths), 5)
         file.write_text("nonsense")
         self.assertEqual(child._niceness("pmd", range(3), paths), 5)
+
+
+class ProtectionTests(SynchronousTestCase):
+    def begun(self, role: str) -> list[str]:
+        """Give what a child does first."""
+        done = []
+
+        def begin(*_: object) -> None:
+            done.append("begin")
+            raise InterruptedError
+
+        self.patch(memory, "unprotect", lambda: done.append("unprotect"))
+        self.patch(signal, "signal", begin)
+        with self.assertRaises(InterruptedError):
+            child.main([role, "--groups", "0", "--fds", "channel=0"])
+        return done
+
+    def test_who_runs_programs_gives_up_first_what_they_would_inherit(self) -> None:
+        self.assertEqual(self.begun("stats"), ["unprotect", "begin"])
+
+    def test_who_moves_data_keeps_it(self) -> None:
+        for role in ("driver", "pmd", "rmd"):
+            self.assertEqual(self.begun(role), ["begin"])

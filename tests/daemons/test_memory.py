@@ -35,6 +35,35 @@ print(json.dumps({
 }))
 """
 
+# First gets something to give up: its lowest capability as an ambient one (structs: capget(2)).
+_INHERITANCE_PROGRAM = """
+import ctypes, json, subprocess, sys
+from pathlib import Path
+from qdsmirror.daemons.memory import unprotect
+library = ctypes.CDLL(None)
+header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+data = (ctypes.c_uint32 * 6)()
+library.capget(header, data)
+if data[1]:
+    data[2] |= data[1] & -data[1]
+    library.capset(header, data)
+    library.prctl(47, 2, (data[1] & -data[1]).bit_length() - 1, 0, 0)
+score = Path("/proc/self/oom_score_adj")
+try:
+    score.write_text("-7")
+except OSError:
+    pass
+def told():
+    found = subprocess.run(
+        ["cat", "/proc/self/status", score], capture_output=True, text=True
+    ).stdout.splitlines()
+    ambient = next(line.split()[1] for line in found if line.startswith("CapAmb:"))
+    return [int(ambient, 16), int(found[-1])]
+before = told()
+unprotect()
+print(json.dumps([before, told()]))
+"""
+
 
 class GrantedTests(SynchronousTestCase):
     """In a process of its own: locking trial's memory would be no kindness."""
@@ -58,6 +87,16 @@ class GrantedTests(SynchronousTestCase):
         if not found["locked"]:
             raise SkipTest("the right to lock memory (CAP_IPC_LOCK or no limit) is missing")
         self.assertLess(found["resident_kib"] * 1024, 80 * MIB)
+
+    def test_programs_inherit_nothing(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", _INHERITANCE_PROGRAM],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        (ambient, score), found = json.loads(done.stdout)
+        self.assertEqual(found, [0, max(0, score)])
+        if not ambient:
+            raise SkipTest("there is no capability to give up")
 
 
 class RefusedTests(SynchronousTestCase):
@@ -121,3 +160,15 @@ class RefusedTests(SynchronousTestCase):
         self.score.write_text("-1000\n")
         self.score.chmod(0o444)
         self.assertEqual(memory.protect().oom_score_adj, -1000)
+
+    def test_what_programs_would_inherit_is_given_up(self) -> None:
+        for held, left in (("-1000\n", "0"), ("0\n", "0\n"), ("500\n", "500\n")):
+            self.score.write_text(held)
+            memory.unprotect()
+            self.assertEqual(self.score.read_text(), left)
+            self.assertEqual(self.asked.pop(), ("prctl", (47, 4, 0, 0, 0)))
+
+    def test_it_is_given_up_where_there_is_no_score(self) -> None:
+        self.score.unlink()
+        memory.unprotect()
+        self.assertEqual(self.asked, [("prctl", (47, 4, 0, 0, 0))])
