@@ -119,14 +119,17 @@ class HoldBack:
 
     def may_send(self) -> bool:
         """Tell whether more bytes may be sent within the limit; if not, call when they may."""
+        if not self._kbps:
+            return True
         seconds = self._bucket.wait(self._reactor.seconds())
         if seconds:
             self._limited.after(seconds)
         return not seconds
 
     def sent(self, size: int) -> None:
-        """Count what was written to a link."""
-        self._bucket.spend(tls_bytes(size), self._reactor.seconds())
+        """Count what was written to a link, while there is a limit."""
+        if self._kbps:
+            self._bucket.spend(tls_bytes(size), self._reactor.seconds())
 
     def end(self) -> None:
         """Wait for nothing: the session is over, or it is to be seen anew for how long."""

@@ -29,6 +29,16 @@ def knobs(**values: int) -> str:
     return json.dumps(values)
 
 
+class CountingClock(Clock):
+    """A clock that counts how often it is read."""
+
+    read = 0
+
+    def seconds(self) -> float:
+        self.read += 1
+        return super().seconds()
+
+
 class KnobsTests(SynchronousTestCase):
     def test_what_is_not_told_stays(self) -> None:
         known = {"sleep_us": 5, "limit_kbps": 7}
@@ -166,6 +176,29 @@ class LimitTests(SynchronousTestCase):
         world.hold_back.set(knobs(limit_kbps=0))
         self.assertEqual(world.paths[0].carries, [1, 2])
         self.assertEqual(world.near.writable, told + 1)
+
+    def test_without_one_no_clock_is_read(self) -> None:
+        clock = CountingClock()
+        hold_back = HoldBack(clock, lambda: None)
+        for limit in (0, 5):
+            hold_back.set(knobs(limit_kbps=limit))
+            clock.read = 0
+            self.assertTrue(hold_back.may_send())
+            hold_back.sent(10 * KIB)
+            self.assertEqual(clock.read > 0, limit > 0)
+
+    def test_what_was_sent_without_one_does_not_count(self) -> None:
+        clock = Clock()
+        hold_back = HoldBack(clock, lambda: None)
+        hold_back.set(knobs(limit_kbps=1))
+        hold_back.set(knobs(limit_kbps=0))
+        hold_back.sent(MIB)
+        clock.advance(3600)
+        hold_back.set(knobs(limit_kbps=1))
+        self.assertTrue(hold_back.may_send())
+        # An hour without a limit saves nothing.
+        hold_back.sent(KIB)
+        self.assertFalse(hold_back.may_send())
 
     def test_what_is_sent_at_once_is_little(self) -> None:
         world = PmdWorld(self)
