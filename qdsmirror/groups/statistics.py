@@ -44,6 +44,9 @@ from qdsmirror.paths import Paths
 from qdsmirror.storage.tracking import Directory, GrowingFile
 from qdsmirror.storage.worker import ThreadWorker
 
+#: Arguments of programs and texts of mails stand in the events.
+_EVENTS_MODE = 0o640
+
 
 @dataclass
 class Machine:
@@ -52,7 +55,7 @@ class Machine:
     :ivar reactor: timers and sockets.
     :ivar worker: by name, for what may block.
     :ivar ask: asks a daemon; as :func:`qdsmirror.net.asking.ask`.
-    :ivar directory: by path, where files grow.
+    :ivar directory: by path and mode, where files grow.
     :ivar wall: seconds since 1970; ``clock``: what the clocks on the wall show then.
     :ivar master: the number of the process that supervises this one.
     """
@@ -117,12 +120,18 @@ class StatisticsGroup:
         self._reactor = machine.reactor
         names = [ldsu.name for ldsu in config.ldsus]
         limit = config.tunables.prf_limit
-        directory = machine.directory(paths.var)
         self._rows = GrowingFile(
-            directory, paths.tracking_file(self.number).name, limit, header(names)
+            machine.directory(paths.var),
+            paths.tracking_file(self.number).name,
+            limit,
+            header(names),
         )
         self._events = GrowingFile(
-            directory, paths.event_file(self.number).name, limit, EVENT_HEAD, durable=True
+            machine.directory(paths.var, _EVENTS_MODE),
+            paths.event_file(self.number).name,
+            limit,
+            EVENT_HEAD,
+            durable=True,
         )
         self._rates = Rates(names, role)
         self._rhythms = [

@@ -31,13 +31,30 @@ class Tracking:
         self._waiting = 0
         self._lost = 0
         self._stopped = False
+        self._replacing = False
+        self._newest: dict[Path, str] = {}
 
     def replace(self, path: Path, text: str) -> None:
-        """Give a file another content, all or nothing of it; that it fails is told."""
+        """Give a file another content, all or nothing of it; that it fails is told.
+
+        While the worker has one, of those that wait for the same file only the newest is kept.
+        """
+        self._newest[path] = text
+        if not self._replacing:
+            self._replace_next()
+
+    def _replace_next(self) -> None:
+        if not self._newest:
+            return
+        path, text = self._newest.popitem()
+        self._replacing = True
 
         def done(_result: None, error: BaseException | None) -> None:
+            self._replacing = False
             if error is not None:
                 self._fail(f"{path.name}: {error}")
+            if not self._stopped:
+                self._replace_next()
 
         self._worker.run(partial(replace_file, path, text), done)
 
@@ -81,6 +98,8 @@ class Tracking:
     def stop(self, *files: GrowingFile) -> Deferred[None]:
         """Write what waits, and close the files; what comes from here on is dropped."""
         self._stopped = True
+        while self._newest:
+            self._replace_next()
         for file in files:
             self._worker.run(file.close, lambda _result, _error: None)
         return self._worker.stop()

@@ -21,10 +21,12 @@ class Directory:
     """What a growing file needs of the file system; tests have one whose power can be cut.
 
     :param path: of the directory.
+    :param mode: who may read the files that are made there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o644) -> None:
         self._path = path
+        self._mode = mode
 
     def open(self, name: str) -> int:
         """Open a file for reading and appending, durably made where it is not there."""
@@ -32,7 +34,7 @@ class Directory:
         try:
             return os.open(self._path / name, flags)
         except FileNotFoundError:
-            descriptor = os.open(self._path / name, flags | os.O_CREAT, 0o644)
+            descriptor = os.open(self._path / name, flags | os.O_CREAT, self._mode)
         try:
             self._sync_names()
         except OSError:
@@ -172,9 +174,16 @@ class GrowingFile:
                 written += self._directory.append(descriptor, line[written:])
         except OSError:
             if written:
-                self._directory.truncate(descriptor, self._size)
+                self._take_back()
             raise
         self._size += written
+
+    def _take_back(self) -> None:
+        try:
+            self._directory.truncate(self._open_one(), self._size)
+        except OSError:
+            # The next line opens the file again, and that cuts it.
+            self.close()
 
     def _rotate(self) -> None:
         """Make the file the previous generation: it is durable before it replaces that one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from qdsmirror.core.throttles import Throttle
 from qdsmirror.errors import DegradedError, QdsError, UnreachableError
 from qdsmirror.groups.actions import Means
 from qdsmirror.groups.statistics import Machine, StatisticsGroup
+from qdsmirror.groups.tracking import Tracking
 from qdsmirror.limits import FAILURE_AGAIN_SECONDS
 from qdsmirror.net.asking import NobodyThereError
 from qdsmirror.net.control import Extend, Free, SetKnobs, Status
@@ -230,6 +232,47 @@ class RowTests(StatisticsCase):
         self.pass_(1.0)
         self.worker.step_all()
         self.assertEqual(self.group.status()["errors"], [])
+
+    def test_of_what_is_left_to_a_successor_only_the_newest_waits(self) -> None:
+        self.worker = StepWorker()
+        tracking = Tracking("dsgrp000", self.worker)
+        path, other = self.paths.statistics_file(0), self.paths.statistics_file(1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1000):
+            tracking.replace(path, str(number))
+        self.assertEqual(len(self.worker.waiting), 1)
+        self.worker.step()
+        self.assertEqual((path.read_text(), len(self.worker.waiting)), ("0", 1))
+        self.worker.step_all()
+        self.assertEqual(path.read_text(), "999")
+        for number in range(3):
+            tracking.replace(path, f"more {number}")
+            tracking.replace(other, f"other {number}")
+        stopped = tracking.stop()
+        self.worker.step_all()
+        self.successResultOf(stopped)
+        self.assertEqual((path.read_text(), other.read_text()), ("more 2", "other 2"))
+
+    def test_what_could_not_be_left_does_not_keep_what_follows(self) -> None:
+        self.worker = StepWorker()
+        tracking = Tracking("dsgrp000", self.worker)
+        path = self.paths.statistics_file(0)
+        path.mkdir(parents=True)
+        for number in range(3):
+            tracking.replace(path, str(number))
+        self.worker.step()
+        self.assertIn("Is a directory", tracking.error)
+        path.rmdir()
+        self.worker.step_all()
+        self.assertEqual(path.read_text(), "2")
+
+    def test_events_are_not_for_all_to_read(self) -> None:
+        self.addCleanup(os.umask, os.umask(0o022))
+        self.said["driver"] = driver_status(**self.modes("accumulating"))
+        self.begin()
+        self.pass_()
+        for file, mode in ((self.paths.event_file(0), 0o640), (self.paths.tracking_file(0), 0o644)):
+            self.assertEqual(file.stat().st_mode & 0o777, mode)
 
     def test_a_disk_that_refuses(self) -> None:
         self.begin()

@@ -40,6 +40,7 @@ class Disk:
 
     :param ops: so many operations go well.
     :param space: bytes that can be appended.
+    :ivar cuts: files can be made shorter.
     """
 
     def __init__(self, seed: int = 0, ops: int = 1 << 30, space: int = 1 << 30) -> None:
@@ -47,6 +48,7 @@ class Disk:
         self.random = Random(seed)
         self.ops = ops
         self.space = space
+        self.cuts = True
         self.opened: dict[int, Inode] = {}
         self.count = 0
 
@@ -98,6 +100,8 @@ class Disk:
         return taken
 
     def truncate(self, descriptor: int, size: int) -> None:
+        if not self.cuts:
+            raise OSError(errno.EIO, "Input/output error")
         inode = self.opened[descriptor]
         del inode.data[size:]
         inode.durable = min(inode.durable, size)
@@ -189,6 +193,22 @@ class GenerationTests(SynchronousTestCase):
         file.write([row(1004)])
         self.assertEqual(rows(disk), [1000, 1004])
 
+    def test_a_row_that_cannot_be_taken_back(self) -> None:
+        """What is behind a torn row is not glued to it."""
+        disk = Disk(space=len(HEAD) + 1 + 14)
+        file = GrowingFile(disk, "f", 1000, HEAD)  # type: ignore[arg-type]
+        file.write([row(1000)])
+        disk.cuts = False
+        with self.assertRaises(OSError) as caught:
+            file.write([row(1003)])
+        self.assertEqual(caught.exception.errno, errno.ENOSPC)
+        self.assertEqual(disk.opened, {})
+        disk.space = 1000
+        self.assertRaises(OSError, file.write, [row(1004)])
+        disk.cuts = True
+        file.write([row(1005)])
+        self.assertEqual(rows(disk), [1000, 1005])
+
 
 class CrashTests(SynchronousTestCase):
     @given(st.lists(st.integers(0, 120), min_size=1, max_size=4), st.integers(), st.booleans())
@@ -229,6 +249,14 @@ class RealTests(SynchronousTestCase):
         last = (self.base / "f").read_text().splitlines()
         self.assertEqual((last[0], last[-1]), (HEAD, row(1029)))
         self.assertEqual((self.base / "f").stat().st_mode & 0o777, 0o644)
+
+    def test_the_mode_of_each_generation(self) -> None:
+        self.addCleanup(os.umask, os.umask(0o022))
+        file = GrowingFile(Directory(self.base, 0o640), "f", 64, HEAD)
+        for number in range(1000, 1030):
+            file.write([row(number)])
+        modes = [(self.base / name).stat().st_mode & 0o777 for name in ("f", "f.1")]
+        self.assertEqual(modes, [0o640, 0o640])
 
     def test_a_file_that_was_moved_away(self) -> None:
         file = GrowingFile(Directory(self.base), "f", 640, HEAD)
