@@ -494,6 +494,9 @@ class World(Clients):
             group.bypass.next_generation()
         except DegradedError:
             return True
+        except QdsError:
+            # A device has failed: then new writelogs are no way out.
+            return False
         return False
 
     def _until(self, happened: Callable[[], bool], what: str, alone: bool = False) -> None:
