@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from qdsmirror.core.evaluation import State, evaluate
+from qdsmirror.core.samples import GroupSample
 from qdsmirror.core.throttles import Throttle
 from qdsmirror.limits import KIB
 from tests.sim.history import Violation
 from tests.sim.runs import a_base
 from tests.sim.throttled import KnobWorld, ThrottledWorld, throttle
 
+_NOON = 12 * 3600.0
 _OFFICE = {"start": "08:00:00", "stop": "17:00:00"}
 #: The patent's Figure 10, completed: conf/throttles.sample has the same.
 FIGURE_10 = (
     throttle("passed 200", "netkbps T> 200", "sleep inc 15000", **_OFFICE),
     throttle("above 300", "netkbps > 300", "sleep inc 5000", **_OFFICE),
+    throttle("fallen to 200", "netkbps T<= 200", "sleep dec 15000", **_OFFICE),
     throttle("below 200", "netkbps < 200", "sleep dec 5000", **_OFFICE),
     throttle("nearly idle", "netkbps < 50", "sleep dec 10000", **_OFFICE),
     throttle("out of hours", "netkbps >= 0", "sleep set 0", start="17:00:00", stop="08:00:00"),
@@ -38,6 +43,11 @@ def world(throttles: Sequence[Throttle], **more: Any) -> Iterator[ThrottledWorld
             yield made
         finally:
             made.close()
+
+
+def utc(at: float) -> datetime:
+    """Show UTC."""
+    return datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
 
 
 def rates(one: ThrottledWorld, seconds: int = 10) -> list[float]:
@@ -71,6 +81,21 @@ class FigureTenTests(SynchronousTestCase):
             # It is 17:00:00 by then.
             self.assertEqual([knobs.sleep_us for knobs in one.knobs[59:61]], [30000, 0])
             self.assertGreater(found[60], 600)
+
+    def test_a_dip_is_recovered_from(self) -> None:
+        """What the first throttle adds each time 200 are passed is taken back at each fall."""
+        for dip, rush in ((156.0, 311.0), (60.0, 700.0), (190.0, 201.0), (0.0, 0.0)):
+            state, now, rates = State(), _NOON, []
+            for turn in range(40):
+                # Writes of 8 KiB, each of which waits so long, and takes half a millisecond.
+                rate = min(800.0, 8e6 / (500 + state.knobs.sleep_us))
+                rate = {15: dip, 16: rush}.get(turn, rate)
+                rates.append(rate)
+                found = GroupSample(epoch=now, netkbps=rate)
+                state = evaluate(FIGURE_10, state, [found], now, utc).state
+                now += 10.0
+            self.assertTrue(all(200 <= rate <= 300 for rate in rates[10:15]), rates)
+            self.assertTrue(all(200 <= rate <= 300 for rate in rates[22:]), rates)
 
     def test_the_pause_goes_back_to_zero_with_the_load(self) -> None:
         def no_load() -> None:
