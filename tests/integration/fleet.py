@@ -53,6 +53,11 @@ class Writing:
         before = self.promised
         self.fleet.until(lambda: self.promised > before, f"more writes to group {self.number}")
 
+    def give_up(self) -> None:
+        """End it as it is: it might connect again, and write on beside another."""
+        self._program.kill()
+        self._program.communicate(timeout=WRITER_SECONDS)
+
     def end(self) -> dict[str, Any]:
         """End it when all is answered; give its report."""
         output, errors = self._program.communicate(timeout=WRITER_SECONDS)

@@ -78,7 +78,7 @@ class OneToManyTests(TestCase):
         fleet.go_on(1, 2, 3)
         watch.end()
         # Its writer has given up by now, or will never be answered.
-        fleet.writings.pop(0)
+        fleet.writings.pop(0).give_up()
         fleet.at("primary", "qdswlinit", "-g", "0", "--yes")
         watch = Watch(fleet, (1, 2, 3))
         fleet.at("primary", "qdsconfigtool", "apply")
