@@ -169,6 +169,10 @@ def main() -> int:
     parser.add_argument("--interval", type=float, default=10.0, help="of the evaluations")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.seconds < (CLOSING + 4) * options.interval:
+        parser.error(f"--seconds must be {CLOSING + 4} intervals at least")
+    if options.limit_seconds < 4 * options.interval:
+        parser.error("--limit-seconds must be 4 intervals at least")
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     directory = Path(tempfile.mkdtemp(prefix="qdsbench", dir=place))
     held = Held(directory, options.interval)
