@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdsmirror.errors import UsageError
+from qdsmirror.errors import QdsError, UsageError
 
 #: A Unix socket's path holds at most this many bytes (sun_path less its final NUL).
 SOCKET_PATH_BYTES_MAX = 107
@@ -127,3 +127,17 @@ class Paths:
     def console(self) -> Path:
         """The host's console device; below a root a file of this name, if there is one."""
         return Path("/dev/console") if self.root is None else self.dev / "console"
+
+
+def make_directories(paths: Paths) -> None:
+    """Make the directories that a daemon writes to.
+
+    :raises QdsError: that is not possible.
+    """
+    for directory in (paths.run, paths.var):
+        try:
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise QdsError(
+                f"{directory}: {error.strerror}", hint="create it, or run as root"
+            ) from None

@@ -36,7 +36,6 @@ from qdsmirror.daemons.master import (
     Options,
     become_user,
     exiting,
-    make_directories,
     make_service,
 )
 from qdsmirror.daemons.notify import Notifier
@@ -45,7 +44,7 @@ from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.asking import ask
 from qdsmirror.net.control import ControlServer, Status
 from qdsmirror.net.https import HttpsServer
-from qdsmirror.paths import Paths
+from qdsmirror.paths import Paths, make_directories
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()

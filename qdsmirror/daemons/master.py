@@ -38,7 +38,7 @@ from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.daemons.vigil import Vigil
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.control import ControlServer
-from qdsmirror.paths import Paths, file_identity, group_name
+from qdsmirror.paths import Paths, file_identity, group_name, make_directories
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()
@@ -429,20 +429,6 @@ def become_user(host: HostConfig, paths: Paths, pid_file: PidFile) -> None:
             f"cannot become user {host.user}: {error.strerror}",
             hint="let the service manager start it as that user",
         ) from None
-
-
-def make_directories(paths: Paths) -> None:
-    """Make the directories that a daemon writes to.
-
-    :raises QdsError: that is not possible.
-    """
-    for directory in (paths.run, paths.var):
-        try:
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        except OSError as error:
-            raise QdsError(
-                f"{directory}: {error.strerror}", hint="create it, or run as root"
-            ) from None
 
 
 class Prepared(Protocol):

@@ -32,7 +32,7 @@ from qdsmirror.config import (
     scan_groups,
 )
 from qdsmirror.errors import ConfigError, DeviceError, QdsError, UnreachableError
-from qdsmirror.paths import Paths
+from qdsmirror.paths import Paths, make_directories
 from qdsmirror.pidfile import running_pid
 from qdsmirror.tools import cli, progress
 from qdsmirror.tools.client import ControlClient
@@ -118,13 +118,8 @@ def _check(daemon: _Daemon, paths: Paths) -> list[QdsError]:
 
 
 def _check_directories(paths: Paths) -> None:
+    make_directories(paths)
     for directory in (paths.run, paths.var):
-        try:
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        except OSError as error:
-            raise QdsError(
-                f"{directory}: {error.strerror}", hint="create it, or run as root"
-            ) from None
         if not os.access(directory, os.W_OK | os.X_OK):
             raise QdsError(f"{directory}: not writable", hint="run as root or as its owner")
 
