@@ -123,9 +123,9 @@ class FileTests(RootedTestCase):
 
     def test_the_sample(self) -> None:
         text = (CONF / "throttles.sample").read_text()
-        self.assertEqual(len(self.group(GROUP + text).throttles), 5)
+        self.assertEqual(len(self.group(GROUP + text).throttles), 6)
         opened = text.replace("\n#  ", "\n  ")
-        self.assertEqual(len(self.group(GROUP + opened).throttles), 12)
+        self.assertEqual(len(self.group(GROUP + opened).throttles), 13)
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(throttles())
