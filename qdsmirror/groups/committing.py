@@ -158,16 +158,31 @@ class Committing:
         """
         if self._journaling:
             raise ProtocolError("the last session's frames are being committed; try again")
-        if self.failed:
-            raise DeviceFailedError(self.failed, hint="see qdsinfo on the secondary")
+        self.check_failed()
         self._received.clear()
         self.received_bytes = 0
         self._intake = self._intake_from_durable()
 
-    def stand_at(self, cursor: Cursor) -> None:
-        """Go on from another place, which the journal's superblock has already; only when quiet."""
-        self.mirroring.stand_at(cursor)
-        self._intake = self._intake_from_durable()
+    def begin_anew(
+        self, refresh_id: bytes, generation: Generation, cursor: Cursor
+    ) -> Deferred[None]:
+        """Replace the history, durably; only when quiet.
+
+        :raises ProtocolError: see :meth:`Mirroring.begin_anew`.
+        """
+
+        def stand(_: None) -> None:
+            self._intake = self._intake_from_durable()
+
+        return self.mirroring.begin_anew(refresh_id, generation, cursor).addCallback(stand)
+
+    def check_failed(self) -> None:
+        """Check that things are committed.
+
+        :raises DeviceFailedError: nothing is any more.
+        """
+        if self.failed:
+            raise DeviceFailedError(self.failed, hint="see qdsinfo on the secondary")
 
     def _intake_from_durable(self) -> Intake:
         superblock = self.mirror.journal.superblock
@@ -182,10 +197,9 @@ class Committing:
         return quiet
 
     def _note_idle(self) -> None:
-        if self._idle and not self._busy:
-            waiting, self._idle = self._idle, []
-            for quiet in waiting:
-                quiet.callback(None)
+        # Whom the first one tells may begin something that the next one is to wait for.
+        while self._idle and not self._busy:
+            self._idle.pop(0).callback(None)
 
     @property
     def _busy(self) -> bool:

@@ -16,8 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from twisted.internet.defer import Deferred
 
 from qdsmirror.core.held import Held
-from qdsmirror.core.records import Cursor
-from qdsmirror.errors import BrokenError, DegradedError, DeviceFailedError, QdsError
+from qdsmirror.core.records import Cursor, Generation
+from qdsmirror.errors import (
+    BrokenError,
+    DegradedError,
+    DeviceFailedError,
+    ProtocolError,
+    QdsError,
+)
 from qdsmirror.interfaces import IWorker
 from qdsmirror.storage.journal import CUTS, Applied, Change
 
@@ -63,7 +69,7 @@ class Mirroring:
         self._behind = False
         self._stopping = False
         self._pausing: tuple[str, str, float, Deferred[Held]] | None = None
-        self._changing = self._syncing = False
+        self._changing = self._syncing = self._renewing = False
 
     @property
     def held(self) -> Held | None:
@@ -82,6 +88,7 @@ class Mirroring:
             self.running
             or self._changing
             or self._syncing
+            or self._renewing
             or (not self._committing.failed and self._has_work)
         )
 
@@ -95,10 +102,44 @@ class Mirroring:
         """Begin no longer work: what is in the journal, the next start applies."""
         self._stopping = True
 
-    def stand_at(self, cursor: Cursor) -> None:
-        """Go on from another place; only when nothing is under way."""
-        self.mirror.applied = self.durable = cursor
-        self._behind = False
+    def begin_anew(
+        self, refresh_id: bytes, generation: Generation, cursor: Cursor
+    ) -> Deferred[None]:
+        """Go on from another place, once that is durable; only when nothing is under way.
+
+        The one worker that else records places does it: what it has to record of the old one comes
+        before, or sees that it is past.  A checkpoint that is asked for meanwhile waits.
+
+        :raises ProtocolError: it stops.
+        """
+        if self._stopping:
+            raise ProtocolError("the remote mirror daemon is stopping")
+        begun: Deferred[None] = Deferred()
+
+        def done(_result: None, error: BaseException | None) -> None:
+            self._renewing = False
+            if error is None:
+                self.mirror.applied = self.durable = cursor
+                self._behind = False
+                begun.callback(None)
+            else:
+                begun.errback(error)
+            self.go_on()
+            self._committing.freed()
+
+        def job() -> None:
+            self.mirror.begin_anew(
+                refresh_id,
+                generations=(generation,),
+                tail=cursor,
+                applied=cursor,
+                head=cursor,
+                durable_gsn=cursor.gsn - 1,
+            )
+
+        self._renewing = True
+        self._worker.run(job, done)
+        return begun
 
     # -- frames -------------------------------------------------------------------------------
 
@@ -111,7 +152,7 @@ class Mirroring:
 
     def go_on(self) -> None:
         """Apply what there is to apply, unless something is under way."""
-        if self.running or self._changing:
+        if self.running or self._changing or self._renewing:
             return
         if self._pausing is not None:
             self._hold()

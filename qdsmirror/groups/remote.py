@@ -250,6 +250,8 @@ class RemoteGroup:
         self._drop_link("superseded by a newer connection")
         assert self.committing is not None
         self.committing.forget()
+        # Also an older handshake that is not yet a session is over.
+        self.epoch += 1
 
     def new_session(self, ident: bytes, paths: int, method: str) -> Session:
         """Make the stream of a session that is about to begin."""
@@ -295,39 +297,40 @@ class RemoteGroup:
 
     @inlineCallbacks
     def rebase(self, positions: Sequence[RebasePosition]) -> Any:
-        """Replace the history: durably incoherent, then the new place (rules.md 7)."""
+        """Replace the history: durably incoherent, then the new place (rules.md 7).
+
+        :raises ProtocolError: a checkpoint holds; another connection came meanwhile; it stops.
+        :raises DeviceFailedError: it cannot be recorded, or nothing is committed any more.
+        """
         committing = self.committing
         assert committing is not None
-        mirror = committing.mirror
+        epoch = self.epoch
         self.holding.check_rebase()
         yield committing.quiet()
+        # What it has waited for may have been a checkpoint's beginning.
+        self.holding.check_rebase()
+        committing.check_failed()
+        if self.epoch != epoch:
+            raise ProtocolError("another connection came first; try again")
         first = positions[0]
         self.log.warn(
             "{group}: a refresh replaces the history of generation {old}",
             group=self.name, old=first.predecessor.hex() or "(none)",
         )  # fmt: skip
         cursor = Cursor(
-            mirror.journal.head,
+            committing.mirror.journal.head,
             first.next_gsn,
             {p.index: Point(p.next_sequence, p.chain) for p in positions},
         )
         try:
-            yield self._in_thread(
-                lambda: mirror.begin_anew(
-                    first.refresh_id,
-                    generations=(Generation(first.generation, first.next_gsn),),
-                    tail=cursor,
-                    applied=cursor,
-                    head=cursor,
-                    durable_gsn=first.next_gsn - 1,
-                )
+            yield committing.begin_anew(
+                first.refresh_id, Generation(first.generation, first.next_gsn), cursor
             )
         except (OSError, DeviceFailedError) as error:
             committing.fail(f"another history cannot be begun: {error}", error)
             raise DeviceFailedError(
                 committing.failed, hint="see qdsinfo on the secondary"
             ) from error
-        committing.stand_at(cursor)
         self.epoch += 1
 
     def _drop_link(self, reason: str) -> None:

@@ -368,7 +368,9 @@ class RebaseTests(SynchronousTestCase):
         """A dirty refresh does not bring it again."""
         world = self.received()
         self.group.supersede()
-        self.successResultOf(self.group.rebase(self.points()))
+        done = self.group.rebase(self.points())
+        world.settle()
+        self.successResultOf(done)
         self.assertEqual(world.devices["/far/mirror0"].unsynced, [])
 
     def test_a_device_that_fails_in_it(self) -> None:
@@ -378,7 +380,9 @@ class RebaseTests(SynchronousTestCase):
                 world = self.received()
                 self.group.supersede()
                 world.devices[path].fail(method)
-                self.failureResultOf(self.group.rebase(self.points()), DeviceFailedError)
+                done = self.group.rebase(self.points())
+                world.settle()
+                self.failureResultOf(done, DeviceFailedError)
                 self.assertIn("another history cannot be begun", self.group.failed)
                 self.assertIn(path, self.group.failed)
                 self.assertRaises(DeviceFailedError, self.group.supersede)
@@ -406,7 +410,9 @@ class RebaseTests(SynchronousTestCase):
             for index in range(2)
         ]
         group.supersede()
-        self.successResultOf(group.rebase(points))
+        done = group.rebase(points)
+        world.settle()
+        self.successResultOf(done)
         status = group.status()
         self.assertEqual(status["modes"], ["refresh", "connected"])
         self.assertEqual([one["mode"] for one in status["mode_details"]], status["modes"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from qdsmirror.errors import DegradedError, DeviceFailedError, ProtocolError
 from qdsmirror.groups import retry as retry_module
 from qdsmirror.net.handshake import RebasePosition
 from tests.fakes import nothing
 from tests.groups.site import MIB, Sites, Steps
-from tests.groups.test_remote import JOURNAL, MIRROR, RemoteWorld
+from tests.groups.test_holding import HoldingWorld
+from tests.groups.test_remote import JOURNAL, MIRROR
 from tests.groups.world import unique
 from tests.storage.logworld import GENERATION, OTHER_GENERATION
 
@@ -78,27 +80,131 @@ class ReplacedSecondaryTests(TestCase):
 class RebaseTests(SynchronousTestCase):
     """A history is replaced when nothing of the old one is under way any more."""
 
+    def setUp(self) -> None:
+        self.world = HoldingWorld(self)
+
+    def rebase(self) -> Deferred[None]:
+        """Have the history replaced by one that begins with GSN 20."""
+        positions = [
+            RebasePosition(index, OTHER_GENERATION, GENERATION, 9, b"C" * 16, 20, b"R" * 16)
+            for index in range(2)
+        ]
+        done: Deferred[None] = self.world.group.rebase(positions)
+        return done
+
+    def assert_begun(self) -> None:
+        """It begins at the new place, and nowhere else."""
+        found = self.world.superblock
+        self.assertEqual(found.generation, OTHER_GENERATION)
+        self.assertEqual((found.applied.gsn, found.tail.gsn, found.head.gsn), (20, 20, 20))
+        self.assertFalse(found.coherent)
+        self.assertEqual(self.world.reached, (19, 19))
+
+    def test_no_checkpoint_is_taken_of_the_old_one_meanwhile(self) -> None:
+        """It would bring the old place back, under the new history's name."""
+        world = self.world
+        world.write(2)
+        world.group.supersede()
+        done = self.rebase()
+        committing = world.group.committing
+        assert committing is not None
+        quiet = committing.quiet()
+        told = world.switch("on", "late")
+        self.assertNoResult(told)
+        self.assertNoResult(quiet)
+        world.settle()
+        self.successResultOf(done)
+        self.successResultOf(quiet)
+        error = self.failureResultOf(told, DegradedError).value
+        self.assertIn("a refresh is in progress", error.message)
+        self.assertIsNone(world.held)
+        self.assert_begun()
+
+    def test_it_waits_for_no_checkpoint_that_has_come_first(self) -> None:
+        world = self.world
+        world.write(2)
+        told = world.switch("on", "first")
+        world.group.supersede()
+        done = self.rebase()
+        self.assertNoResult(done)
+        world.settle()
+        self.successResultOf(told)
+        error = self.failureResultOf(done, ProtocolError).value
+        self.assertIn("first holds", error.message)
+        self.assertEqual(world.superblock.generation, GENERATION)
+        self.assertEqual(world.reached, (2, 2))
+
+    def test_a_superblock_that_is_due_does_not_bring_the_old_place_back(self) -> None:
+        world = self.world
+        world.write(2)
+        world.group.supersede()
+        done = self.rebase()
+        world.reactor.advance(world.group.config.tunables.metadata_seconds)
+        world.settle()
+        self.successResultOf(done)
+        self.assert_begun()
+
+    def test_another_connection_comes_while_it_waits(self) -> None:
+        world, group = self.world, self.world.group
+        world.deliver(world.link, world.frame())
+        world.step(JOURNAL)
+        group.supersede()
+        done = self.rebase()
+        group.supersede()
+        newer = self.rebase()
+        world.settle()
+        error = self.failureResultOf(done, ProtocolError).value
+        self.assertIn("another connection", error.message)
+        self.successResultOf(newer)
+        self.assert_begun()
+
+    def test_a_stop_waits_for_it(self) -> None:
+        world, group = self.world, self.world.group
+        world.write(1)
+        group.supersede()
+        done = self.rebase()
+        stopped = group.stop()
+        self.assertNoResult(stopped)
+        world.settle()
+        self.successResultOf(done)
+        self.successResultOf(stopped)
+        world.devices = {path: device.reopen() for path, device in world.devices.items()}
+        world.start()
+        self.assert_begun()
+
+    def test_none_begins_once_it_stops(self) -> None:
+        world, group = self.world, self.world.group
+        world.deliver(world.link, world.frame())
+        world.step(JOURNAL)
+        group.supersede()
+        stopped = group.stop()
+        done = self.rebase()
+        world.settle()
+        self.failureResultOf(done, ProtocolError)
+        self.successResultOf(stopped)
+        world.devices = {path: device.reopen() for path, device in world.devices.items()}
+        self.assertEqual(world.superblock.generation, GENERATION)
+
+    def test_none_begins_where_a_device_fails_before(self) -> None:
+        world, group = self.world, self.world.group
+        world.deliver(world.link, world.frame())
+        world.step(JOURNAL)
+        group.supersede()
+        done = self.rebase()
+        world.devices["/far/mirror0"].fail("pwritev")
+        world.settle()
+        self.failureResultOf(done, DeviceFailedError)
+        self.assertEqual(world.superblock.generation, GENERATION)
+
     def test_what_is_being_applied_comes_first(self) -> None:
-        world = RemoteWorld(self)
-        group = world.start()
-        world.deliver(world.connect(), world.frame())
+        world, group = self.world, self.world.group
+        world.deliver(world.link, world.frame())
         world.step(JOURNAL)
         self.assertEqual(len(world.steps[MIRROR].waiting), 1)
         group.supersede()
-        done = group.rebase(
-            [
-                RebasePosition(
-                    index=index,
-                    generation=OTHER_GENERATION,
-                    predecessor=GENERATION,
-                    next_sequence=9,
-                    chain=b"C" * 16,
-                    next_gsn=20,
-                    refresh_id=b"R" * 16,
-                )
-                for index in range(2)
-            ]
-        )
+        done = self.rebase()
+        self.assertNoResult(done)
+        world.step(MIRROR)
         self.assertNoResult(done)
         self.assertEqual(world.superblock.generation, GENERATION)
         world.step(MIRROR)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from twisted.internet.defer import succeed
+from twisted.internet.defer import maybeDeferred, succeed
 
 from qdsmirror.core import states as states_module
 from qdsmirror.core.bitmap import DirtyBitmap
@@ -667,6 +667,20 @@ def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
 
     patch(Mirroring, "_next", all_of_it)
     patch(Mirroring, "_apply", apply)
+
+
+@mutation("PREFIX", seeds=50, first=2)
+def _checkpoint_of_a_history_that_is_being_replaced(patch: Patch) -> None:
+    real = Mirroring.begin_anew
+
+    def begin_anew(mirroring: Any, *args: Any) -> Any:
+        begun = real(mirroring, *args)
+        mirroring._renewing = False
+        asked = maybeDeferred(mirroring.hold, "c", "release", 0.0)
+        asked.addErrback(lambda _failure: None)
+        return begun
+
+    patch(Mirroring, "begin_anew", begin_anew)
 
 
 @mutation("COHERENT", seeds=200)

@@ -35,11 +35,9 @@ from qdsmirror.groups.band import Band
 from qdsmirror.groups.coherence import Coherence
 from qdsmirror.groups.driver import DriverGroup
 from qdsmirror.groups.framing import Framing
-from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.verifying import Verifying
 from qdsmirror.limits import KIB
-from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.storage import beforeimages as beforeimages_module
 from qdsmirror.storage import verify as storage_verify
 from qdsmirror.storage.journal import Mirror
@@ -106,7 +104,7 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
             "unpack",
             _counted(world, "messages unpacked", session_module.compression.unpack, _any),
         )
-        patch(RemoteGroup, "rebase", _watched_rebase(world, RemoteGroup.rebase))
+        patch(Mirror, "begin_anew", _watched_anew(world, Mirror.begin_anew))
         patch(Mirror, "mark_incoherent", _watched_begin(world, Mirror.mark_incoherent))
         patch(Mirror, "hold", _watched_hold(world, Mirror.hold))
         patch(Mirror, "release", _watched_release(world, Mirror.release))
@@ -192,13 +190,14 @@ def _early(reorder: Reorder[Any], first: int, *_: Any) -> bool:
     return first > reorder._next
 
 
-def _watched_rebase(world: Sites, original: Any) -> Any:
-    def rebase(group: RemoteGroup, positions: Sequence[RebasePosition]) -> Any:
-        for one in positions:
-            world.model.rebased(one.index, one.generation, one.chain, one.next_gsn)
-        return original(group, positions)
+def _watched_anew(world: Sites, original: Any) -> Any:
+    def begin_anew(mirror: Mirror, refresh_id: bytes, **changes: Any) -> None:
+        generation, place = changes["generations"][-1].id, changes["tail"]
+        for index, point in place.points.items():
+            world.model.rebased(index, generation, point.chain, place.gsn)
+        original(mirror, refresh_id, **changes)
 
-    return rebase
+    return begin_anew
 
 
 def _essence(log: Writelog, writes: Any) -> list[Written]:
