@@ -30,6 +30,8 @@ LIMIT_KBPS = 250
 #: Evaluations until the patent's throttles hold: 15 ms at first, then 5 more each.
 CLOSING = 6
 _READ_BYTES = 1 << 16
+#: Both sites are started within.
+_START_SECONDS = 20.0
 
 
 class Counter:
@@ -135,9 +137,9 @@ def patent(held: Held, seconds: float) -> list[float]:
     # Starting both sites takes a while, which counts for the window.
     held.use("")
     now = datetime.now()
-    held.use(figure_10(now - timedelta(hours=1), now + timedelta(seconds=seconds + 20)))
-    begun = now + timedelta(seconds=20)
-    with held.load(seconds + after + 5) as fio:
+    begun = now + timedelta(seconds=_START_SECONDS)
+    held.use(figure_10(now - timedelta(hours=1), begun + timedelta(seconds=seconds)))
+    with held.load(_START_SECONDS + seconds + after) as fio:
         wait_for("the load", lambda: datetime.now() >= begun, 60)
         found = held.rates(seconds + after)
         fio.terminate()

@@ -310,6 +310,8 @@ REFUSED_RETRY_SECONDS = 60.0
 RECEIVED_BYTES_MAX = 8 * MIB
 #: Frames durable in the journal and not yet applied; beyond it reading pauses.
 UNMIRRORED_BYTES_MAX = 32 * MIB
+#: The primary learns this late at most what is on the mirror devices.
+MIRRORED_TOLD_SECONDS = 0.01
 
 # -- before-images (rules.md 15) -----------------------------------------------------------------
 #: One is kept of a part of so much, once a refresh changes anything in it.

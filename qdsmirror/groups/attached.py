@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 from qdsmirror.core import watermark
 from qdsmirror.errors import ProtocolError
 from qdsmirror.groups.outbound import OutUnit
+from qdsmirror.net.sending import send_now
 
 if TYPE_CHECKING:
     from qdsmirror.groups.primary import PrimaryGroup
@@ -62,6 +63,7 @@ class PmdEnd(Protocol):
         """Tell the driver, if it is still there."""
         if not self.lost:
             self.transport.write(data)
+            send_now(self.transport)
 
     def close(self) -> None:
         """Let go of the driver; its writelogs are still open."""

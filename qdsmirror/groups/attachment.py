@@ -20,6 +20,7 @@ from qdsmirror.core.states import Event
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import ProtocolError, QdsError
 from qdsmirror.groups.questions import Questions
+from qdsmirror.net.sending import send_now
 from qdsmirror.storage.writelog import SharedDevice
 
 if TYPE_CHECKING:
@@ -260,6 +261,8 @@ class DriverEnd(Protocol):
             self.close()
         else:
             self.transport.write(watermark.pack_durable(gsn, ends))
+            if not self._paused:
+                send_now(self.transport)
 
     def refresh(self, announcement: dict[str, Any] | None) -> None:
         """Say which refresh is in progress."""

@@ -25,7 +25,7 @@ from qdsmirror.errors import BrokenError, DeviceFailedError, ProtocolError
 from qdsmirror.groups.mirroring import Batch, Mirroring
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.traffic import Traffic
-from qdsmirror.limits import RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
+from qdsmirror.limits import MIRRORED_TOLD_SECONDS, RECEIVED_BYTES_MAX, UNMIRRORED_BYTES_MAX
 from qdsmirror.storage.journal import CUTS, Change, Mirror
 from qdsmirror.storage.writelog import Writes
 
@@ -95,6 +95,8 @@ class Committing:
         self._journal_full = False
         self._idle: list[Deferred[None]] = []
         self._timer: Any = None
+        #: The primary is to be told what is mirrored, with what is committed if that comes first.
+        self._telling: Any = None
         self._fill_rate = FillRate()
         self._tick()
 
@@ -148,6 +150,8 @@ class Committing:
         if not self.failed:
             self.mirroring.checkpoint()
             yield self.quiet()
+        if self._telling is not None:
+            self.acknowledge()
         yield gatherResults([self._journal_worker.stop(), self._mirror_worker.stop()])
 
     def forget(self) -> None:
@@ -264,7 +268,13 @@ class Committing:
 
     def acknowledge(self) -> None:
         """Have the primary told how far its frames have come."""
+        self._forget_telling()
         self._tell_acknowledge(self.committed_gsn, self.mirrored_gsn)
+
+    def _forget_telling(self) -> None:
+        telling, self._telling = self._telling, None
+        if telling is not None and telling.active():
+            telling.cancel()
 
     def _press(self) -> None:
         self._tell_press(
@@ -343,8 +353,8 @@ class Committing:
             self.acknowledge()
         self._press()
         self.holding.look()
-        self.mirroring.go_on()
         self.commit()
+        self.mirroring.go_on()
         self._note_idle()
 
     # -- mirror devices -----------------------------------------------------------------------
@@ -355,8 +365,8 @@ class Committing:
         :param more: others are being applied that were kept for it: the primary is told then.
         """
         self._press()
-        if not more:
-            self.acknowledge()
+        if not more and self._telling is None:
+            self._telling = self._reactor.callLater(MIRRORED_TOLD_SECONDS, self.acknowledge)
         journal = self.mirror.journal
         entries = self.mirror.applied.gsn - journal.superblock.applied.gsn
         if (
@@ -379,5 +389,6 @@ class Committing:
     def fail(self, reason: str, error: BaseException) -> None:
         """Commit nothing any more (LOUD)."""
         self.failed = self.failed or reason
+        self._forget_telling()
         self._tell_failed(reason, error)
         self._note_idle()

@@ -17,7 +17,6 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.protocol import Factory
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, HostConfig, load_secret
@@ -47,6 +46,7 @@ from qdsmirror.interfaces import IGroup, IWorker
 from qdsmirror.limits import UNAUTHENTICATED_MAX
 from qdsmirror.net.handshake import RebasePosition, RemoteHandshake, UnitPosition
 from qdsmirror.net.link import ILinkOwner
+from qdsmirror.net.sending import UnbufferedTlsFactory
 from qdsmirror.paths import Paths
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.latch import FailureLatch
@@ -205,10 +205,9 @@ class RemoteGroup:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             factory = Factory.forProtocol(lambda: handshake)
             factory.noisy = False
-            tls = TLSMemoryBIOFactory(
+            tls = UnbufferedTlsFactory(
                 self.runtime.server_tls(self.host, self.config.primary_host), False, factory
             )
-            tls.noisy = False
             self._reactor.adoptStreamConnection(accepted.fileno(), accepted.family, tls)
 
     def handshake(self, ended: Callable[[], None] = lambda: None) -> RemoteHandshake | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.endpoints import HostnameEndpoint
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.threads import deferToThreadPool
 
@@ -25,6 +25,7 @@ from qdsmirror.net.control import attach_to_driver
 from qdsmirror.net.credentials import Credentials, KeptCredentials
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.net.nbd_socket import bind_nbd
+from qdsmirror.net.sending import TlsEndpoint
 from qdsmirror.net.tls import client_options, server_context_factory
 from qdsmirror.storage.device import open_device
 from qdsmirror.storage.worker import AdaptiveWorker, ReadWorkers, ThreadWorker
@@ -52,8 +53,7 @@ def tls_endpoint(
         timeout=HANDSHAKE_SECONDS,
         bindAddress=(way.local, 0) if way.local else None,
     )
-    endpoint: IStreamClientEndpoint = wrapClientTLS(options, tcp)
-    return endpoint
+    return TlsEndpoint(options, tcp)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from qdsmirror.core.stream import Message
 from qdsmirror.errors import QdsError
 from qdsmirror.limits import PATH_UNSENT_BYTES_MAX, PING_SECONDS, SILENT_PEER_SECONDS
 from qdsmirror.net.addresses import plain_address
+from qdsmirror.net.sending import send_now
 
 #: include/uapi/linux/tcp.h
 _TCP_NOTSENT_LOWAT = 25
@@ -85,6 +86,8 @@ class Link(Protocol):
         if not self.ended:
             self.sent_bytes += len(data)
             self.transport.write(data)
+            if self.can_send:
+                send_now(getattr(self.transport, "transport", None))
 
     def keep_unsent_short(self) -> None:
         """Have the kernel take no more than it can send soon: another path may be quicker."""

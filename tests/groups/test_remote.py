@@ -23,6 +23,7 @@ from qdsmirror.groups.authority import Authority
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.session import Session
+from qdsmirror.limits import MIRRORED_TOLD_SECONDS
 from qdsmirror.net.handshake import RebasePosition
 from qdsmirror.paths import Paths
 from qdsmirror.storage.superblock import read_superblock
@@ -135,6 +136,7 @@ class RemoteWorld:
     def settle(self) -> None:
         while any(worker.step() for worker in list(self.steps.values())):
             pass
+        self.reactor.advance(MIRRORED_TOLD_SECONDS)
 
     def block(self, index: int, block: int) -> bytes:
         return self.devices[f"/far/mirror{index}"].content()[block * BLOCK :][:BLOCK]
@@ -192,7 +194,23 @@ class JournalTests(SynchronousTestCase):
         self.assertEqual(world.block(0, 1), bytes(BLOCK))
         world.step(MIRROR)
         self.assertEqual(world.block(0, 1), unique(1))
-        self.assertEqual(self.link.acks[-1], Ack(1, 1))
+        self.assertEqual(self.link.acks[-1], Ack(1, 0))
+        world.reactor.advance(MIRRORED_TOLD_SECONDS)
+        self.assertEqual(self.link.acks[2:], [Ack(1, 1)])
+
+    def test_what_is_mirrored_is_told_with_what_is_committed(self) -> None:
+        """Each ACK costs the other side two turns."""
+        world = self.world
+        for gsn in range(1, 6):
+            world.deliver(self.link, world.frame())
+            world.step(JOURNAL)
+            world.step(MIRROR)
+            self.assertEqual(self.link.acks[-1], Ack(gsn, gsn - 1))
+        self.assertEqual(len(self.link.acks), 6)
+        world.settle()
+        self.assertEqual(self.link.acks[6:], [Ack(5, 5)])
+        world.reactor.advance(10 * MIRRORED_TOLD_SECONDS)
+        self.assertEqual(len(self.link.acks), 7)
 
     def test_frames_that_come_during_a_sync_get_their_ack_after_the_next(self) -> None:
         """The mirror devices may be slow: what is committed does not wait for them."""

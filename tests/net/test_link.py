@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IWriteDescriptor
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -49,6 +50,19 @@ class Owner:
         self.told.append(("lost", reason))
 
 
+@implementer(IWriteDescriptor)
+class Plain:
+    """The socket's transport below TLS; counts what has been sent at once."""
+
+    connected, disconnecting = True, False
+
+    def __init__(self) -> None:
+        self.flushed = 0
+
+    def doWrite(self) -> None:  # noqa: N802
+        self.flushed += 1
+
+
 class LinkTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
@@ -64,6 +78,16 @@ class LinkTests(SynchronousTestCase):
 
     def messages(self) -> list[Message]:
         return list(stream.MessageParser().feed(self.transport.value()))
+
+    def test_what_is_sent_leaves_at_once(self) -> None:
+        plain = Plain()
+        self.transport.transport = plain  # type: ignore[attr-defined]
+        self.link.send(b"x")
+        self.assertEqual(plain.flushed, 1)
+        # From within, a producer would go on that is paused.
+        self.link.pauseProducing()
+        self.link.send(b"y")
+        self.assertEqual(plain.flushed, 1)
 
     def test_pings_keep_it_alive(self) -> None:
         for _ in range(20):

@@ -13,8 +13,9 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.protocol import Factory
 from twisted.internet.task import Clock
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.test import iosim
+
+from qdsmirror.net.sending import UnbufferedTlsFactory
 
 PRIMARY = "primary.example"
 SECONDARY = "secondary.example"
@@ -73,8 +74,7 @@ class _OneFactory(Factory):
 
 def tls(creator: Any, protocol: Any, clock: Clock, *, client: bool) -> Any:
     """Wrap a protocol in TLS, as an endpoint does."""
-    factory = TLSMemoryBIOFactory(creator, client, _OneFactory(protocol), clock)
-    factory.noisy = False
+    factory = UnbufferedTlsFactory(creator, client, _OneFactory(protocol), clock)
     return factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 575))
 
 
