@@ -108,8 +108,14 @@ def recommend(
 def busiest(intervals: Sequence[Interval], seconds: float) -> float:
     """Give the highest mean rate, bytes a second, over any stretch of so many seconds.
 
-    Of a shorter record: its mean.  Pauses between intervals count as nothing, and take no time.
+    A stretch has whole intervals, and is no longer than it must be from where it begins, or to
+    where it ends.  Of a shorter record: its mean.  Pauses between intervals count as nothing, and
+    take no time.
     """
+    return max(_busiest_to_an_end(one, seconds) for one in (intervals, intervals[::-1]))
+
+
+def _busiest_to_an_end(intervals: Sequence[Interval], seconds: float) -> float:
     rates: list[float] = []
     total = length = 0.0
     first = 0

@@ -41,24 +41,28 @@ class BusiestTests(SynchronousTestCase):
         self.assertLess(busiest(burst, 1000), 15)
 
     @given(
-        st.lists(st.tuples(st.floats(1, 60), st.floats(0, 1e9)), min_size=1, max_size=40),
-        st.floats(1, 600),
+        st.lists(st.tuples(st.integers(1, 60), st.integers(0, 10**9)), min_size=1, max_size=40),
+        st.integers(1, 600),
     )
-    def test_against_every_window(self, pieces: list[tuple[float, float]], seconds: float) -> None:
-        """It is the rate of a stretch that is long enough, and no shortest one is busier."""
-        intervals = [Interval(0.0, length, amount) for length, amount in pieces]
-        rates = []
-        for first in range(len(pieces)):
-            length = amount = 0.0
-            for one in intervals[first:]:
-                length, amount = length + one.seconds, amount + one.amount
-                if length >= seconds * (1 + 1e-9):
-                    rates.append(amount / length)
-                    break
+    def test_against_every_window(self, pieces: list[tuple[int, int]], seconds: int) -> None:
+        """It is the rate of the busiest of the shortest stretches that are long enough."""
         whole = sum(a for _, a in pieces) / sum(s for s, _ in pieces)
-        found = busiest(intervals, seconds)
-        self.assertGreaterEqual(found * (1 + 1e-6), max([*rates[-1:], 0.0]))
-        self.assertLessEqual(found, max([*(a / s for s, a in pieces), whole]) * (1 + 1e-6))
+        rates = []
+        for one in (pieces, pieces[::-1]):
+            for first in range(len(one)):
+                length = amount = 0
+                for more, moved in one[first:]:
+                    length, amount = length + more, amount + moved
+                    if length >= seconds:
+                        rates.append(amount / length)
+                        break
+        found = busiest([Interval(0.0, float(s), float(a)) for s, a in pieces], float(seconds))
+        self.assertAlmostEqual(found, max(rates, default=whole), 6)
+
+    def test_what_is_busy_at_an_edge_counts(self) -> None:
+        record = [Interval(1.0, 1, 1), Interval(3.0, 2, 0)]
+        for intervals in (record, record[::-1]):
+            self.assertEqual(busiest(intervals, 2), 1 / 3)
 
 
 class RecommendTests(SynchronousTestCase):
