@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -137,14 +138,55 @@ class MetricsTests(ConsoleCase):
         if shutil.which("promtool") is None:
             raise SkipTest("promtool is missing")
         lab = self.begin("--groups", "2", "--crossed", "--ldsus", "2")
+        scrapes = {}
         for root in (lab.primary, lab.secondary):
+            scrapes[root.name] = self.get(root)[1]
             done = subprocess.run(
                 ["promtool", "check", "metrics"],
-                input=self.get(root)[1],
+                input=scrapes[root.name],
                 capture_output=True,
                 timeout=60,
             )
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"", b""))
+        self._dashboard_shows(scrapes)
+
+    def _dashboard_shows(self, scrapes: dict[str, bytes]) -> None:
+        """Evaluate every expression of the dashboard on what was scraped: each gives something."""
+        series = []
+        for site, content in scrapes.items():
+            for name, value in samples(content).items():
+                plain = name if "{" in name else f"{name}{{}}"
+                labels = plain.replace("{", f'{{instance="{site}",', 1).replace(",}", "}")
+                grows = 1 if re.search(r"_(total|bucket|sum|count)[{]", labels) else 0
+                values = f"{min(value, 1e18):f}+{grows}x20"
+                series.append({"series": labels, "values": values})
+        tests = []
+        for text in expressions(json.loads(DASHBOARD.read_text())):
+            if text.startswith(("label_values(", "ALERTS")):
+                # Names for a menu; and what there is of while an alert fires only.
+                continue
+            shown = text.replace("$__rate_interval", "5m")
+            shown = shown.replace("$instance", ".*").replace("$group", ".*")
+            # All is well here: what counts what is not must still find it.
+            shown = re.sub(
+                r" (== [01]|< [+]Inf)", " > bool -1", shown.removesuffix(" or vector(0)")
+            )
+            tests.append(
+                {
+                    "expr": f"count({shown}) > bool 0",
+                    "eval_time": "15m",
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+            )
+        self.assertGreater(len(tests), 30)
+        one = {"interval": "1m", "input_series": series, "promql_expr_test": tests}
+        path = Path(self.mktemp())
+        # JSON is YAML.
+        path.write_text(json.dumps({"rule_files": [], "evaluation_interval": "1m", "tests": [one]}))
+        done = subprocess.run(
+            ["promtool", "test", "rules", str(path)], capture_output=True, text=True, timeout=120
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     @in_thread
     def test_daemons_that_hang_or_are_gone(self) -> None:
