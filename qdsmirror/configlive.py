@@ -1,7 +1,7 @@
 """What of a group's configuration may change while its daemons run (``qdsset``).
 
 A change lasts until the daemon's next start, which reads the file again.  Values are checked as
-those in the file are.
+those in the file are.  The numbers of throttles have keys of their own (livethrottles).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 from configobj import ConfigObj
 from configobj.validate import ValidateError, Validator
 
+from qdsmirror import livethrottles
 from qdsmirror.configmodel import GroupConfig, Tunables
 from qdsmirror.configvalues import CHECKS, nearest, shown
 from qdsmirror.errors import UsageError
 
 _GROUP, _TUNABLES = "", "tunables"
+_THROTTLES = "throttles"
 
 
 class Setting(NamedTuple):
@@ -26,11 +28,20 @@ class Setting(NamedTuple):
 
     :ivar section: where it stands in the file; "" for no section.
     :ivar daemons: which of the group's daemons go by it.
+    :ivar role: of the host on which they do; "" for whichever they run on.
     """
 
     section: str
     daemons: tuple[str, ...]
+    role: str = ""
 
+    def is_of(self, daemon: str, role: str) -> bool:
+        """Tell whether a daemon goes by it; ``role``: of its host, "" where it has one only."""
+        return daemon in self.daemons and (not role or self.role in ("", role))
+
+
+#: The process for statistics and throttles, which each side has.
+STATISTICS = "stats"
 
 #: Every key that ``qdsset`` takes; one that comes to the configuration is added here.
 SETTINGS: Mapping[str, Setting] = {
@@ -49,10 +60,21 @@ SETTINGS: Mapping[str, Setting] = {
     "compression": Setting(_TUNABLES, ("pmd",)),
     "send_window": Setting(_TUNABLES, ("pmd",)),
     "reconnect_max": Setting(_TUNABLES, ("pmd",)),
+    "perf_interval": Setting(_TUNABLES, (STATISTICS,)),
+    "prf_limit": Setting(_TUNABLES, (STATISTICS,)),
+    "throttle_interval": Setting(_TUNABLES, (STATISTICS,), "primary"),
 }
+_THROTTLE = Setting(_THROTTLES, (STATISTICS,), "primary")
+#: What the keys of throttles' numbers look like.
+THROTTLE_KEYS = ("THROTTLE.value", "THROTTLE.limit")
 
 #: The daemons that go by settings, by the part that a host plays.
-DAEMONS = {"primary": ("driver", "pmd"), "secondary": ("rmd",)}
+DAEMONS = {"primary": ("driver", "pmd", STATISTICS), "secondary": ("rmd", STATISTICS)}
+
+
+def setting(key: str) -> Setting | None:
+    """Give the setting of a key; ``None``: there is none."""
+    return _THROTTLE if livethrottles.is_key(key) else SETTINGS.get(key)
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, str]:
@@ -78,9 +100,12 @@ def _check(key: str, value: str) -> Any:
 
     :raises UsageError: there is no such key, or it takes no such value.
     """
-    setting = SETTINGS.get(key)
+    if livethrottles.is_key(key):
+        livethrottles.check(key, value)
+        return value
+    known = SETTINGS.get(key)
     spec = _spec()
-    if setting is None:
+    if known is None:
         if any(key in section for section in spec.values() if isinstance(section, dict)):
             raise UsageError(
                 f"{key} does not change while the daemons run",
@@ -88,9 +113,9 @@ def _check(key: str, value: str) -> Any:
             )
         raise UsageError(
             f"there is no setting {shown(key)}{nearest(key, SETTINGS)}",
-            hint=f"settings: {', '.join(SETTINGS)}",
+            hint=f"settings: {', '.join((*SETTINGS, *THROTTLE_KEYS))}",
         )
-    check = (spec[setting.section] if setting.section else spec)[key]
+    check = (spec[known.section] if known.section else spec)[key]
     try:
         return Validator(CHECKS).check(check, value)
     except ValidateError as error:
@@ -114,28 +139,44 @@ def changed(config: GroupConfig, settings: Mapping[str, str], daemon: str) -> Gr
     """
     own: dict[str, Any] = {}
     tunables: dict[str, Any] = {}
+    throttles = config.throttles
     for key, value in settings.items():
-        checked = _check(key, value)
-        if daemon in SETTINGS[key].daemons:
-            (tunables if SETTINGS[key].section == _TUNABLES else own)[key] = checked
+        checked, known = _check(key, value), setting(key)
+        if known is None or daemon not in known.daemons:
+            continue
+        if known.section == _THROTTLES:
+            throttles = livethrottles.turned(throttles, key, value)
+        else:
+            (tunables if known.section == _TUNABLES else own)[key] = checked
     return dataclasses.replace(
-        config, tunables=dataclasses.replace(config.tunables, **tunables), **own
+        config,
+        tunables=dataclasses.replace(config.tunables, **tunables),
+        throttles=throttles,
+        **own,
     )
 
 
-def values(config: GroupConfig, daemon: str) -> dict[str, Any]:
-    """Give the present values of the settings that a daemon goes by."""
-    return {
+def values(config: GroupConfig, daemon: str, role: str = "") -> dict[str, Any]:
+    """Give the present values of the settings that a daemon goes by.
+
+    :param role: of its host, where that makes a difference.
+    """
+    found = {
         key: getattr(config.tunables if one.section == _TUNABLES else config, key)
         for key, one in SETTINGS.items()
-        if daemon in one.daemons
+        if one.is_of(daemon, role)
     }
+    if _THROTTLE.is_of(daemon, role):
+        found |= livethrottles.numbers(config.throttles)
+    return found
 
 
-def differing(config: GroupConfig, started_with: GroupConfig, daemon: str) -> dict[str, Any]:
+def differing(
+    config: GroupConfig, started_with: GroupConfig, daemon: str, role: str = ""
+) -> dict[str, Any]:
     """Give the settings that are others than those at the daemon's start."""
-    before = values(started_with, daemon)
-    return {key: now for key, now in values(config, daemon).items() if now != before[key]}
+    before = values(started_with, daemon, role)
+    return {key: now for key, now in values(config, daemon, role).items() if now != before[key]}
 
 
 assert all(

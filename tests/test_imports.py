@@ -65,7 +65,8 @@ RULES: dict[str, frozenset[str]] = {
     "configmodel": BASE | {"configvalues", "core"},
     "configsafety": frozenset(),
     "configsource": BASE | {"configvalues"},
-    "configlive": BASE | {"configmodel", "configvalues"},
+    "configlive": BASE | {"configmodel", "configvalues", "livethrottles"},
+    "livethrottles": BASE | {"configvalues", "core"},
     "configthrottles": BASE | {"configsource", "core"},
     "config": BASE
     | {"paths", "configmodel", "configsource", "configthrottles", "configvalues", "core"},
@@ -91,6 +92,7 @@ NO_TWISTED_AT_START = frozenset(
         "configthrottles",
         "configvalues",
         "configlive",
+        "livethrottles",
         "pki",
         "paths",
         "pidfile",

@@ -188,6 +188,20 @@ def evaluate(
     return Outcome(replace(state, true_of=true_of), tuple(fired))
 
 
+def carried(state: State, throttles: Sequence[Throttle]) -> State:
+    """Give the state with which to go on by throttles of other numbers.
+
+    A limit that is in force becomes what its throttle sets now, without another transition.
+    """
+    sets = {one.name: one.limit for one in throttles}
+    limits = {}
+    for name in state.limits:
+        action = sets.get(name)
+        if action is not None and action.amount is not None:
+            limits[name] = action.amount
+    return replace(state, limits=limits)
+
+
 def _kept(state: State, throttles: Sequence[Throttle], open_: Sequence[Throttle]) -> State:
     """Give what still counts of a state, of throttles and those whose window is open."""
     conditions = {one.condition for one in open_}

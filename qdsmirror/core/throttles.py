@@ -462,6 +462,11 @@ class Throttle:
     window: Window | None = None
 
     @property
+    def limit(self) -> Action | None:
+        """Its last action that limits what is sent; ``None``: it has none."""
+        return next((one for one in reversed(self.actions) if one.kind == LIMIT), None)
+
+    @property
     def condition(self) -> str:
         """Its name, and when and if what it fires: another one has another past."""
         start, stop = self._ends

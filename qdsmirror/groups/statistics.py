@@ -8,6 +8,7 @@ of the data path ever waits for it, and it goes on while the pmd, or the driver,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -23,13 +24,15 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror.config import GroupConfig, Role
+from qdsmirror.configlive import STATISTICS
 from qdsmirror.core.evaluation import State
 from qdsmirror.core.events import EVENT_HEAD, Seen, mode_lines
 from qdsmirror.core.localtime import WallClock
 from qdsmirror.core.rates import Rates, Reading
 from qdsmirror.core.samples import header, row
-from qdsmirror.errors import QdsError
+from qdsmirror.errors import QdsError, UsageError
 from qdsmirror.groups.actions import Actions, Means
+from qdsmirror.groups.live import LiveSettings
 from qdsmirror.groups.throttling import Throttling
 from qdsmirror.groups.tracking import Tracking
 from qdsmirror.interfaces import IGroup, IWorker
@@ -91,6 +94,12 @@ class _Rhythm:
         self.due = begun + (missed + 1) * self.interval
         return True
 
+    def go_by(self, interval: float, now: float) -> None:
+        """Have another interval from now on; what is due earlier stays so."""
+        self.interval = interval
+        if self.due:
+            self.due = min(self.due, now + interval)
+
 
 @implementer(IGroup)
 class StatisticsGroup:
@@ -134,13 +143,17 @@ class StatisticsGroup:
             durable=True,
         )
         self._rates = Rates(names, role)
+        #: By the tunable that has its interval.
+        self._tuned = {"perf_interval": _Rhythm(config.tunables.perf_interval, self._track)}
         self._rhythms = [
-            _Rhythm(config.tunables.perf_interval, self._track),
+            self._tuned["perf_interval"],
             _Rhythm(MODES_INTERVAL_SECONDS, lambda _reading: None),
         ]
         self._tracking: Tracking
         self._actions: Actions | None = None
         self._throttling = self._throttles(means) if role == "primary" else None
+        self.settings = LiveSettings(self, STATISTICS, self._go_by_settings, role)
+        self._file = hashlib.sha256(repr(config).encode()).hexdigest()
         self._seen = Seen()
         self._kept = ""
         self._timer: IDelayedCall | None = None
@@ -157,7 +170,9 @@ class StatisticsGroup:
             self.config, self._paths, self._reactor, means or Means(), machine.wall, tell
         )
         made = Throttling(self.config, machine.clock, self._actions, self._turn_knobs, tell)
-        self._rhythms.append(_Rhythm(self.config.tunables.throttle_interval, made.evaluate))
+        rhythm = _Rhythm(self.config.tunables.throttle_interval, made.evaluate)
+        self._tuned["throttle_interval"] = rhythm
+        self._rhythms.append(rhythm)
         return made
 
     def _tell(self, lines: list[str]) -> None:
@@ -167,6 +182,28 @@ class StatisticsGroup:
         path = self._paths.control_socket(f"{self.name}.{daemon}")
         text = json.dumps(knobs)
         return self._machine.ask(self._reactor, path, SetKnobs, STATISTICS_ASK_SECONDS, knobs=text)
+
+    # -- settings -------------------------------------------------------------------------------
+
+    def set_live(self, settings: str) -> Deferred[dict[str, Any]]:
+        """See :meth:`LiveSettings.set`."""
+        return self.settings.set(settings)
+
+    @inlineCallbacks
+    def _go_by_settings(self) -> Any:
+        """Go by ``config`` as it is now; done when a successor would, too."""
+        turned = self._tune()
+        self._plan()
+        yield gatherResults([turned, self._keep()])
+
+    def _tune(self) -> Deferred[Any]:
+        tunables, now = self.config.tunables, self._reactor.seconds()
+        for name, rhythm in self._tuned.items():
+            rhythm.go_by(getattr(tunables, name), now)
+        for file in (self._rows, self._events):
+            file.go_by(tunables.prf_limit)
+        throttling = self._throttling
+        return throttling.go_by(self.config) if throttling is not None else succeed(None)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -200,6 +237,7 @@ class StatisticsGroup:
             "pid": os.getpid(),
             "since": self._since,
             "rows": self.rows,
+            "settings": self.settings.status(),
             **(self._throttling.status() if self._throttling is not None else {}),
             "console": [
                 {"time": when, "text": text}
@@ -214,12 +252,20 @@ class StatisticsGroup:
         """Do what is due now, and come back when something is again."""
         now = self._reactor.seconds()
         due = [one for one in self._rhythms if one.take(now)]
-        next_ = min(one.due for one in self._rhythms)
-        self._timer = self._reactor.callLater(max(0.0, next_ - now), self._turn)
+        self._timer = None
+        self._plan()
         # Who has not answered yet is not asked again meanwhile: what is being read for already
         # leaves that turn out, the rest has its turn when the answers are there.
         self._waiting += [one for one in due if one not in (*self._served, *self._waiting)]
         self._begin()
+
+    def _plan(self) -> None:
+        """Come back when something is due next."""
+        if self._timer is not None:
+            self._timer.cancel()
+        next_ = min(one.due for one in self._rhythms)
+        delay = max(0.0, next_ - self._reactor.seconds())
+        self._timer = self._reactor.callLater(delay, self._turn)
 
     def _begin(self) -> None:
         """Read for what waits, unless somebody is being asked."""
@@ -282,27 +328,36 @@ class StatisticsGroup:
 
     # -- what a successor takes up --------------------------------------------------------------
 
-    def _keep(self) -> None:
-        """Leave to a successor what must not be told, or done, twice."""
-        kept = {"master": self._machine.master, "seen": self._seen.to_json()}
+    def _keep(self) -> Deferred[None]:
+        """Leave to a successor what must not be told, or done, twice, and what was set."""
+        kept: dict[str, Any] = {"master": self._machine.master, "seen": self._seen.to_json()}
         if self._throttling is not None:
             kept["throttles"] = self._throttling.state.to_json()
+        if self.settings.texts:
+            kept |= {"file": self._file, "settings": self.settings.texts}
         text = json.dumps(kept)
-        if text != self._kept:
-            self._kept = text
-            self._tracking.replace(self._paths.statistics_file(self.number), text)
+        if text == self._kept:
+            return succeed(None)
+        self._kept = text
+        return self._tracking.replace(self._paths.statistics_file(self.number), text)
 
     def _take_up(self) -> None:
         """Go on where a process that was killed has stopped."""
         try:
             kept = json.loads(self._paths.statistics_file(self.number).read_text("utf-8"))
             self._seen = Seen.from_json(kept["seen"])
-            if self._throttling is not None and kept["master"] == self._machine.master:
+            if kept["master"] != self._machine.master:
                 # At the start of the daemons everything begins anew.
+                return
+            if self._throttling is not None:
                 self._throttling.state = State.from_json(kept["throttles"])
+            if kept.get("file") == self._file:
+                # (Another file says itself what is wanted.)
+                self.settings.go_by(kept["settings"])
+                self._tune()
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UsageError) as error:
             self.log.warn(
                 "{group}: its statistics begin anew: {error}", group=self.name, error=error
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from qdsmirror.config import GroupConfig
-from qdsmirror.core.evaluation import Fired, State, evaluate
+from qdsmirror.core.evaluation import Fired, State, carried, evaluate
 from qdsmirror.core.events import fired_line
 from qdsmirror.core.localtime import WallClock
 from qdsmirror.core.rates import Rates, Reading
@@ -74,6 +74,18 @@ class Throttling:
         self._firing = frozenset(fired.throttle.name for fired in outcome.fired)
         self._turn_knobs(reading)
 
+    def go_by(self, config: GroupConfig) -> Deferred[Any]:
+        """Go by throttles of other numbers; a limit that is in force is another one at once.
+
+        :returns: fires, and never fails, when the pmd was told of that.
+        """
+        self._config = config
+        before, self.state = self.state.knobs, carried(self.state, config.throttles)
+        if self.state.knobs == before or "pmd" in self._turning:
+            # (Whoever is just being told is told again at the next evaluation.)
+            return succeed(None)
+        return self._tell_knobs("pmd")
+
     def status(self) -> dict[str, Any]:
         """Describe the throttles, and what is to be in force."""
         knobs = self.state.knobs
@@ -112,17 +124,22 @@ class Throttling:
 
     def _turn_knobs(self, reading: Reading) -> None:
         """Tell the daemons that go by other knobs than they should, new ones among them."""
-        knobs = self.state.knobs
-        for daemon, names in KNOBS.items():
+        for daemon in KNOBS:
             said = reading.driver if daemon == "driver" else reading.mirror
             if said is None or daemon in self._turning:
                 continue
-            wanted = {name: getattr(knobs, name) for name in names}
-            if all(said.get("knobs", {}).get(name) == value for name, value in wanted.items()):
-                continue
-            self._turning.add(daemon)
-            turned = self._turn(daemon, wanted)
-            turned.addBoth(self._turned, daemon).addErrback(self._not_turned, daemon)
+            known = said.get("knobs", {})
+            if any(known.get(name) != value for name, value in self._wanted(daemon).items()):
+                self._tell_knobs(daemon)
+
+    def _wanted(self, daemon: str) -> dict[str, int]:
+        knobs = self.state.knobs
+        return {name: getattr(knobs, name) for name in KNOBS[daemon]}
+
+    def _tell_knobs(self, daemon: str) -> Deferred[Any]:
+        self._turning.add(daemon)
+        turned = self._turn(daemon, self._wanted(daemon))
+        return turned.addBoth(self._turned, daemon).addErrback(self._not_turned, daemon)
 
     def _turned(self, result: Any, daemon: str) -> Any:
         self._turning.discard(daemon)

@@ -32,21 +32,26 @@ class Tracking:
         self._lost = 0
         self._stopped = False
         self._replacing = False
-        self._newest: dict[Path, str] = {}
+        self._newest: dict[Path, tuple[str, list[Deferred[None]]]] = {}
 
-    def replace(self, path: Path, text: str) -> None:
+    def replace(self, path: Path, text: str) -> Deferred[None]:
         """Give a file another content, all or nothing of it; that it fails is told.
 
         While the worker has one, of those that wait for the same file only the newest is kept.
+
+        :returns: fires, and never fails, when that was tried with this content or a newer one.
         """
-        self._newest[path] = text
+        tried: Deferred[None] = Deferred()
+        _, waiting = self._newest.pop(path, ("", []))
+        self._newest[path] = text, [*waiting, tried]
         if not self._replacing:
             self._replace_next()
+        return tried
 
     def _replace_next(self) -> None:
         if not self._newest:
             return
-        path, text = self._newest.popitem()
+        path, (text, waiting) = self._newest.popitem()
         self._replacing = True
 
         def done(_result: None, error: BaseException | None) -> None:
@@ -55,6 +60,8 @@ class Tracking:
                 self._fail(f"{path.name}: {error}")
             if not self._stopped:
                 self._replace_next()
+            for one in waiting:
+                one.callback(None)
 
         self._worker.run(partial(replace_file, path, text), done)
 

@@ -51,7 +51,7 @@ def audited(
     :param transport: the connection that it came by.
     :param respond: gives the answer to ``box``.
     """
-    if (name, box.get(b"to")) == (b"Checkpoint", b"list"):
+    if (name, box.get(b"to")) == (b"Checkpoint", b"list") or _changes_nothing(name, box):
         return maybeDeferred(respond, box)
     pid, uid = _peer(transport)
     arguments = {
@@ -66,6 +66,11 @@ def audited(
         return result
 
     return maybeDeferred(respond, box).addBoth(note)
+
+
+def _changes_nothing(name: bytes, box: dict[bytes, bytes]) -> bool:
+    """Tell whether a command asks for the present settings only."""
+    return name == b"Set" and box.get(b"settings") == b"{}"
 
 
 def _peer(transport: object) -> tuple[int, int]:

@@ -101,12 +101,16 @@ class GrowingFile:
         self, directory: Directory, name: str, limit: int, head: str = "", durable: bool = False
     ) -> None:
         self.name = name
-        self.limit = max(limit, 4 * len(head))
         self._directory = directory
         self._head = head
+        self.go_by(limit)
         self._durable = durable
         self._descriptor: int | None = None
         self._size = 0
+
+    def go_by(self, limit: int) -> None:
+        """Have another limit from the next line on."""
+        self.limit = max(limit, 4 * len(self._head))
 
     def write(self, lines: Sequence[str]) -> None:
         """Append lines, each without its end.

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig, load_host
-from qdsmirror.configlive import DAEMONS, SETTINGS, parse_settings
+from qdsmirror.configlive import (
+    DAEMONS,
+    SETTINGS,
+    THROTTLE_KEYS,
+    changed,
+    parse_settings,
+    setting,
+)
 from qdsmirror.errors import ConfigError, QdsError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
 from qdsmirror.tools.orders import ANSWER_SECONDS
-
-_WHERE = {"driver": "primary", "pmd": "primary", "rmd": "secondary"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(
         "qdsset",
         "Change settings of running groups until the next start; without any, show them.",
-        epilog=f"Settings: {', '.join(SETTINGS)}.  See dsgrp.cfg(5).",
+        epilog=f"Settings: {', '.join((*SETTINGS, *THROTTLE_KEYS))}.  See dsgrp.cfg(5).",
     )
     cli.add_selection(
         made,
@@ -41,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.names = [name for name in arguments.names if "=" not in name]
     settings = parse_settings(words)
     for name in arguments.names:
-        if name in SETTINGS:
-            raise UsageError(f"{name}: to what?", hint=f"qdsset {name}=VALUE")
+        if setting(name) is not None:
+            raise UsageError(f"{name}: to what?", hint=f"qdsset {shlex.quote(f'{name}=VALUE')}")
     paths = cli.paths_of(arguments)
     selected, failed = cli.load_selection(arguments, paths)
     host = load_host(paths).name
@@ -67,22 +73,40 @@ def _set(
 
     :raises QdsError: what one of them says, or that it does not answer.
     """
-    here = DAEMONS[config.role_of(host) or "secondary"]
-    for key in settings:
-        users = SETTINGS[key].daemons
-        if not set(users) & set(here):
+    role = config.role_of(host) or "secondary"
+    orders: dict[str, dict[str, str]] = {daemon: {} for daemon in DAEMONS[role]}
+    for key, text in settings.items():
+        users = [daemon for daemon in orders if _goes_by(daemon, key, role)]
+        if not users:
+            other = "primary" if role == "secondary" else "secondary"
+            where = config.primary_host if other == "primary" else config.secondary_host
             raise ConfigError(
-                f"{config.name}: {key} is a setting of the {_WHERE[users[0]]}",
-                hint=f"run this on {config.primary_host}",
+                f"{config.name}: {key} is a setting of the {other}", hint=f"run this on {where}"
             )
+        for daemon in users:
+            orders[daemon][key] = text
+    for daemon, own in orders.items():
+        # Before the first of them is told.
+        _check(config, own, daemon)
     values: dict[str, Any] = {}
-    for daemon in here:
-        own = {key: text for key, text in settings.items() if daemon in SETTINGS[key].daemons}
+    for daemon, own in orders.items():
         if own or not settings:
             control = paths.control_socket(f"{config.name}.{daemon}")
             client = ControlClient(control, ANSWER_SECONDS)
             values |= client.call("Set", settings=json.dumps(own))["settings"]
     return {"group": config.number, "name": config.name, "settings": values}
+
+
+def _check(config: GroupConfig, settings: Mapping[str, str], daemon: str) -> None:
+    try:
+        changed(config, settings, daemon)
+    except UsageError as error:
+        raise UsageError(f"{config.name}: {error.message}", error.hint) from None
+
+
+def _goes_by(daemon: str, key: str, role: str) -> bool:
+    found = setting(key)
+    return found is not None and found.is_of(daemon, role)
 
 
 def _tell(group: Mapping[str, Any], settings: Mapping[str, str]) -> None:

@@ -224,8 +224,17 @@ def _primary(paths: Paths, config: GroupConfig, daemons: _Daemons) -> Group:
     else:
         group = _overlay(group, driver, ldsus)
     _link(group, config, pmd, daemons)
+    group["settings"] = _settings(driver, pmd, daemons.group(config, "stats"))
     group["throttled"] = _throttled(driver, pmd)
     return group
+
+
+def _settings(*said: dict[str, Any] | None) -> dict[str, Any]:
+    """Give what was set at a group's daemons and differs from its file."""
+    found: dict[str, Any] = {}
+    for one in said:
+        found |= (one or {}).get("settings") or {}
+    return found
 
 
 def _throttled(driver: dict[str, Any] | None, pmd: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -290,6 +299,7 @@ def _secondary(config: GroupConfig, daemons: _Daemons) -> Group:
         "used_ratio": None,
         "seconds_to_full": None,
         "entries": None,
+        "oldest_age_seconds": None,
     }
     ldsus: list[dict[str, Any]] = [
         {
@@ -306,7 +316,9 @@ def _secondary(config: GroupConfig, daemons: _Daemons) -> Group:
     ]
     rmd = daemons.group(config, "rmd")
     if rmd is not None:
-        return _overlay(group, rmd, ldsus)
+        group = _overlay(group, rmd, ldsus)
+        group["settings"] = _settings(rmd, daemons.group(config, "stats"))
+        return group
     group["ldsus"] = ldsus
     trouble = daemons.trouble(config, "rmd")
     _be_set_up(group, trouble["reason"])

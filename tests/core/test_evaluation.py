@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core.evaluation import Knobs, Outcome, State, evaluate, measure
+from qdsmirror.core.evaluation import Knobs, Outcome, State, carried, evaluate, measure
 from qdsmirror.core.samples import GroupSample, LdsuSample
 from qdsmirror.core.throttles import (
     Throttle,
@@ -41,6 +41,22 @@ def sample(**values: float) -> GroupSample:
     )
     group = {name: value for name, value in values.items() if not name.startswith("qds")}
     return GroupSample(epoch=0.0, ldsus=ldsus, **group)  # type: ignore[arg-type]
+
+
+class CarriedTests(SynchronousTestCase):
+    """What a state becomes where throttles have other numbers from now on."""
+
+    def test_limits_in_force_become_the_new_ones(self) -> None:
+        state = State(limits={"a": 50, "b": 60, "c": 70, "gone": 5}, true_of={"x": frozenset()})
+        now = [
+            throttle("netkbps > 1", "limit 80", name="a"),
+            throttle("netkbps > 1", "limit 60", name="b"),
+            throttle("netkbps > 1", "limit off", name="c"),
+            throttle("netkbps > 1", "limit 9", name="not in force"),
+        ]
+        found = carried(state, now)
+        self.assertEqual(found.limits, {"a": 80, "b": 60})
+        self.assertEqual(found.true_of, state.true_of)
 
 
 class EvaluationTests(SynchronousTestCase):

@@ -53,6 +53,9 @@ class Handler:
     def switch_checkpoint(self, to: str, name: str, hold: str) -> None:
         pass
 
+    def set_live(self, settings: str) -> None:
+        pass
+
     def refresh(self, kind: str) -> None:
         raise ZeroDivisionError(kind)
 
@@ -111,9 +114,12 @@ class ControlAuditTests(TestCase):
     async def test_who_only_looks_is_not_noted(self) -> None:
         await self.call("Status")
         await self.call("Checkpoint", to="list", name="", hold="")
+        await self.call("Set", settings="{}")
         self.assertEqual(self.told, [])
         await self.call("Checkpoint", to="off", name="", hold="")
         self.assertEqual(len(self.told), 2)
+        await self.call("Set", settings='{"operation": "sync"}')
+        self.assertEqual(len(self.told), 4)
 
     async def test_the_outcome_is_in_the_log(self) -> None:
         output = io.StringIO()

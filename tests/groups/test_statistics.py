@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core.samples import parse
 from qdsmirror.core.throttles import Throttle
-from qdsmirror.errors import DegradedError, QdsError, UnreachableError
+from qdsmirror.errors import DegradedError, QdsError, UnreachableError, UsageError
 from qdsmirror.groups.actions import Means
 from qdsmirror.groups.statistics import Machine, StatisticsGroup
 from qdsmirror.groups.tracking import Tracking
@@ -424,6 +424,109 @@ class KnobTests(StatisticsCase):
         )
         counts = [(one["name"], one["fired"]) for one in self.group.status()["throttles"]]
         self.assertEqual(counts, [("more", 2), ("less", 4)])
+
+
+class SettingsTests(StatisticsCase):
+    """What ``qdsset`` changes while they work."""
+
+    def set(self, **texts: str) -> Any:
+        return self.successResultOf(self.group.set_live(json.dumps(texts)))["settings"]
+
+    def test_intervals_and_limit(self) -> None:
+        self.begin(throttle("netkbps >= 0", 'syslog "x"'), throttle_interval=60.0)
+        self.assertEqual(self.set()["throttle_interval"], 60.0)
+        told = self.set(perf_interval="1", throttle_interval="2 s", prf_limit="16K")
+        self.assertEqual((told["perf_interval"], told["throttle_interval"]), (1.0, 2.0))
+        self.syslog.clear()
+        for _ in range(4):
+            self.pass_(1.0)
+        self.assertEqual((len(self.rows()), len(self.syslog)), (4, 2))
+        for _ in range(300):
+            self.pass_(1.0)
+        self.assertTrue((self.paths.var / "dsgrp000.prf.1").exists())
+        self.assertLessEqual(self.paths.tracking_file(0).stat().st_size, 16 * 1024)
+        self.set(perf_interval="100")
+        before = self.group.status()["rows"]
+        for _ in range(150):
+            self.pass_(1.0)
+        self.assertEqual(self.group.status()["rows"] - before, 2)
+        told = self.group.status()["settings"]
+        self.assertEqual(
+            told, {"perf_interval": 100.0, "throttle_interval": 2.0, "prf_limit": 16384}
+        )
+
+    def test_a_limit_in_force_is_another_at_once(self) -> None:
+        """Also that of a transition, which does not come again."""
+        self.begin(throttle("netkbps T> 30", "limit 50", name="office hours"))
+        self.said["pmd"] = pmd_status(400)
+        self.pass_()
+        self.assertEqual(self.group.status()["knobs"]["limit_kbps"], 50)
+        self.told.clear()
+        self.set(**{"office hours.limit": "100"})
+        knobs = {"sleep_us": 0, "limit_kbps": 100}
+        self.assertEqual(self.told, [("pmd", "SetKnobs", knobs)])
+        self.pass_()
+        self.assertEqual(self.group.status()["knobs"]["limit_kbps"], 100)
+        self.set(**{"office hours.limit": "off"})
+        self.assertEqual(self.told[-1], ("pmd", "SetKnobs", {**knobs, "limit_kbps": 0}))
+
+    def test_a_pmd_that_is_down_is_told_later(self) -> None:
+        self.begin(throttle("netkbps >= 0", "limit 50", name="a"))
+        self.pass_()
+        pmd = self.said.pop("pmd")
+        self.answers[SetKnobs] = NobodyThereError("no pmd")
+        self.set(**{"a.limit": "70"})
+        del self.answers[SetKnobs]
+        self.said["pmd"] = pmd
+        self.pass_()
+        self.assertEqual(self.said["pmd"]["knobs"]["limit_kbps"], 70)
+
+    def test_a_number_of_a_test(self) -> None:
+        self.begin(throttle("netkbps > 30", 'syslog "over"', name="a"))
+        self.set(**{"a.value": "50"})
+        kib = 0
+        for rate in (40, 51, 50):
+            kib += 5 * rate
+            self.said["pmd"] = pmd_status(kib)
+            self.pass_()
+        self.assertEqual(self.syslog, ["over"])
+
+    def test_all_or_none(self) -> None:
+        self.begin(throttle("netkbps > 30", "limit 5", name="a"))
+        wrong = self.group.set_live(json.dumps({"a.limit": "9", "b.limit": "9"}))
+        error = self.failureResultOf(wrong, UsageError).value
+        self.assertIn('there is no throttle "b"', error.message)
+        self.assertEqual(self.group.status()["settings"], {})
+
+    def test_a_successor_goes_by_what_was_set(self) -> None:
+        one = throttle("netkbps T> 30", "limit 50", name="a")
+        self.begin(one)
+        self.said["pmd"] = pmd_status(400)
+        self.pass_()
+        self.set(**{"a.limit": "80", "perf_interval": "3"})
+        self.restart(one)
+        self.assertEqual(self.group.status()["settings"], {"a.limit": 80, "perf_interval": 3.0})
+        self.assertEqual(self.group.status()["knobs"]["limit_kbps"], 80)
+        self.pass_()
+        self.assertEqual(self.group.status()["knobs"]["limit_kbps"], 80)
+        # Another file says itself what is wanted.
+        self.restart(throttle("netkbps T> 30", "limit 60", name="a"))
+        self.assertEqual(self.group.status()["settings"], {})
+        # And so do the daemons' next start.
+        self.set(**{"a.limit": "90"})
+        self.master = 8
+        self.restart(throttle("netkbps T> 30", "limit 60", name="a"))
+        self.assertEqual(self.group.status()["settings"], {})
+
+    def test_it_is_answered_when_a_successor_would_go_by_it(self) -> None:
+        self.worker = StepWorker()
+        self.begin(throttle("netkbps > 30", "limit 50", name="a"))
+        self.worker.step_all()
+        answered = self.group.set_live(json.dumps({"a.limit": "80"}))
+        self.assertNoResult(answered)
+        self.worker.step_all()
+        self.successResultOf(answered)
+        self.assertIn('"a.limit": "80"', self.paths.statistics_file(0).read_text())
 
 
 class WritelogTests(StatisticsCase):

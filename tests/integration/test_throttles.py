@@ -106,8 +106,30 @@ class ThrottleTests(TestCase):
         writer = self.write(lab)
         lab.until(lambda: lab.info()["lag"]["seconds"] > 2, "the limit to be felt", 60)
         self.finish(lab, writer)
+        self.set_while_it_runs(lab)
         path.write_text(text.replace("limit 50", "limit off"))
         lab.tool("qdsconfigtool", "apply", "--root", str(lab.primary))
         lab.wait("drained")
         self.assertEqual(lab.pid("dsgrp000.pmd"), pid)
+        # What was set lasted until the file said something else.
+        self.assertEqual(lab.info()["settings"], {})
         lab.stop()
+
+    def set_while_it_runs(self, lab: LabFixture) -> None:
+        """The limit becomes another at once, stays so after a crash, and who asked is noted."""
+        root = str(lab.primary)
+        said = lab.tool("qdsset", "limit.limit=40", "perf_interval=2", "--root", root)
+        self.assertEqual(said, "dsgrp000: limit.limit = 40\ndsgrp000: perf_interval = 2.0\n")
+        self.assertEqual(lab.info()["throttled"]["limit_kbps"], 40)
+        victim = lab.kill("dsgrp000.stats")
+        lab.until(lambda: lab.pid("dsgrp000.stats") not in (None, victim), "another process")
+        wanted = {"limit.limit": 40, "perf_interval": 2.0}
+        lab.until(lambda: lab.info()["settings"] == wanted, "what was set to be in force again")
+        self.assertEqual(lab.info()["throttled"]["limit_kbps"], 40)
+        records = map(json.loads, (lab.primary / "var" / "audit.log").read_text().splitlines())
+        asked = [one for one in records if one.get("command") == "Set" and one["event"] == "done"]
+        self.assertEqual([one["daemon"] for one in asked], ["dsgrp000.stats"])
+        self.assertEqual(
+            json.loads(asked[0]["arguments"]["settings"]),
+            {"limit.limit": "40", "perf_interval": "2"},
+        )

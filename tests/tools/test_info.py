@@ -101,7 +101,29 @@ class MergeTests(TestCase):
         self.assertEqual(unit["nbd_uri"], f"nbd+unix:///qds0?socket={paths.run}/dsgrp000.nbd")
         self.assertEqual((unit["size"], unit["data_device"]), (268435456, "/dev/vg0/data0"))
         self.assertIs(unit["device"], None)
-        self.assertEqual(answers.asked, ["dsgrp000.driver", "dsgrp000.pmd"])
+        asked = ["dsgrp000.driver", "dsgrp000.pmd", "dsgrp000.stats"]
+        self.assertEqual(answers.asked, asked)
+
+    def test_what_was_set_at_each_daemon(self) -> None:
+        paths = host_root(self)
+        driver = {**driver_status(), "settings": {"operation": "sync"}}
+        pmd = {**pmd_status(), "settings": {"send_window": 1 << 21}}
+        stats = {"settings": {"office hours.limit": 100}}
+        answers = Answers(dsgrp000_driver=driver, dsgrp000_pmd=pmd, dsgrp000_stats=stats)
+        (group,) = self.groups(paths, answers)
+        wanted = {"operation": "sync", "send_window": 1 << 21, "office hours.limit": 100}
+        self.assertEqual(group["settings"], wanted)
+        said = "operation = sync, send_window = 2097152, office hours.limit = 100"
+        self.assertIn(f"dsgrp000: set until the next start: {said}", info_view.remarks(group))
+        # Whether the driver answers or not.
+        answers = Answers(dsgrp000_pmd=pmd, dsgrp000_stats=stats)
+        (group,) = self.groups(paths, answers)
+        self.assertEqual(group["settings"], {key: wanted[key] for key in list(wanted)[1:]})
+        far = host_root(self, "beta")
+        rmd = {**RMD, "settings": {"checkpoint_hold": "strict"}}
+        answers = Answers(dsgrp000_rmd=rmd, dsgrp000_stats={"settings": {"perf_interval": 2.0}})
+        (group,) = self.groups(far, answers, "beta")
+        self.assertEqual(group["settings"], {"checkpoint_hold": "strict", "perf_interval": 2.0})
 
     def test_held_back_by_throttles(self) -> None:
         paths = host_root(self)
@@ -428,7 +450,7 @@ class ViewTests(TestCase):
         self.assertEqual(told, ["-", "FULL", "42 s"])
 
     def test_lag(self) -> None:
-        """In entries, bytes and seconds; the secondary does not know the seconds."""
+        """In entries, bytes and seconds, as far as they are known."""
         for entries, size, seconds, expected in (
             (0, 0, 0.0, "none"),
             (1, 4096, 0.5, "1 entry, 4 KiB, 0.5 s"),
