@@ -21,7 +21,7 @@ from qdsmirror.config import (
     read_host,
     scan_groups,
 )
-from qdsmirror.errors import ConfigError
+from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.limits import CERTIFICATE_WARN_DAYS
 from qdsmirror.paths import Paths
 
@@ -66,10 +66,44 @@ def check_all(paths: Paths) -> list[Problem]:
                 "",
                 "no group's file (dsgrp000.cfg) here yet",
                 "warning",
-                "write one; see dsgrp.cfg(5)",
+                "write one, or copy the other host's (scp), see dsgrp.cfg(5); "
+                "then: qdsconfigtool apply",
             )
         )
     return problems
+
+
+def check_peer(paths: Paths) -> list[tuple[Problem, int]]:
+    """Compare the groups' files with those of their other hosts, as far as these can be asked.
+
+    :returns: each problem with its exit code; 0 where it is a warning.
+    """
+    from qdsmirror.core.findings import Severity
+    from qdsmirror.tools import doctor_peer
+
+    host, _ = read_host(paths.host_config)
+    if host is None:
+        return []
+    found: list[tuple[Problem, int]] = []
+    groups, _ = scan_groups(paths)
+    primaries = [group for group in groups if group.role_of(host.name) == "primary"]
+    try:
+        visits = doctor_peer.visit(paths, primaries)
+    except QdsError as error:
+        told = Problem(paths.etc, 0, "", error.message, hint=error.hint)
+        return [(told, error.exit_code)]
+    for group in primaries:
+        for one in doctor_peer.compare(group, visits.get(group.number, [])):
+            is_error = one.severity is Severity.ERROR
+            severity = "error" if is_error else "warning"
+            message = one.message.removeprefix(f"{group.name}.cfg: ")
+            told = Problem(group.path, 0, "", message, severity, one.next_step)
+            found.append((told, one.code if is_error else 0))
+    others = [group for group in groups if group.role_of(host.name) == "secondary"]
+    for one in doctor_peer.one_sided(others):
+        step = one.next_step.replace("qdsdoctor --peer", "qdsconfigtool check --against-peer")
+        found.append((Problem(paths.etc, 0, "", one.message, "warning", step), 0))
+    return found
 
 
 def _user(paths: Paths, host: HostConfig) -> list[Problem]:
@@ -106,7 +140,7 @@ def _group(paths: Paths, host: HostConfig, group: GroupConfig) -> list[Problem]:
         return [
             Problem(
                 group.path, 0, "", message, "warning",
-                f"compare name in {paths.host_config} with host there",
+                f"compare name in {paths.host_config} with host there: qdsconfigtool show",
             )
         ]  # fmt: skip
     path = paths.group_secret(group.number)

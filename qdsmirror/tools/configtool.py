@@ -17,6 +17,7 @@ from qdsmirror.paths import Paths, group_name
 from qdsmirror.tools import cli
 
 if TYPE_CHECKING:
+    from qdsmirror.config import Problem
     from qdsmirror.pki import Made
 
 #: The masters that take up changed files, in the order in which they are told.
@@ -35,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         nargs="*",
         help="only these files, by themselves (default: all of the host, with keys and secrets)",
+    )
+    check.add_argument(
+        "--against-peer",
+        action="store_true",
+        help="also compare the groups' files with those of their secondaries, which are asked",
     )
     cli.subcommand(
         commands, "show", "Print the configuration in effect, defaults included.", groups=True
@@ -118,12 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace, paths: Paths) -> int:
-    from qdsmirror.tools import configcheck
+    from qdsmirror.tools import configcheck, progress
 
+    compared: list[tuple[Problem, int]] = []
     if arguments.files:
+        if arguments.against_peer:
+            raise UsageError(
+                "files by themselves are compared with nobody's",
+                "qdsconfigtool check --against-peer",
+            )
         problems = configcheck.check_files([Path(file) for file in arguments.files])
     else:
         problems = configcheck.check_all(paths)
+    if arguments.against_peer:
+        with progress.waiting(arguments.json, "peer", "asking the secondaries"):
+            compared = configcheck.check_peer(paths)
+        problems = problems + [one for one, _ in compared]
     if arguments.json:
         cli.print_json(
             {
@@ -138,7 +154,9 @@ def _check(arguments: argparse.Namespace, paths: Paths) -> int:
             print(cli.one_line(str(problem)))
         if not problems:
             print("no problems found")
-    return EXIT_CONFIG if any(one.severity == "error" for one in problems) else EXIT_OK
+    codes = dict(compared)
+    wrong = [codes.get(one, EXIT_CONFIG) for one in problems if one.severity == "error"]
+    return EXIT_CONFIG if EXIT_CONFIG in wrong else next(iter(wrong), EXIT_OK)
 
 
 # -- show ------------------------------------------------------------------------------------------

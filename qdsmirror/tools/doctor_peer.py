@@ -84,7 +84,7 @@ def examine(
     for way in ways:
         if way["error"] is not None:
             yield _unasked(group, way)
-    good = next((way for way in ways if way["error"] is None), None)
+    good = _answered(ways)
     if good is None:
         return
     facts, number = good["facts"], group.number
@@ -92,11 +92,7 @@ def examine(
     yield from compare_versions(peer, __version__, facts.get("version"))
     yield from compare_clocks(peer, good["asked"], good["answered"], facts.get("time"))
     yield from _certificate(peer, good["certificate_ends"])
-    path = str(group.path)
-    ours, theirs = group.comparable(), facts.get("configuration")
-    yield from compare_keys(group.name, number, peer, ours, theirs, path)
-    ldsus = [(one.name, one.mirror_device, sizes.get(one.name)) for one in group.ldsus]
-    yield from compare_ldsus(group.name, number, peer, ldsus, good["ldsus"], path)
+    yield from _differences(group, good, sizes)
     for note in _notes(facts):
         step = f"on {peer}: qdsdoctor -g {number}; qdsinfo -g {number}"
         if facts.get("state") == "failed":
@@ -105,6 +101,33 @@ def examine(
             yield advice(
                 "peer", f"{group.name} on {peer}: earlier: {_one_line(note)}", step, number
             )
+
+
+def compare(group: GroupConfig, ways: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Find how a group's configuration differs from its secondary's, or why that is not known.
+
+    :param ways: of :func:`visit`.
+    """
+    good = _answered(ways)
+    if good is not None:
+        yield from _differences(group, good, {})
+    else:
+        yield from (_unasked(group, way) for way in ways)
+
+
+def _answered(ways: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((way for way in ways if way["error"] is None), None)
+
+
+def _differences(
+    group: GroupConfig, good: dict[str, Any], sizes: dict[str, int]
+) -> Iterator[Finding]:
+    """Compare a group's file with what its secondary has told."""
+    number, peer, path = group.number, group.secondary_host, str(group.path)
+    ours, theirs = group.comparable(), good["facts"].get("configuration")
+    yield from compare_keys(group.name, number, peer, ours, theirs, path)
+    ldsus = [(one.name, one.mirror_device, sizes.get(one.name)) for one in group.ldsus]
+    yield from compare_ldsus(group.name, number, peer, ldsus, good["ldsus"], path)
 
 
 def journal_bytes(ways: Sequence[dict[str, Any]]) -> int:

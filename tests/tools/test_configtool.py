@@ -23,7 +23,7 @@ from qdsmirror.config import load_group, load_host
 from qdsmirror.errors import ConfigError, UnreachableError
 from qdsmirror.limits import APPLY_SECONDS
 from qdsmirror.paths import Paths
-from qdsmirror.tools import client, configtool
+from qdsmirror.tools import client, configtool, doctor_peer
 
 GROUP = """\
 operation = async
@@ -111,6 +111,68 @@ class CheckTests(ToolTestCase):
                 }
             ],
         )
+
+    def peer(self, **changes: Any) -> None:
+        """Have the secondary tell its configuration: ours, changed."""
+        group = load_group(self.paths, 0)
+        facts = {"configuration": {**group.comparable(), **changes}}
+        ldsus = [{"name": "qds0", "mirror_device": "/dev/d0", "size": 1}]
+        self.ways: list[dict[str, Any]] = [{"error": None, "facts": facts, "ldsus": ldsus}]
+        self.patch(doctor_peer, "visit", lambda _paths, groups: {0: self.ways} if groups else {})
+
+    def test_against_a_peer_that_has_the_same(self) -> None:
+        self.peer()
+        self.assertEqual(self.call("check", "--against-peer"), 0)
+        self.assertEqual(self.out.getvalue().splitlines()[-1], "no problems found")
+
+    def test_against_a_peer_that_differs(self) -> None:
+        self.peer(**{"secondary.journal_device": "/dev/j1", "durability": "always"})
+        self.ways[0]["ldsus"][0]["mirror_device"] = "/dev/d7"
+        self.assertEqual(self.call("check", "--against-peer"), 10)
+        place = f"{self.etc}/dsgrp000.cfg: "
+        told = [one for one in self.out.getvalue().splitlines() if one.startswith(place)]
+        wanted = (
+            'secondary.journal_device is "/dev/j0" here and "/dev/j1" on dr1; make it the same in',
+            'warning: durability is "flush" here and "always" on dr1; the primary\'s counts; ',
+            'ldsus.qds0.mirror_device is "/dev/d0" here and "/dev/d7" on dr1; make [ldsus]',
+        )
+        self.assertEqual(len(told), len(wanted), told)
+        for line, part in zip(told, wanted, strict=True):
+            self.assertTrue(line.startswith(place + part), line)
+            self.assertTrue(line.endswith("qdsconfigtool apply"), line)
+        self.assertEqual(self.call("check", "--against-peer", "--json"), 10)
+        severities = [one["severity"] for one in self.json()["problems"]]
+        self.assertEqual(severities, ["error", "warning", "error"])
+        self.peer(durability="always")
+        self.assertEqual(self.call("check", "--against-peer"), 0)
+
+    def test_against_a_peer_that_cannot_be_asked(self) -> None:
+        self.peer()
+        told = {"message": "dr1 does not answer", "hint": "on dr1: launchrmds", "code": "x",
+                "exit_code": 11, "passing": True}  # fmt: skip
+        self.ways[:] = [{"error": told, "local": ""}]
+        self.assertEqual(self.call("check", "--against-peer"), 11)
+        self.assertIn("dsgrp000: dr1 does not answer; on dr1: launchrmds", self.out.getvalue())
+        (self.etc / "host.key").chmod(0o644)
+        self.assertEqual(self.call("check", "--against-peer"), 10)
+
+        def failed(*_: Any) -> Any:
+            raise ConfigError("no host.pem", "qdsconfigtool check")
+
+        self.patch(doctor_peer, "visit", failed)
+        self.assertEqual(self.call("check", "--against-peer", "--json"), 10)
+        self.assertIn("no host.pem", [one["message"] for one in self.json()["problems"]])
+
+    def test_against_a_peer_from_the_secondary(self) -> None:
+        self.peer()
+        for name in ("host.pem", "host.key"):
+            shutil.copy(self.base / "pki" / "dr1" / name, self.etc / name)
+        self.paths.host_config.write_text("name = dr1\n")
+        self.assertEqual(self.call("check", "--against-peer"), 0)
+        self.assertIn("on db1: qdsconfigtool check --against-peer", self.out.getvalue())
+
+    def test_files_by_themselves_have_no_peer(self) -> None:
+        self.assertEqual(self.call("check", "--against-peer", "dsgrp000.cfg"), 2)
 
     def test_given_files_only(self) -> None:
         other = self.base / "dsgrp005.cfg"
