@@ -18,6 +18,7 @@ from qdsmirror.core.filling import FillRate
 from qdsmirror.core.frames import Buffer, control_payload
 from qdsmirror.core.generations import grown
 from qdsmirror.core.inbound import Intake
+from qdsmirror.core.lag import LagClock
 from qdsmirror.core.questions import Standing
 from qdsmirror.core.records import Cursor, Generation, Point
 from qdsmirror.core.verify import Verdict
@@ -85,6 +86,7 @@ class Committing:
         self._reactor = runtime.reactor
         self._wall = runtime.wall
         self.last_commit: float | None = None
+        self._lag = LagClock()
         self._journal_worker = runtime.quick_worker(f"{self.config.name} journal")
         self._mirror_worker = runtime.quick_worker(f"{self.config.name} mirror")
         self.mirroring = Mirroring(self, self._mirror_worker)
@@ -98,6 +100,8 @@ class Committing:
         #: The primary is to be told what is mirrored, with what is committed if that comes first.
         self._telling: Any = None
         self._fill_rate = FillRate()
+        # When what the journal holds came, nobody remembers.
+        self._lag.framed(self.mirrored_gsn + 1, self._reactor.seconds())
         self._tick()
 
     @property
@@ -124,6 +128,11 @@ class Committing:
     def mirrored_gsn(self) -> int:
         """On the mirror devices up to this number."""
         return self.mirror.applied.gsn - 1
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago the oldest entry was committed that is not on the mirror devices yet."""
+        return self._lag.age(self.mirrored_gsn, self.committed_gsn, self._reactor.seconds())
 
     def standing(self, ldsu: int) -> Standing:
         """Tell where the mirror of an LDSU stands."""
@@ -345,6 +354,7 @@ class Committing:
             self.fail(f"journal {self.config.journal_device} failed: {error}", error)
             return
         self.received_bytes -= batch.size
+        self._lag.framed(self.durable.gsn, self._reactor.seconds())
         self.mirroring.take(batch)
         self.last_commit = self._wall()
         if self._ack_wanted:

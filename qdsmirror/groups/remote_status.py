@@ -51,7 +51,7 @@ def remote_status(group: RemoteGroup, pid: int) -> dict[str, Any]:
         "lag": {
             "entries": _unmirrored(committing),
             "bytes": _unmirrored_bytes(committing),
-            "seconds": None,
+            "seconds": _age(committing),
         },
         "last_commit": committing.last_commit if committing is not None else None,
         "refresh": None,
@@ -116,6 +116,10 @@ def _unmirrored_bytes(committing: Committing | None) -> int:
     return committing.durable.position - committing.mirror.applied.position
 
 
+def _age(committing: Committing | None) -> float:
+    return round(committing.age_seconds, 3) if committing is not None else 0.0
+
+
 def _journal_status(committing: Committing | None) -> dict[str, Any] | None:
     if committing is None:
         return None
@@ -128,4 +132,5 @@ def _journal_status(committing: Committing | None) -> dict[str, Any] | None:
         "used_ratio": round(journal.used_bytes / journal.ring.size, 4),
         "seconds_to_full": None if full is None else round(full, 1),
         "entries": _unmirrored(committing),
+        "oldest_age_seconds": _age(committing),
     }

@@ -359,7 +359,6 @@ def _lag_text(lag: dict[str, Any]) -> str:
     if not lag["entries"]:
         return "none"
     entries = "1 entry" if lag["entries"] == 1 else f"{lag['entries']} entries"
-    # The secondary does not know when they were written.
     age = "" if lag["seconds"] is None else f", {duration_text(lag['seconds'])}"
     return f"{entries}, {size_text(lag['bytes'])}{age}"
 

@@ -176,6 +176,29 @@ class JournalTests(SynchronousTestCase):
         wanted = free / (told["used_bytes"] / 10)
         self.assertApproximates(told["seconds_to_full"], wanted, wanted / 5)
 
+    def test_how_old_what_is_not_mirrored_is(self) -> None:
+        """Since it was committed, or the start; it knows no other clock than its own."""
+        world, link = self.world, self.link
+        told = self.group.status()
+        self.assertEqual(
+            (told["lag"]["seconds"], told["journal"]["oldest_age_seconds"]), (0.0, 0.0)
+        )
+        world.reactor.advance(5.0)
+        for _ in range(2):
+            world.deliver(link, world.frame())
+            world.step(JOURNAL)
+            world.reactor.advance(2.0)
+        told = self.group.status()
+        self.assertEqual(told["lag"]["entries"], 2)
+        self.assertAlmostEqual(told["lag"]["seconds"], 4.0, 1)
+        self.assertEqual(told["journal"]["oldest_age_seconds"], told["lag"]["seconds"])
+        world.step(MIRROR)
+        told = self.group.status()
+        self.assertEqual(told["lag"]["entries"], 1)
+        self.assertAlmostEqual(told["lag"]["seconds"], 2.0, 1)
+        world.settle()
+        self.assertEqual(self.group.status()["lag"], {"entries": 0, "bytes": 0, "seconds": 0.0})
+
     def setUp(self) -> None:
         self.world = RemoteWorld(self)
         self.group = self.world.start()
