@@ -31,7 +31,7 @@ LIMIT_KBPS = 250
 CLOSING = 6
 _READ_BYTES = 1 << 16
 #: Both sites are started within.
-_START_SECONDS = 20.0
+_START_SECONDS = 40.0
 
 
 class Counter:

@@ -274,14 +274,14 @@ class Bypass:
 
         def turn() -> None:
             room = unit.writelog.control_room(HEADER_BYTES + 16) - _ROOM_AFTER_BREAK
-            if room <= 0 or unit.append_control(BREAK, bypass) is None:
+            if room <= 0 or unit.own_frames.control(BREAK, bypass) is None:
                 self.log.warn(
                     "{group}: no room for a break in its writelogs: the secondary will not know",
                     group=self._group.name,
                 )
             framed.callback(None)
 
-        unit.when_free(turn)
+        unit.own_frames.when_free(turn)
         return framed
 
     def is_all_applied(self) -> bool:
@@ -422,7 +422,9 @@ class Bypass:
         group.pmd.tell_generations([generation.id for generation in generations])
         first = group.units[0]
         mark: list[UnitFrame | None] = []
-        first.when_free(lambda: mark.append(first.append_control(SWITCH, generations[-2].id)))
+        first.own_frames.when_free(
+            lambda: mark.append(first.own_frames.control(SWITCH, generations[-2].id))
+        )
         # Until it is durable nothing else may be: a void range cannot begin a generation.
         try:
             yield self.until(lambda: self._is_durable(mark))

@@ -59,9 +59,9 @@ class Marks:
             ours = (
                 group.is_serving and group.bypass.phase == OFF and not group.backfresh.stops_framing
             )
-            made.callback(unit.append_control(MARK, payload, reserve=False) if ours else None)
+            made.callback(unit.own_frames.control(MARK, payload, reserve=False) if ours else None)
 
-        unit.when_free(turn)
+        unit.own_frames.when_free(turn)
         frame: UnitFrame | None = yield made
         if frame is None:
             self._check()

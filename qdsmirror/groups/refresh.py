@@ -229,12 +229,14 @@ class Refresh:
 
     def _control(self, kind: int, then: str) -> None:
         self._working = True
-        self.group.units[0].when_free(partial(self._append_control, kind, then, self._phase))
+        self.group.units[0].own_frames.when_free(
+            partial(self._append_control, kind, then, self._phase)
+        )
 
     def _append_control(self, kind: int, then: str, phase: str) -> None:
         if self._phase == phase:
             cut = self.group.cut()
-            frame = self.group.units[0].append_control(kind, self.id)
+            frame = self.group.units[0].own_frames.control(kind, self.id)
             if frame is not None:
                 if kind == frames.REFRESH_BEGIN and self.cut is None:
                     self.cut = cut
@@ -367,11 +369,11 @@ class Refresh:
         self._failures = 0
         if data is not None and data == _NOTHING[:length]:
             data = None
-        unit.when_free(partial(self._append, unit, data, length))
+        unit.own_frames.when_free(partial(self._append, unit, data, length))
 
     def _append(self, unit: DriverUnit, data: bytes | None, length: int) -> None:
         if self._phase == CHUNKS:
-            frame = unit.append_chunk(self._offset, data, length)
+            frame = unit.own_frames.chunk(self._offset, data, length)
             if frame is not None:
                 self._offset += length
                 self._last_gsn = frame.gsn_last

@@ -8,7 +8,6 @@ writelog, answered (here); durable (:mod:`qdsmirror.groups.syncing`); on the dat
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from qdsmirror.core import frames, nbd
 from qdsmirror.core.allowance import SplitNumber
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.filling import FillRate
-from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES, Entry
+from qdsmirror.core.frames import ENTRY_BYTES, HEADER_BYTES
 from qdsmirror.core.latency import LatencyHistogram
 from qdsmirror.core.pending import PendingIndex
 from qdsmirror.core.records import Cursor, Point
@@ -31,6 +30,7 @@ from qdsmirror.groups.direct import Direct
 from qdsmirror.groups.failures import DATA_DEVICE, WRITELOG
 from qdsmirror.groups.framing import Framing, UnitFrame
 from qdsmirror.groups.memory import Cover, MemorySyncing
+from qdsmirror.groups.ownframes import OwnFrames
 from qdsmirror.groups.reading import Reading
 from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.waiting import WaitingRequests
@@ -106,12 +106,12 @@ class DriverUnit:
         self.waiting = WaitingRequests(self.payload_cap, self._entries_cap, self.minimum_block)
         self.appending = False
         self.last_number = 0
-        self._turns: deque[Callable[[], None]] = deque()
         self._pumping = False
         self._pump_again = False
         self._leaving = False
         point = reached.point(self.index)
         self.framing = Framing(self, point)
+        self.own_frames = OwnFrames(self)
         #: Of a writelog in memory.
         self.cover = Cover(self) if config.memory_bytes else None
         syncing = Syncing if self.cover is None else MemorySyncing
@@ -220,7 +220,7 @@ class DriverUnit:
             first = before.first if isinstance(before, SplitNumber) else self.last_number
             request.state = SplitNumber(request.state, first)
         self.pending.add(entries)
-        self._append(frame, writes, finished)
+        self.append(frame, writes, finished)
         return True
 
     def leave(self) -> None:
@@ -228,7 +228,11 @@ class DriverUnit:
         self._leaving = True
         self.pump()
 
-    def _append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request]) -> None:
+    def append(self, frame: UnitFrame, writes: Writes, finished: Sequence[Request] = ()) -> None:
+        """Append a frame to the writelog; no other append is under way.
+
+        :param finished: requests that end in it.
+        """
         self.appending = True
         append = partial(self.writelog.write, writes)
         self._append_worker.run(
@@ -249,7 +253,7 @@ class DriverUnit:
             frame.waiting.extend(finished)
             if error is not None:
                 self.fail_log(error)
-            self._give_turns()
+            self.own_frames.give_turns()
             self.group.bypass.poke()
             return
         answering = self.group.answering
@@ -264,40 +268,9 @@ class DriverUnit:
             self.syncing.urgent = True
         answering.give(self, now)
         self.syncing.go_on()
-        self._give_turns()
+        self.own_frames.give_turns()
         self.pump()
         self.group.appended()
-
-    def when_free(self, turn: Callable[[], None]) -> None:
-        """Call ``turn`` when no append is under way, before the application's next frame."""
-        self._turns.append(turn)
-        self._give_turns()
-
-    def _give_turns(self) -> None:
-        while self._turns and not self.appending:
-            self._turns.popleft()()
-
-    def append_control(
-        self, kind: int, payload: bytes = b"", *, reserve: bool = True
-    ) -> UnitFrame | None:
-        """Append a control frame, from the reserve if need be (rules.md 9).
-
-        To be called when no append is under way (see :meth:`when_free`).
-
-        :param reserve: whether it may take from the reserve.
-        :returns: ``None`` while there is no room, or when a writelog has failed.
-        """
-        if self.group.failures.stops_framing:
-            return None
-        placement = self.writelog.place(HEADER_BYTES + len(payload), control=reserve)
-        if placement is None:
-            self.group.checkpoints.want_space()
-            return None
-        frame, writes = self.framing.make(kind, placement, (), [payload])
-        self.group.framed(frame)
-        self.syncing.urgent = True
-        self._append(frame, writes, ())
-        return frame
 
     def stand_behind(self, frame: UnitFrame) -> None:
         """Go on behind a frame that the start has recorded, durably; it holds nothing to apply."""
@@ -384,49 +357,6 @@ class DriverUnit:
         """Let the writes go on that were held back, in their order."""
         self.waiting.unlock()
         self.pump()
-
-    def append_chunk(self, offset: int, data: bytes | None, length: int) -> UnitFrame | None:
-        """Append one refresh entry: ``data``, or zeroes where it is ``None``.
-
-        To be called when no append is under way (see :meth:`when_free`).
-
-        :returns: ``None`` while there is no room, or when the LDSU has failed.
-        """
-        if self.dead or self.group.failures.stops_framing:
-            return None
-        size = HEADER_BYTES + ENTRY_BYTES + (len(data) if data is not None else 0)
-        placement = self.writelog.place(size)
-        if placement is None:
-            self.group.checkpoints.want_space()
-            return None
-        kind = frames.REFRESH_ZEROES if data is None else frames.REFRESH
-        payload = None if data is None else memoryview(data)
-        frame, writes = self.framing.make(
-            frames.ENTRIES, placement, [Entry(offset, length, kind, payload)]
-        )
-        frame.entries = ()
-        if self.cover is not None:
-            self.cover.touch(offset, length)
-        self.group.framed(frame)
-        self._append(frame, writes, ())
-        return frame
-
-    def append_verify(self, payload: bytes) -> UnitFrame | None:
-        """Append the hashes of a locked range; nobody waits for them to be durable.
-
-        To be called when no append is under way (see :meth:`when_free`).
-
-        :returns: ``None`` while there is no room, or when a device has failed.
-        """
-        if self.dead or self.group.failures.stops_framing:
-            return None
-        placement = self.writelog.place(HEADER_BYTES + len(payload))
-        if placement is None:
-            return None
-        frame, writes = self.framing.make(frames.VERIFY, placement, (), [payload])
-        self.group.framed(frame)
-        self._append(frame, writes, ())
-        return frame
 
     # -- failures and the end -------------------------------------------------------------------
 

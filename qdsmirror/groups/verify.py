@@ -328,12 +328,12 @@ class Verify:
         self._wait_for_turn(unit, part, rows_of(part.offset, size, digests))
 
     def _wait_for_turn(self, unit: DriverUnit, part: Part, rows: Sequence[Row]) -> None:
-        unit.when_free(partial(self._append, unit, part, rows))
+        unit.own_frames.when_free(partial(self._append, unit, part, rows))
 
     def _append(self, unit: DriverUnit, part: Part, rows: Sequence[Row]) -> None:
         frame = None
         if self._goes_on and self.group.may_frame:
-            frame = unit.append_verify(pack_rows(rows))
+            frame = unit.own_frames.hashes(pack_rows(rows))
         now = self.group.runtime.reactor.seconds()
         if frame is None:
             # It is hashed again, and not at once.

@@ -224,8 +224,8 @@ class NearSynchronousTests(AnsweringTestCase):
         self.connect(world)
         unit = world.group.units[0]
         for at in range(5):
-            unit.append_chunk(at * BLOCK, None, BLOCK)
-        unit.append_control(2)
+            unit.own_frames.chunk(at * BLOCK, None, BLOCK)
+        unit.own_frames.control(2)
         asked = self.write(world, 1, 2, 3)
         self.assertEqual(self.answered(world, asked), [True, True, False])
 

@@ -133,7 +133,7 @@ def _apply_before_durable(patch: Patch) -> None:
     def early(unit: Any, frame: Any, *_: Any) -> None:
         unit.run_on_data(partial(apply_entries, unit.device, frame.entries), _ignore)
 
-    patch(DriverUnit, "_append", _wrapped(DriverUnit, "_append", before=early))
+    patch(DriverUnit, "append", _wrapped(DriverUnit, "append", before=early))
 
 
 @mutation("NO-AHEAD")
