@@ -236,7 +236,7 @@ def _source(path: Path, spec: str) -> Source:
         return Source(path, problems=list(error.problems))
     except ConfigError as error:
         message = error.message.removeprefix(f"{path}: ")
-        return Source(path, problems=[Problem(path, 0, "", message)])
+        return Source(path, problems=[Problem(path, 0, "", message, hint=error.hint)])
 
 
 def _group(

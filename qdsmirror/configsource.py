@@ -111,12 +111,13 @@ def read_text(path: Path) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{path}: not a regular file", "qdsconfigtool check")
+                raise ConfigError(f"{path}: not a regular file", f"ls -l {path}")
             raw = file.read(CONFIG_FILE_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
         missing = isinstance(error, OSError) and error.errno == errno.ENOENT
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        hint = "write it after the commented sample" if missing else "check its permissions"
+        page = "qds.cfg(5)" if path.name == "qds.cfg" else "dsgrp.cfg(5)"
+        hint = f"write it, see {page}; then: qdsconfigtool check" if missing else f"ls -l {path}"
         raise ConfigError(f"{path}: {reason}", hint) from error
     if len(raw) > CONFIG_FILE_BYTES_MAX:
         raise ConfigError(f"{path}: larger than {CONFIG_FILE_BYTES_MAX} bytes", "shorten it")

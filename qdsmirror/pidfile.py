@@ -44,7 +44,7 @@ class PidFile:
                 os.close(descriptor)
                 raise QdsError(
                     f"{self.path.stem} is already running (pid {pid or 'unknown'})",
-                    hint="end that one first",
+                    hint=f"end that one first; what it is: ps -fp {pid}" if pid else "qdsdoctor",
                 ) from None
             # Its last owner may have unlinked it between our open and our lock.
             if _same_file(descriptor, self.path):

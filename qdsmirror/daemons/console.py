@@ -119,7 +119,7 @@ class ConsoleDaemon(Service):
         self._pid_file.release()
         return QdsError(
             f"{self.paths.host_config}: console: {self._host.console}: {why}",
-            hint="choose another place to listen, or free that one",
+            hint="choose another place to listen, or free that one; who has it: ss -ltnp",
         )
 
     def startService(self) -> None:  # noqa: N802

@@ -149,7 +149,8 @@ def _listen(port: int) -> socket.socket:
     except OSError as error:
         raise QdsError(
             f"port {port}: {os.strerror(error.errno or 0)}",
-            hint="a port below 1024 needs root or socket activation; is another daemon there?",
+            hint="a port below 1024 needs root or socket activation; who has it: "
+            f"ss -ltnp sport = {port}",
         ) from None
 
 

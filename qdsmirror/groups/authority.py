@@ -46,7 +46,7 @@ class Authority:
         if ldsu.name != name:
             raise MismatchError(
                 f"LDSU {index} is {name} at the primary and {ldsu.name} at the secondary",
-                hint="compare the group's file on both hosts",
+                hint="compare the group's file on both hosts: `qdsconfigtool show`",
             )
         if device.size < size:
             raise MismatchError(

@@ -72,7 +72,8 @@ def ask(
         raise ampbox.decode_error(str(error).encode()) from None
     except (ConnectionClosed, CancelledError, amp.AmpError) as error:
         raise UnreachableError(
-            f"the daemon on {where} did not answer: {error}", hint="look into its log"
+            f"the daemon on {where} did not answer: {error}",
+            hint="qdsdoctor; then look into its log",
         ) from None
     finally:
         if timer.active():

@@ -249,7 +249,7 @@ class _ControlProtocol(BoundedAmp):
             _log.failure("{method} failed", failure, method=method)
             error = QdsError(
                 f"{method} failed inside the daemon: {type(error).__name__}: {error}",
-                hint="look into the daemon's log",
+                hint="qdsdoctor; then look into the daemon's log",
             )
         raise RemoteError(ampbox.encode_error(error).decode())
 

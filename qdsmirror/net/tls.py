@@ -34,7 +34,7 @@ from qdsmirror.net.credentials import Credentials
 #: RFC 9266 section 2.
 EXPORTER_LABEL = b"EXPORTER-Channel-Binding"
 
-_HINT_PORT = "check `port` and `address` in the group's file, and what listens there"
+_HINT_PORT = "check `port` and `address` in the group's file; what listens there: `ss -ltnp` on it"
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h.
 _NOT_YET_VALID = 9
@@ -68,7 +68,8 @@ _ALERTS = {
     # that is the name, see _Judge.
     "internal error": (
         "{peer} refuses {own}: it is not for the host its group file names",
-        "compare `host` in the group's file on both hosts, `name` in qds.cfg and the certificate",
+        "compare `host` in the group's file on both hosts, `name` in qds.cfg and the certificate: "
+        "`qdsconfigtool show` and `qdsconfigtool check` on both",
     ),
 }
 
@@ -146,7 +147,8 @@ class _Judge:
             return IdentityError(
                 f"the peer's certificate is for {describe(certificate)}, "
                 f"not for the group's host {self.expected_peer}",
-                hint="compare `host` in the group's file with the certificate on that host",
+                hint="compare `host` in the group's file with the certificate on that host: "
+                "`qdsconfigtool check` there",
             )
         return None
 

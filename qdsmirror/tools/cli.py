@@ -248,7 +248,7 @@ def broken_files(paths: Paths, problems: Sequence[Problem]) -> dict[Path, QdsErr
 
 def _nearest_ldsu(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {found[0]}?" if found else "qdsinfo lists the LDSUs"
+    return (f"did you mean {found[0]}? " if found else "") + "qdsinfo lists the LDSUs"
 
 
 # -- output and errors -----------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class ControlClient:
             except TimeoutError:
                 raise UnreachableError(
                     f"no answer from {self._path} within {self._timeout_seconds:g} s",
-                    hint="try again; if it stays so, look into the daemon's log",
+                    hint="try again; if it stays so: qdsdoctor, then the daemon's log",
                 ) from None
             except OSError as error:
                 raise self._unreachable(error) from None
@@ -82,7 +82,7 @@ class ControlClient:
         launcher = launcher_of(self._path)
         return UnreachableError(
             f"no daemon answers on {self._path}: {error.strerror or error}",
-            hint=f"start it with {launcher}" if launcher else "start the daemon",
+            hint=f"start it with {launcher}" if launcher else "qdsinfo tells what runs",
         )
 
     def _wait_until(self, connection: socket.socket, deadline: float) -> None:

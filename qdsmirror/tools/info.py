@@ -266,7 +266,7 @@ def _look(paths: Paths, arguments: argparse.Namespace) -> tuple[Look, list[QdsEr
         names = ", ".join(group.name for group in selected)
         raise ConfigError(
             f"host {host.name} is neither primary nor secondary of {names}",
-            hint=f"compare name in {paths.host_config} with the groups' hosts",
+            hint=f"compare name in {paths.host_config} with the groups' hosts: qdsconfigtool show",
         )
     return lambda: (host.name, collect_groups(paths, host.name, here)), broken
 

@@ -342,7 +342,7 @@ def _end(daemon: _Daemon, pid: int, pid_file: Path) -> None:
         if not ended.poll(2000 * limits.STOP_SECONDS_MAX):
             raise QdsError(
                 f"{daemon.name} (pid {pid}) has not ended after {2 * limits.STOP_SECONDS_MAX:g} s",
-                hint="look into its log",
+                hint="qdsdoctor; then look into its log",
             )
     except PermissionError:
         raise QdsError(

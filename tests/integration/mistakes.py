@@ -21,6 +21,7 @@ from tests.integration.world import World
 
 DOCTOR = ("qdsdoctor",)
 PEER = ("qdsdoctor", "--peer")
+AGAINST = ("qdsconfigtool", "check", "--against-peer")
 INFO = ("qdsinfo",)
 
 
@@ -246,20 +247,20 @@ OFFLINE = (
         "an LDSU's name is mistyped",
         lambda _: None,
         ("no LDSU is named 'qsd0'",),
-        ("did you mean qds0",),
+        ("did you mean qds0", "qdsinfo"),
         (*INFO, "qsd0"),
     ),
     Mistake(
         "qds.cfg is missing",
         lambda b: b.remove(b.etc("qds.cfg")),
         ("qds.cfg", "No such file"),
-        ("qds.cfg",),
+        ("write it, see qds.cfg(5)", "qdsconfigtool check"),
     ),
     Mistake(
         "the host's name is mistyped",
         lambda b: b.edit(b.etc("qds.cfg"), "primary", "prmary"),
         ("dsgrp000.cfg", 'is this host "prmary"'),
-        ("compare name in", "qds.cfg"),
+        ("compare name in", "qds.cfg", "qdsconfigtool show"),
     ),
     Mistake(
         "the daemons' user does not exist",
@@ -500,14 +501,14 @@ LIVE = (
         "the port is another service's",
         _plain_service,
         ("secondary does not speak TLS",),
-        ("check `port` and `address`",),
+        ("check `port` and `address`", "ss -ltnp"),
         PEER,
     ),
     Mistake(
         "the secrets of the two hosts differ",
         _other_secret,
         ("did not prove the secret of dsgrp000",),
-        ("compare dsgrp000.secret on both hosts",),
+        ("compare dsgrp000.secret on both hosts", "qdsconfigtool pki"),
         PEER,
     ),
     Mistake(
@@ -524,14 +525,14 @@ LIVE = (
             "secondary refuses our certificate (for primary)",
             "not for the host its group file names",
         ),
-        ("compare `host` in the group's file on both hosts",),
+        ("compare `host` in the group's file on both hosts", "qdsconfigtool show"),
         PEER,
     ),
     Mistake(
         "the secondary has no such group",
         _no_group_there,
         ("{lab}/secondary/etc", "no group's file (dsgrp000.cfg) here yet"),
-        ("write one", "dsgrp.cfg(5)"),
+        ("write one", "scp", "dsgrp.cfg(5)", "qdsconfigtool apply"),
         DOCTOR,
         "secondary",
     ),
@@ -562,6 +563,13 @@ LIVE = (
         ('durability is "flush" here and "always" on secondary', "the primary's counts"),
         ("make it the same in", "qdsconfigtool apply"),
         PEER,
+    ),
+    Mistake(
+        "the operation was changed on one of the two hosts, seen by qdsconfigtool",
+        lambda b: _far_edit(b, "operation = async", "operation = sync"),
+        ('operation is "async" here and "sync" on secondary', "the primary's counts"),
+        ("make it the same in", "qdsconfigtool apply"),
+        AGAINST,
     ),
     Mistake(
         "a bypass was forgotten",

@@ -225,7 +225,7 @@ class SelectionTests(TestCase):
         ):
             self.assertIn(part, str(self.assertRaises(UsageError, self.select, *argv)))
         error = self.assertRaises(UsageError, self.select, "qsd1")
-        self.assertEqual(error.hint, "did you mean qds1?")
+        self.assertEqual(error.hint, "did you mean qds1? qdsinfo lists the LDSUs")
 
     def test_nothing_configured(self) -> None:
         arguments = cli.parser("qdstest", "Test.", groups=True).parse_args([])
