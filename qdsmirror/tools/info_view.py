@@ -49,6 +49,15 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
+def setting_text(key: str, value: Any) -> str:
+    """Give a setting's value so that ``qdsset`` takes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "verify_every" and not value:
+        return "never"
+    return str(value).removesuffix(".0")
+
+
 def full_text(seconds: float | None) -> str:
     """Give when a log will be full at its present rate; ``-`` while it is not filling."""
     return "FULL" if seconds == 0 else duration_text(seconds)
@@ -233,7 +242,9 @@ def _synchronous_lines(group: Group) -> list[str]:
     elif told and not told["kept"]:
         lines.append(f"not yet {group['operation']}: what was answered before is being committed")
     if group["settings"]:
-        changed = ", ".join(f"{key} = {value}" for key, value in group["settings"].items())
+        changed = ", ".join(
+            f"{key} = {setting_text(key, value)}" for key, value in group["settings"].items()
+        )
         lines.append(f"set until the next start: {changed}")
     return lines
 

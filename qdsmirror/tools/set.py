@@ -19,7 +19,7 @@ from qdsmirror.configlive import (
 )
 from qdsmirror.errors import ConfigError, QdsError, UsageError
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli
+from qdsmirror.tools import cli, info_view
 from qdsmirror.tools.client import ControlClient
 from qdsmirror.tools.orders import ANSWER_SECONDS
 
@@ -111,6 +111,5 @@ def _goes_by(daemon: str, key: str, role: str) -> bool:
 
 def _tell(group: Mapping[str, Any], settings: Mapping[str, str]) -> None:
     for key in settings or group["settings"]:
-        value = group["settings"][key]
-        text = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        text = info_view.setting_text(key, group["settings"][key])
         print(f"{group['name']}: {key} = {text}")

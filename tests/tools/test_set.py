@@ -165,7 +165,8 @@ class CommandTests(TestCase):
         self.host()
         self.daemon("dsgrp000.driver", self.echo({"auto_refresh": True, "operation": "async"}))
         self.daemon("dsgrp000.pmd", self.echo({"send_window": 7}))
-        self.daemon("dsgrp000.stats", self.echo({"prf_limit": 65536}))
+        stats = {"prf_limit": 65536, "perf_interval": 2.5, "verify_every": 0.0}
+        self.daemon("dsgrp000.stats", self.echo(stats))
         code, output, _ = self.run_it()
         self.assertEqual(code, 0)
         self.assertEqual(
@@ -173,14 +174,16 @@ class CommandTests(TestCase):
             "dsgrp000: auto_refresh = yes\n"
             "dsgrp000: operation = async\n"
             "dsgrp000: send_window = 7\n"
-            "dsgrp000: prf_limit = 65536\n",
+            "dsgrp000: prf_limit = 65536\n"
+            "dsgrp000: perf_interval = 2.5\n"
+            "dsgrp000: verify_every = never\n",
         )
         code, output, _ = self.run_it("--json")
         self.assertEqual(
             json.loads(output)["groups"],
             [{"group": 0, "name": "dsgrp000",
               "settings": {"auto_refresh": True, "operation": "async", "send_window": 7,
-                           "prf_limit": 65536}}],
+                           **stats}}],
         )  # fmt: skip
 
     def test_a_throttles_number_is_told_to_the_statistics(self) -> None:
@@ -258,5 +261,5 @@ class ShownTests(SynchronousTestCase):
         degraded = {"since": 1790000000.0, "reason": "so"}
         text = self.remarks(operation="sync", synchronous=self.told(False), degraded=degraded)
         self.assertRegex(text, r"DEGRADED since 2026-.*: so")
-        text = self.remarks(settings={"operation": "sync", "near_sync_entries": 3})
-        self.assertIn("set until the next start: operation = sync, near_sync_entries = 3", text)
+        text = self.remarks(settings={"operation": "sync", "auto_refresh": True})
+        self.assertIn("set until the next start: operation = sync, auto_refresh = yes", text)
