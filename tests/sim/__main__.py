@@ -18,7 +18,7 @@ from typing import Any
 from tests.sim import crashes
 from tests.sim.mutations import MUTATIONS
 from tests.sim.runs import a_base, mutate, run_seed, run_seeds
-from tests.sim.script import sequences
+from tests.sim.script import drawn, sequences
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "COUNT"))
     parser.add_argument("--seconds", type=float, help="at most so long")
     parser.add_argument("--crashes", nargs=2, type=int, metavar=("PART", "PARTS"))
+    parser.add_argument("--draw", type=int, help="of the crashes those that this seed draws")
     parser.add_argument("--sequence", help="a schedule and operations, with commas between")
     parser.add_argument("--mutations", nargs=2, type=int, metavar=("PART", "PARTS"))
     parser.add_argument("--soak", action="store_true", help="fresh seeds until stopped")
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = run_seeds(range(first, first + how_many), until)
         return report(result, chosen.json)
     if chosen.crashes or chosen.sequence:
-        return report(crash(chosen.crashes, chosen.sequence, until), chosen.json)
+        return report(crash(chosen, until), chosen.json)
     if chosen.mutations:
         part, parts = chosen.mutations
         return report(mutate(MUTATIONS[part::parts]), chosen.json)
@@ -54,14 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if violated else 0
 
 
-def crash(part: tuple[int, int] | None, sequence: str, until: float | None) -> dict[str, Any]:
+def crash(options: argparse.Namespace, until: float | None) -> dict[str, Any]:
     """Examine the crash states of one sequence, or of a part of all of them."""
-    chosen = list(sequences())
-    if sequence:
-        schedule, *names = sequence.split(",")
+    if options.sequence:
+        schedule, *names = options.sequence.split(",")
         chosen = [(int(schedule), tuple(names))]
-    elif part is not None:
-        chosen = chosen[part[0] :: part[1]]
+    else:
+        part, parts = options.crashes
+        every = sequences() if options.draw is None else drawn(options.draw)
+        chosen = list(every)[part::parts]
     with a_base() as base:
         return crashes.run(base, chosen, until)
 

@@ -173,7 +173,7 @@ def _fua_answered_from_the_cache(patch: Patch) -> None:
     patch(DriverUnit, "_was_appended", was_appended)
 
 
-@mutation("LOUD", seeds=300)
+@mutation("LOUD", seeds=600, first=146)
 def _failed_sync_taken_for_good(patch: Patch) -> None:
     real = Syncing._committed
 
@@ -271,13 +271,13 @@ def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
     patch(Writelog, "clear_end", lambda _self, _end: None)
 
 
-@mutation("RECOVER", seeds=300)
+@mutation("RECOVER", seeds=300, first=50)
 def _void_ranges_not_recorded(patch: Patch) -> None:
     real = restart_module.judge
     patch(restart_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
 
 
-@mutation("RECOVER", seeds=400)
+@mutation("RECOVER", seeds=400, first=40)
 def _damage_taken_for_a_tear(patch: Patch) -> None:
     patch(LogReader, "look_ahead", lambda _self: Ahead())
     real = recovery_module.decide
@@ -307,7 +307,7 @@ def _dirty_bits_not_synced(patch: Patch) -> None:
     patch(direct_module, "write_blocks", write_blocks)
 
 
-@mutation("DURABLE", seeds=200, first=45)
+@mutation("DURABLE", seeds=400, first=163)
 def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "is_all_applied", lambda _self: True)
 
@@ -351,7 +351,7 @@ def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
     patch(Bypass, "_frame_break", _wrapped(Bypass, "_frame_break", before=clear))
 
 
-@mutation("GENERATION", seeds=400, first=90)
+@mutation("GENERATION", seeds=600, first=190)
 def _switch_not_completed_at_the_start(patch: Patch) -> None:
     patch(restart_module, "awaits_switch", lambda *_: False)
 
@@ -393,7 +393,7 @@ def _degraded_before_that_is_durable(patch: Patch) -> None:
 
 @mutation("SYNC", seeds=200)
 def _degraded_ends_with_the_outage(patch: Patch) -> None:
-    patch(Answering, "_is_caught_up", property(lambda self: self._is_connected))
+    patch(Answering, "_is_caught_up", property(lambda self: self._group.pmd.is_connected))
 
 
 @mutation("SYNC", seeds=200)
@@ -416,12 +416,12 @@ def _entries_of_before_a_crash_not_counted(patch: Patch) -> None:
     patch(Answering, "begin", _wrapped(Answering, "begin", after=begin))
 
 
-@mutation("SYNC", seeds=400)
+@mutation("SYNC", seeds=400, first=34)
 def _skipped_by_a_new_history_taken_for_committed(patch: Patch) -> None:
     patch(Answering, "skip", lambda _self: None)
 
 
-@mutation("SYNC", seeds=200)
+@mutation("SYNC", seeds=200, first=14)
 def _bypass_answers_at_once(patch: Patch) -> None:
     patch(Answering, "may_go_past", property(lambda _self: True))
 
@@ -471,7 +471,7 @@ def _bits_cleared_before_the_secondary_has_it(patch: Patch) -> None:
     patch(Cover, "settle", _wrapped(Cover, "settle", before=early))
 
 
-@mutation("NO-HIDDEN", seeds=200)
+@mutation("NO-HIDDEN", seeds=200, first=36)
 def _bits_cleared_in_bypass(patch: Patch) -> None:
     _in_memory(patch)
     patch(MemoryLogs, "may_settle", property(lambda logs: logs._group.coherent))
@@ -499,7 +499,7 @@ def _resume_off_by_one(patch: Patch) -> None:
     patch(primary_module, "agreed_gsn", lambda *told: real(*told) + 1)
 
 
-@mutation("GENERATION", seeds=200)
+@mutation("GENERATION", seeds=200, first=43)
 def _resume_by_number_without_proof(patch: Patch) -> None:
     real = primary_module.agreed_gsn
 
@@ -510,7 +510,7 @@ def _resume_by_number_without_proof(patch: Patch) -> None:
     patch(OutUnit, "_proven", lambda _self, cursor, _point: cursor)
 
 
-@mutation("PREFIX")
+@mutation("PREFIX", seeds=300, first=76)
 def _frames_of_the_last_session_kept(patch: Patch) -> None:
     real = Committing.forget
 
@@ -547,7 +547,7 @@ def _what_a_lost_path_had_is_not_sent_again(patch: Patch) -> None:
     patch(Band, "_again", lambda *_: None)
 
 
-@mutation("BOUND", seeds=200)
+@mutation("BOUND", seeds=200, first=11)
 def _taken_while_too_much_is_under_way(patch: Patch) -> None:
     def give(session: Any) -> None:
         paused, session._paused = session._paused, False
@@ -558,7 +558,7 @@ def _taken_while_too_much_is_under_way(patch: Patch) -> None:
     patch(Session, "_give", give)
 
 
-@mutation("BOUND")
+@mutation("BOUND", first=6)
 def _window_not_heeded(patch: Patch) -> None:
     def pump(outbound: Any) -> None:
         outbound._in_flight_bytes = 0
@@ -625,7 +625,7 @@ def _journal_freed_before_the_mirror_is_synced(patch: Patch) -> None:
     patch(Mirror, "checkpoint", checkpoint)
 
 
-@mutation("BOUND", seeds=200)
+@mutation("BOUND", seeds=200, first=11)
 def _never_presses_back(patch: Patch) -> None:
     patch(RemoteGroup, "_press", lambda _self, _full: None)
 
@@ -758,7 +758,7 @@ def _end_of_refresh_without_sync(patch: Patch) -> None:
     patch(Mirror, "_mark_coherent", mark_coherent)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=13)
 def _chunk_read_without_what_is_pending(patch: Patch) -> None:
     patch(DriverUnit, "lock", lambda *_: None)
     patch(DriverUnit, "unlock", lambda *_: None)
@@ -775,7 +775,7 @@ def _hashes_compared_in_a_replay(patch: Patch) -> None:
     patch(Mirror, "replay", _wrapped(Mirror, "replay", before=sure))
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=21)
 def _hash_appended_without_the_lock(patch: Patch) -> None:
     def found(_verify: Any, unit: Any, *_: Any) -> None:
         unit.unlock()
@@ -783,7 +783,7 @@ def _hash_appended_without_the_lock(patch: Patch) -> None:
     patch(Verify, "_found_hole", _wrapped(Verify, "_found_hole", after=found))
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=15)
 def _hashes_compared_before_the_writes_are_applied(patch: Patch) -> None:
     real = Mirror.apply
 
@@ -814,12 +814,12 @@ def _fetched_recorded_before_it_is_synced(patch: Patch) -> None:
     patch(Backfresh, "_sync", lambda _: succeed(None))
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", seeds=200, first=32)
 def _what_is_given_up_is_sent(patch: Patch) -> None:
     patch(Attachment, "hold", lambda *_: None)
 
 
-@mutation("RECOVER")
+@mutation("RECOVER", first=9)
 def _end_completed_in_no_other_superblock(patch: Patch) -> None:
     patch(recovery_module, "completed", list)
 

@@ -210,6 +210,15 @@ _IN_MEMORY = (
 LINK_DOWN, SMART_REFRESH, LINK_UP = "link down", "smart refresh", "link up"
 _LAGGING = ("write", "overlapping write", "trim", "flush", "bypass on")
 
+#: Of these every sequence is examined in every run, of the others a part.
+PLAIN = frozenset(
+    (
+        "write", "overlapping write", "FUA write", "flush", "trim", "zeroes", "wrap", "extend",
+        "free", "bypass on", "ack",
+    )
+)  # fmt: skip
+_DRAWN = 0.5
+
 Sequence = tuple[int, tuple[str, ...]]
 
 
@@ -233,6 +242,18 @@ def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
     for names in itertools.product(_LAGGING, repeat=LENGTH_MAX):
         yield number, (LINK_DOWN, *names, SMART_REFRESH, LINK_UP)
         number += 1
+
+
+def drawn(seed: int) -> Iterator[Sequence]:
+    """Give the sequences of one run: all of :data:`PLAIN`, all short ones, and half of the rest.
+
+    Of these chance decides: another run draws others.
+    """
+    random = Random(seed)
+    for schedule, names in sequences():
+        plain = len(names) < LENGTH_MAX or PLAIN.issuperset(names) or names[0] not in OPERATIONS
+        if plain or random.random() < _DRAWN:
+            yield schedule, names
 
 
 _ONLY_THERE = {
