@@ -25,9 +25,11 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.config import load_groups, load_host
 from qdsmirror.paths import Paths
 from qdsmirror.tools.status import collect_groups
+from tests.integration.commands import COMMANDS
 from tests.integration.schema import keep_to_schema
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+QUIET = Path(__file__).with_name("quiet")
 COMMAND_SECONDS = 90.0
 POLL_SECONDS = 0.05
 #: Memory files where they are to be had: the tests are about processes, not about disks.
@@ -59,6 +61,8 @@ def draw_seed(test: TestCase) -> int:
 class LabFixture:
     """A lab in a temporary directory.
 
+    A test whose ``statistics`` is false has no processes for them: it is about something else.
+
     :ivar directory: the lab's; ``primary`` and ``secondary`` are its sites' roots.
     """
 
@@ -70,6 +74,9 @@ class LabFixture:
         self.primary = self.directory / "primary"
         self.secondary = self.directory / "secondary"
         self._options = options
+        self._python_path = str(REPOSITORY)
+        if not getattr(test, "statistics", True):
+            self._python_path = f"{QUIET}:{REPOSITORY}"
         self._programs: list[subprocess.Popen[str]] = []
 
     def _remove(self) -> Deferred[None]:
@@ -87,7 +94,7 @@ class LabFixture:
 
     def environment(self) -> dict[str, str]:
         found = {k: v for k, v in os.environ.items() if k != "QDS_ROOT"}
-        return {**found, "PYTHONPATH": str(REPOSITORY)}
+        return {**found, "PYTHONPATH": self._python_path}
 
     def start_program(
         self, arguments: Sequence[str], output: Path | None = None
@@ -112,18 +119,27 @@ class LabFixture:
         self._programs.append(program)
         return program
 
-    def run(self, arguments: Sequence[str], codes: Sequence[int] = (0,)) -> str:
-        """Run a program to its end and give its output."""
-        done = subprocess.run(
+    def _done(
+        self, arguments: Sequence[str], seconds: float, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end, whatever that is."""
+        if not options and COMMANDS.knows(arguments[0]):
+            return COMMANDS.run(arguments, self._base, self.environment(), seconds)
+        return subprocess.run(
             arguments,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=self.environment(),
             cwd=self._base,
-            timeout=COMMAND_SECONDS,
+            timeout=seconds,
             check=False,
+            **options,
         )
+
+    def run(self, arguments: Sequence[str], codes: Sequence[int] = (0,)) -> str:
+        """Run a program to its end and give its output."""
+        done = self._done(arguments, COMMAND_SECONDS)
         if done.returncode not in codes:
             raise CommandError(
                 f"{' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}{self.logs()}"

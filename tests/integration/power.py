@@ -25,6 +25,8 @@ from tests.integration.world import SITES, World
 
 _READ_BYTES = 1 << 20
 _CONTROL_SECONDS = 30.0
+#: So that something is under way when the power goes, and the disks' programs keep up with it.
+_WRITES_PER_SECOND = 800
 _MASTERS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
 
 
@@ -174,7 +176,7 @@ class Application:
         arguments = [console_script("python"), "-m", "tests.integration.writer", socket_path]
         arguments += [f"qds{index}" for index in range(self.layout.devices)]
         arguments += ["--slots", str(self.layout.slots), "--first", str(self.first)]
-        arguments += ["--promises", str(self._promises)]
+        arguments += ["--promises", str(self._promises), "--rate", str(_WRITES_PER_SECOND)]
         self._writer = self.world.start_program(arguments + ["--always"] * self.always)
 
     def end(self) -> dict[str, Any]:

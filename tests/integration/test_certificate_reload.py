@@ -79,6 +79,7 @@ class ReloadWorld(LinkWorld):
 
 class ReloadTests(TestCase):
     timeout = 300
+    statistics = False
 
     def begin(self) -> ReloadWorld:
         world = ReloadWorld(self)

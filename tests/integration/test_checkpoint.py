@@ -21,6 +21,7 @@ BLOCK = 64 << 10
 
 class CheckpointTests(TestCase):
     timeout = 400
+    statistics = False
 
     def begin(self, *options: str) -> None:
         self.source = random.Random(9)

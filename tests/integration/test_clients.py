@@ -16,6 +16,7 @@ class ClientTests(TestCase):
     """Each client's reads are right, and what it wrote arrives at the mirror."""
 
     timeout = 400
+    statistics = False
 
     def start(self, *options: str) -> World:
         world = World(self, "--size", "24M", "--writelog", "8M", "--journal", "8M", *options)

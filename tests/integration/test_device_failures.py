@@ -22,6 +22,7 @@ class WayBackTests(TestCase):
     """As qdsmirror-architecture(7) says, after a kill -9 in between."""
 
     timeout = 400
+    statistics = False
 
     def start(self) -> PowerWorld:
         world = PowerWorld(

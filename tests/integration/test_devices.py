@@ -21,6 +21,7 @@ class RefusedDeviceTests(TestCase):
     """Named, with the exit code of the trouble, and no byte of any device is changed."""
 
     timeout = 400
+    statistics = False
 
     def create(self, *options: str) -> World:
         world = World(self, *SMALL, *options)
@@ -170,6 +171,7 @@ class UsedDeviceTests(TestCase):
     """Block devices, small logs, many LDSUs."""
 
     timeout = 400
+    statistics = False
 
     def load(self, world: World, name: str = "qds0", number: int = 0) -> None:
         """Write in several sizes, zeroes too, more than any log holds."""

@@ -15,10 +15,13 @@ from tests.integration.order import Layout, check
 SLOTS = 512
 ROUNDS = 6
 POOL = 3
+#: A log is full in a second or two, and the daemons have time for what is told them.
+WRITES_PER_SECOND = "500"
 
 
 class ExtensionTests(TestCase):
     timeout = 400
+    statistics = False
 
     def start_lab(self, writelog: str, *options: str) -> LabFixture:
         lab = LabFixture(
@@ -53,7 +56,9 @@ class ExtensionTests(TestCase):
         layout = Layout(1, SLOTS)
         module = [console_script("python"), "-m", "tests.integration.writer"]
         socket = str(lab.primary / "run" / "dsgrp000.nbd")
-        writer = lab.start_program([*module, socket, "qds0", "--slots", str(SLOTS)])
+        writer = lab.start_program(
+            [*module, socket, "qds0", "--slots", str(SLOTS), "--rate", WRITES_PER_SECOND]
+        )
         for turn in range(ROUNDS):
             program = self.tell(lab, "qdsextend" if turn % 2 == 0 else "qdsfree")
             # A command takes so long to start.
@@ -83,7 +88,9 @@ class ExtensionTests(TestCase):
         lab.stop("secondary")
         module = [console_script("python"), "-m", "tests.integration.writer"]
         socket = str(lab.primary / "run" / "dsgrp000.nbd")
-        writer = lab.start_program([*module, socket, "qds0", "--slots", str(SLOTS)])
+        writer = lab.start_program(
+            [*module, socket, "qds0", "--slots", str(SLOTS), "--rate", WRITES_PER_SECOND]
+        )
         root = ["--root", str(lab.primary)]
         for number in range(POOL):
             before = self.full(lab)

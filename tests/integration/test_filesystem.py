@@ -41,6 +41,7 @@ class FilesystemTests(TestCase):
     """ext4 through qdsattach."""
 
     timeout = 400
+    statistics = False
 
     def setUp(self) -> None:
         need_attached_ext4()

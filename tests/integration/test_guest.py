@@ -15,7 +15,7 @@ from pathlib import Path
 from twisted.trial.unittest import TestCase
 
 from tests.integration.guest import machine
-from tests.integration.lab import REPOSITORY, console_script, in_thread
+from tests.integration.lab import QUIET, REPOSITORY, console_script, in_thread
 from tests.integration.world import need
 
 #: Two idle processors take 2 minutes; busy ones may take much longer.
@@ -48,6 +48,7 @@ class GuestTests(TestCase):
             "LAB": str(lab),
             "BIN": str(Path(sys.executable).parent),
             "REPOSITORY": str(REPOSITORY),
+            "QUIET": str(QUIET),
             "FILES": " ".join(FILES),
             "KILL_AT": " ".join(KILL_AT),
         }

@@ -23,6 +23,8 @@ VICTIMS = (
 ) * 2
 CHECK_EVERY = 5
 BLOCK = 4096
+#: So that there is something under way whenever a daemon ends, and time for that to happen.
+WRITES_PER_SECOND = 800
 #: The driver is killed so often under a QEMU client ...
 QEMU_KILLS = 3
 #: ... that never has nothing to do: it is given more than it may write by the next look.
@@ -49,7 +51,9 @@ class KillTests(TestCase):
         module = [console_script("python"), "-m", "tests.integration.writer"]
         socket = str(lab.primary / "run" / "dsgrp000.nbd")
         names = [f"qds{index}" for index in range(LDSUS)]
-        return lab.start_program([*module, socket, *names, "--slots", str(SLOTS)])
+        return lab.start_program(
+            [*module, socket, *names, "--slots", str(SLOTS), "--rate", str(WRITES_PER_SECOND)]
+        )
 
     def end_writer(self, lab: LabFixture, writer: subprocess.Popen[str]) -> dict[str, int]:
         output, errors = writer.communicate(timeout=60)

@@ -19,6 +19,7 @@ BLOCK = 64 << 10
 
 class MemoryLogTests(TestCase):
     timeout = 300
+    statistics = False
 
     def start(self, *options: str) -> World:
         self.source = random.Random(5)

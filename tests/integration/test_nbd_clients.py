@@ -104,6 +104,7 @@ class ClientTests(TestCase):
     """Each client does what it is made for, and the bytes are right."""
 
     timeout = 400
+    statistics = False
 
     def setUp(self) -> None:
         self.export = MemoryExport(size=SIZE, minimum_block=512)

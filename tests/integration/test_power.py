@@ -27,6 +27,7 @@ PROMISES_MIN = 50
 
 class PowerTests(TestCase):
     timeout = 400
+    statistics = False
 
     keeps: tuple[float, ...] = KEEPS
 

@@ -19,6 +19,7 @@ CHUNK = 64 << 10
 
 class VerifyCommandTests(TestCase):
     timeout = 400
+    statistics = False
 
     def start(self, *tunables: str) -> World:
         world = World(self, "--size", "64M", "--writelog", "16M", "--journal", "32M")

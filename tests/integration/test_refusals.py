@@ -58,6 +58,7 @@ class RefusalTests(TestCase):
     """Each wrong thing, on either side."""
 
     timeout = 400
+    statistics = False
 
     def refused(
         self, world: World, number: int, code: int, reason: str, at_secondary: str = ""

@@ -19,6 +19,7 @@ BLOCK = 64 << 10
 
 class RollbackTests(TestCase):
     timeout = 400
+    statistics = False
 
     def begin(self, *options: str) -> World:
         self.source = random.Random(5)

@@ -17,6 +17,7 @@ PIECE = 64 << 10
 
 class SmartRefreshTests(TestCase):
     timeout = 400
+    statistics = False
 
     def start(self) -> World:
         world = World(self, "--size", "128M", "--writelog", "16M", "--journal", "32M")

@@ -50,6 +50,7 @@ class PowerTests(TestCase):
     """What was answered is on the secondary's platters in that moment."""
 
     timeout = 400
+    statistics = False
 
     def setUp(self) -> None:
         need_fuse()
@@ -114,6 +115,7 @@ class PowerTests(TestCase):
 
 class DaemonTests(TestCase):
     timeout = 300
+    statistics = False
 
     def start(self, mode: str, *more: str) -> World:
         world = World(self, *SIZES, "--mode", mode)
@@ -251,6 +253,7 @@ class FileSystemTests(TestCase):
     """What a synchronous mirror has of files: see FILE SYSTEMS in qdsmirror-synchronous(7)."""
 
     timeout = 400
+    statistics = False
 
     def setUp(self) -> None:
         need_attached_ext4()

@@ -94,7 +94,7 @@ class World(LabFixture):
         return found
 
     def customise(self, text: str) -> None:
-        """Have every Python process that is started from now on run this first (site(3))."""
+        """Have every daemon that is started from now on run this first (site(3))."""
         self.customised = self.base / "customised"
         self.customised.mkdir(exist_ok=True)
         (self.customised / "sitecustomize.py").write_text(text)
@@ -103,17 +103,7 @@ class World(LabFixture):
         self, *arguments: str, seconds: float = PROGRAM_SECONDS, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a program, whatever its exit code."""
-        return subprocess.run(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=self.environment(),
-            cwd=self.base,
-            timeout=seconds,
-            check=False,
-            **options,
-        )
+        return self._done(arguments, seconds, **options)
 
     def ask(self, site: str, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one of our commands on a site, whatever its exit code."""

@@ -1,6 +1,6 @@
 # What is done in the guest; every line that begins with "guest:" is for the test to judge.
 . /run/settings
-export PATH="$BIN:/usr/sbin:/usr/bin:/sbin:/bin" PYTHONPATH="$REPOSITORY" HOME=/run
+export PATH="$BIN:/usr/sbin:/usr/bin:/sbin:/bin" PYTHONPATH="$QUIET:$REPOSITORY" HOME=/run
 primary=$LAB/primary
 place=/run/place
 cd /run || exit
