@@ -35,7 +35,7 @@ from qdsmirror.errors import (
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.retry import Retry
 from qdsmirror.groups.runtime import Runtime
-from qdsmirror.net.control import why_unconnected
+from qdsmirror.net.asking import why_unconnected
 from qdsmirror.net.handshake import PrimaryHandshake, PrimaryOffer
 from qdsmirror.net.link import Link
 

@@ -21,7 +21,7 @@ from qdsmirror.core.nbd_requests import Budget
 from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.interfaces import IBlockDevice, IWorker
 from qdsmirror.limits import HANDSHAKE_SECONDS
-from qdsmirror.net.control import attach_to_driver
+from qdsmirror.net.asking import attach_to_driver
 from qdsmirror.net.credentials import Credentials, KeptCredentials
 from qdsmirror.net.nbd import listen_nbd
 from qdsmirror.net.nbd_socket import bind_nbd
@@ -70,7 +70,7 @@ class Runtime:
     :ivar unapplied: bytes framed and not yet applied, of all groups of a child.
     :ivar listen: serves LDSUs to clients; as :func:`qdsmirror.net.nbd.listen_nbd`.
     :ivar bind: makes a listening Unix socket; as :func:`qdsmirror.net.nbd_socket.bind_nbd`.
-    :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.control.attach_to_driver`.
+    :ivar attach: attaches a pmd to its driver; as :func:`qdsmirror.net.asking.attach_to_driver`.
     :ivar endpoint: from reactor, host, group and network path, the way of a pmd to its secondary.
     :ivar server_tls: from the host and the peer's name, what makes TLS around an accepted
         connection; as :func:`qdsmirror.net.tls.server_context_factory`.

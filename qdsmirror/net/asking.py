@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from twisted.internet import endpoints
-from twisted.internet.defer import CancelledError, inlineCallbacks
+from twisted.internet.defer import inlineCallbacks
 from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import connectionDone
 from twisted.protocols import amp
+from twisted.python.failure import Failure
 
 from qdsmirror.core import ampbox
 from qdsmirror.errors import UnreachableError
-from qdsmirror.net.control import BoundedAmp, RemoteError, why_unconnected
+from qdsmirror.net.control import AttachPmd, BoundedAmp, RemoteError
 
 #: What connecting says where nobody listens.
 _NOBODY = (errno.ENOENT, errno.ECONNREFUSED)
@@ -36,6 +39,22 @@ class _Asker(BoundedAmp):
         """Answer nothing: nobody has anything to ask of us."""
 
 
+class _Attacher(_Asker):
+    """The pmd's end: descriptors that were not claimed are closed with the connection."""
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:  # noqa: N802
+        """Keep a received descriptor from processes started later."""
+        os.set_inheritable(descriptor, False)
+        super().fileDescriptorReceived(descriptor)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        """Close descriptors of an answer that never became complete."""
+        super().connectionLost(reason)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
 @inlineCallbacks
 def ask(
     reactor: Any,
@@ -49,34 +68,84 @@ def ask(
     :param reactor: provides IReactorUNIX and IReactorTime.
     :param path: of the control socket.
     :param command: of :mod:`qdsmirror.net.control`.
-    :param timeout_seconds: for the whole.
+    :param timeout_seconds: for connecting, and again for the answer.
     :raises NobodyThereError: nobody listens there.
     :raises UnreachableError: no answer came in time.
     :raises QdsError: what the daemon said.
     """
+    answer = yield _call(reactor, path, _Asker(), command, timeout_seconds, arguments)
+    return ampbox.load_json(answer["json"])
+
+
+@inlineCallbacks
+def attach_to_driver(
+    reactor: Any, path: str | os.PathLike[str], timeout_seconds: float = 5.0
+) -> Any:
+    """Attach a pmd to a group's driver.
+
+    :param reactor: provides IReactorUNIX and IReactorTime.
+    :param path: the group's driver control socket.
+    :param timeout_seconds: for connecting, and again for the answer.
+    :returns: a Deferred of ``(information, [writelog descriptors], watermark descriptor)``; the
+        descriptors belong to the caller.
+    :raises NobodyThereError: nobody listens there.
+    :raises UnreachableError: the answer did not come in time.
+    :raises QdsError: what the driver said.
+    """
+    answer = yield _call(
+        reactor, path, _Attacher(), AttachPmd, timeout_seconds, {},
+        whom="driver", hint="start it with launchdriver",
+    )  # fmt: skip
+    return ampbox.load_json(answer["json"]), answer["logs"], answer["watermarks"]
+
+
+@inlineCallbacks
+def _call(
+    reactor: Any,
+    path: str | os.PathLike[str],
+    protocol: _Asker,
+    command: type[amp.Command],
+    timeout_seconds: float,
+    arguments: Mapping[str, str],
+    whom: str = "daemon",
+    hint: str = "see qdsinfo",
+) -> Any:
+    """Connect, run one command and disconnect.
+
+    :param whom: who listens there, for errors; ``hint``: where nobody does.
+    """
     where = os.fspath(path)
     endpoint = endpoints.UNIXClientEndpoint(reactor, where, timeout=timeout_seconds)
     try:
-        protocol = yield endpoints.connectProtocol(endpoint, _Asker())
+        yield endpoints.connectProtocol(endpoint, protocol)
     except (ConnectError, OSError) as error:
-        number = getattr(error, "osError", None) or getattr(error, "errno", None)
-        kind = NobodyThereError if number in _NOBODY else UnreachableError
-        raise kind(
-            f"no daemon answers on {where}: {why_unconnected(error)}", hint="see qdsinfo"
-        ) from None
+        kind = NobodyThereError if _error_number(error) in _NOBODY else UnreachableError
+        raise kind(f"no {whom} answers on {where}: {why_unconnected(error)}", hint=hint) from None
     clock: IReactorTime = reactor
     timer = clock.callLater(timeout_seconds, protocol.transport.abortConnection)
     try:
         answer = yield protocol.callRemote(command, **arguments)
     except RemoteError as error:
         raise ampbox.decode_error(str(error).encode()) from None
-    except (ConnectionClosed, CancelledError, amp.AmpError) as error:
+    except (ConnectionClosed, amp.AmpError) as error:
         raise UnreachableError(
-            f"the daemon on {where} did not answer: {error}",
-            hint="qdsdoctor; then look into its log",
+            f"the {whom} on {where} did not answer: {error}",
+            hint=f"qdsdoctor; then look into the {whom}'s log",
         ) from None
     finally:
         if timer.active():
             timer.cancel()
         protocol.transport.loseConnection()
-    return ampbox.load_json(answer["json"])
+    return answer
+
+
+def why_unconnected(error: Exception) -> str:
+    """Tell in the system's own words why a connection could not be made."""
+    number = _error_number(error)
+    return str(error).rstrip(".") if number is None else os.strerror(number)
+
+
+def _error_number(error: Exception) -> int | None:
+    """Give the ``errno`` of an attempt to connect, where Twisted or the system says one."""
+    number = getattr(error, "osError", None) or getattr(error, "errno", None)
+    return number if isinstance(number, int) else None

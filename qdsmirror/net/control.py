@@ -5,7 +5,7 @@ are JSON objects, spread over several AMP values where they are long (core.ampbo
 the commands below is answered; the stock StartTLS responder is out of reach (security.md 4).
 """
 
-# Twisted's amp and endpoints have few annotations.
+# Twisted's amp has few annotations.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
-from twisted.internet import defer, endpoints
-from twisted.internet.defer import Deferred, inlineCallbacks, maybeDeferred
-from twisted.internet.error import ConnectError, ConnectionClosed
-from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime, IReactorUNIX
+from twisted.internet import defer
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IAddress, IListeningPort, IReactorUNIX
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.protocols import amp
@@ -26,7 +25,7 @@ from twisted.python.failure import Failure
 
 from qdsmirror import limits
 from qdsmirror.core import ampbox
-from qdsmirror.errors import LimitError, QdsError, UnreachableError, UsageError
+from qdsmirror.errors import LimitError, QdsError, UsageError
 from qdsmirror.net.control_audit import Audit, audited, unnoted
 
 _log = Logger()
@@ -427,70 +426,3 @@ class ControlServer:
         if port is None:
             return defer.succeed(None)
         return maybeDeferred(port.stopListening).addCallback(lambda _: None)
-
-
-class _AttachProtocol(BoundedAmp):
-    """The pmd's end: descriptors that were not claimed are closed with the connection."""
-
-    box_bytes_max = ampbox.BOX_BYTES_MAX
-
-    def locateResponder(self, name: bytes) -> None:  # noqa: N802
-        """Answer nothing: the driver asks us nothing."""
-
-    def fileDescriptorReceived(self, descriptor: int) -> None:  # noqa: N802
-        """Keep a received descriptor from processes started later."""
-        os.set_inheritable(descriptor, False)
-        super().fileDescriptorReceived(descriptor)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
-        """Close descriptors of an answer that never became complete."""
-        super().connectionLost(reason)
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-def why_unconnected(error: Exception) -> str:
-    """Tell in the system's own words why a connection could not be made."""
-    number = getattr(error, "osError", None) or getattr(error, "errno", None)
-    return os.strerror(number) if isinstance(number, int) else str(error).rstrip(".")
-
-
-@inlineCallbacks
-def attach_to_driver(
-    reactor: Any, path: str | os.PathLike[str], timeout_seconds: float = 5.0
-) -> Any:
-    """Attach a pmd to a group's driver.
-
-    :param reactor: provides IReactorUNIX and IReactorTime.
-    :param path: the group's driver control socket.
-    :returns: a Deferred of ``(information, [writelog descriptors], watermark descriptor)``; the
-        descriptors belong to the caller.
-    :raises UnreachableError: nobody listens there, or the answer did not come in time.
-    :raises QdsError: what the driver said.
-    """
-    where = os.fspath(path)
-    endpoint = endpoints.UNIXClientEndpoint(reactor, where, timeout=timeout_seconds)
-    try:
-        protocol = yield endpoints.connectProtocol(endpoint, _AttachProtocol())
-    except (ConnectError, OSError) as error:
-        raise UnreachableError(
-            f"no driver answers on {where}: {why_unconnected(error)}",
-            hint="start it with launchdriver",
-        ) from None
-    clock: IReactorTime = reactor
-    timer = clock.callLater(timeout_seconds, protocol.transport.abortConnection)
-    try:
-        answer = yield protocol.callRemote(AttachPmd)
-    except RemoteError as error:
-        raise ampbox.decode_error(str(error).encode()) from None
-    except (ConnectionClosed, amp.AmpError) as error:
-        raise UnreachableError(
-            f"the driver on {where} did not answer: {error}", hint="look into the driver's log"
-        ) from None
-    finally:
-        if timer.active():
-            timer.cancel()
-        protocol.transport.loseConnection()
-    information = ampbox.load_json(answer["json"])
-    return information, answer["logs"], answer["watermarks"]

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
@@ -28,7 +27,7 @@ from qdsmirror.errors import (
     UnreachableError,
     UsageError,
 )
-from qdsmirror.net.control import ControlServer, attach_to_driver, why_unconnected
+from qdsmirror.net.control import ControlServer
 from qdsmirror.tools.client import ControlClient
 
 
@@ -139,59 +138,9 @@ class CommandTests(ControlCase):
             self.assertEqual(await deferToThread(client.recv, 1), b"")
 
 
-class AttachTests(ControlCase):
-    def make_descriptors(self, count: int) -> None:
-        for number in range(count):
-            path = self.directory / f"log{number}"
-            path.write_text(f"log {number}")
-            self.handler.descriptors.append(os.open(path, os.O_RDONLY))
-
-    async def test_descriptors_arrive_in_order(self) -> None:
-        self.make_descriptors(40)
-        information, logs, watermarks = await attach_to_driver(reactor, self.path)
-        self.assertEqual(information, {"generation": "g"})
-        texts = [os.read(one, 20).decode() for one in [*logs, watermarks]]
-        self.assertEqual(texts, [f"log {number}" for number in range(40)])
-        self.assertFalse(any(map(os.get_inheritable, logs)))
-        for one in [*logs, watermarks]:
-            os.close(one)
-        await self.call("Status")
-        # Numbers are used again at once by others: what counts is the files.
-        open_files = {
-            os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")
-        }
-        left = [one for one in open_files if one.startswith(str(self.directory / "log"))]
-        self.assertEqual(left, [])
-
-    async def test_refused(self) -> None:
-        self.handler.error = errors.DegradedError("not recovered yet")
-        await self.assertFailure(attach_to_driver(reactor, self.path), errors.DegradedError)
-
-    async def test_no_driver(self) -> None:
-        await self.server.stop()
-        error = await self.assertFailure(attach_to_driver(reactor, self.path), UnreachableError)
-        self.assertIn("launchdriver", error.hint)
-
-    async def test_no_answer(self) -> None:
-        self.handler.attach_pmd = Deferred  # type: ignore[method-assign, assignment]
-        attaching = attach_to_driver(reactor, self.path, timeout_seconds=0.05)
-        await self.assertFailure(attaching, UnreachableError)
-
-
 BOXES = st.lists(
     st.dictionaries(st.binary(min_size=1, max_size=255), st.binary(max_size=300), max_size=5)
 )
-
-
-class WordsTests(SynchronousTestCase):
-    def test_a_connection_not_made_is_told_in_the_systems_words(self) -> None:
-        for error, words in (
-            (ConnectionRefusedError(111, "x"), "Connection refused"),
-            (FileNotFoundError(2, "x"), "No such file or directory"),
-            (ConnectError(2, "x"), "No such file or directory"),
-            (DNSLookupError("no such host."), "DNS lookup failed: no such host"),
-        ):
-            self.assertEqual(why_unconnected(error), words)
 
 
 class BoxTests(SynchronousTestCase):
