@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import pwd
-import signal
 import socket
 import time
 from pathlib import Path
@@ -32,13 +31,15 @@ from qdsmirror.config import HostConfig, load_host, load_token
 from qdsmirror.console.looking import Look, Looking
 from qdsmirror.console.metrics import CONTENT_TYPE, render
 from qdsmirror.console.site import Console, make_site
-from qdsmirror.daemons.master import (
+from qdsmirror.daemons.notify import Notifier
+from qdsmirror.daemons.service import (
     Options,
+    apply_at_hang_up,
     become_user,
     exiting,
+    ignore_hang_up,
     make_service,
 )
-from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.vigil import OwnVigil
 from qdsmirror.errors import ConfigError, QdsError
 from qdsmirror.net.asking import ask
@@ -145,7 +146,7 @@ class ConsoleDaemon(Service):
         self._notifier.status(f"metrics at {self.url}")
         self._notifier.ready()
         self._vigil.begin()
-        signal.signal(signal.SIGHUP, self._hang_up)
+        apply_at_hang_up(self.reactor, self.apply, self._vigil)
 
     def _listen(self, factory: Any) -> Any:
         """Serve; on a Unix socket with mode 0660, in place of what a killed console has left."""
@@ -166,7 +167,7 @@ class ConsoleDaemon(Service):
     @inlineCallbacks
     def stopService(self) -> Any:  # noqa: N802
         """Stop serving; part of IService."""
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ignore_hang_up()
         _log.info("{daemon} is told to end", daemon=self.daemon)
         self._notifier.stopping()
         super().stopService()
@@ -237,17 +238,6 @@ class ConsoleDaemon(Service):
             self._tls.reload(host)
         self._host = host
         return {"errors": []}
-
-    def _hang_up(self, _signal: int, _frame: object) -> None:
-        self.reactor.callFromThread(self._apply_quietly)
-
-    def _apply_quietly(self) -> None:
-        self._notifier.reloading()
-        try:
-            self.apply()
-        except QdsError as error:
-            _log.error("configuration not applied: {error}", error=error)
-        self._notifier.ready()
 
 
 def makeService(options: Any) -> ConsoleDaemon:  # noqa: N802

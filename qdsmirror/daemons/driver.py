@@ -14,7 +14,8 @@ from typing import Any
 from twisted.logger import Logger
 
 from qdsmirror.config import GroupConfig
-from qdsmirror.daemons.master import Master, Options, make_service
+from qdsmirror.daemons.master import Master
+from qdsmirror.daemons.service import Options, make_service
 from qdsmirror.errors import QdsError
 from qdsmirror.net.nbd_socket import bind_nbd
 from qdsmirror.storage.memory import make_memory

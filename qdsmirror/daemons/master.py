@@ -1,38 +1,26 @@
-"""What the three masters share: configuration, pid file, control socket, children, signals.
+"""What the three masters share: configuration, pid file, control socket, children."""
 
-Privileges: a master that root starts, with ``user`` in qds.cfg, opens the port(s) as root and
-becomes that user itself before it makes anything else, children included.  So it is the same
-under twistd, systemd (which better starts it unprivileged at once) and the launch commands, and
-no ``--uid`` is needed.  That user must be able to open the devices, the key and the secrets; its
-run and var directories are given to it.
-"""
-
-# Twisted's Service and switchUID have no annotations.
+# Twisted's Service has no annotations.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
 import os
-import pwd
-import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import inlineCallbacks
 from twisted.logger import Logger
-from twisted.python import usage
-from twisted.python.util import switchUID
 
 from qdsmirror import __version__
 from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_groups
 from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.daemons.certificate import HostCertificate
-from qdsmirror.daemons.clock import use_monotonic_time
 from qdsmirror.daemons.notify import Notifier
+from qdsmirror.daemons.service import apply_at_hang_up, become_user, exiting, ignore_hang_up
 from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.daemons.vigil import Vigil
@@ -42,25 +30,8 @@ from qdsmirror.paths import Paths, file_identity, group_name, make_directories
 from qdsmirror.pidfile import PidFile
 
 _log = Logger()
-_T = TypeVar("_T")
-#: twistd's default; ours is in the run directory.
-_TWISTD_PID_FILE = "twistd.pid"
-
 #: A group's configuration with whatever else its processes depend on; equal means undisturbed.
 Fingerprint = tuple[Any, ...]
-
-
-class Options(usage.Options):
-    """What a master takes on twistd's command line."""
-
-    optParameters = [  # noqa: RUF012
-        ["root", None, None, "Use DIR/etc, DIR/var, DIR/run, DIR/dev instead of the system's."],
-    ]
-
-    def postOptions(self) -> None:  # noqa: N802
-        """Keep twistd from a pid file of its own in whatever directory it was started in."""
-        if self.parent is not None and self.parent.get("pidfile") == _TWISTD_PID_FILE:
-            self.parent["pidfile"] = ""
 
 
 class Master(Service):
@@ -218,7 +189,7 @@ class Master(Service):
             self._certificate.begin()
         # Not before the reactor reaps.
         self.reactor.callWhenRunning(self._start_children)
-        signal.signal(signal.SIGHUP, self._hang_up)
+        apply_at_hang_up(self.reactor, self.apply, self._vigil)
         self._note_configuration("start", {})
 
     def _ask_statistics(self) -> None:
@@ -238,7 +209,7 @@ class Master(Service):
     @inlineCallbacks
     def stopService(self) -> Any:  # noqa: N802
         """Stop the children in order; done when they are reaped; part of IService."""
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ignore_hang_up()
         _log.info("{daemon} is told to end", daemon=self.daemon)
         super().stopService()
         self._vigil.end()
@@ -298,22 +269,14 @@ class Master(Service):
         wanted = {one.number: one for one in found if one.role_of(host.name) == self.side}
         broken = {problem.file for problem in self._problems}
         errors = [str(problem) for problem in self._problems]
-        renewed = False
-        try:
-            renewed = self._certificate is not None and self._certificate.renew(host)
-        except QdsError as error:
-            _log.error("certificate, key and CA stay as they were: {error}", error=error)
-            errors.append(str(error))
-        if renewed:
-            # Before links that were refused are tried again.
-            self._supervisor.reload()
+        renewed = self._renew_certificate(host, errors)
         result: dict[str, list[Any]] = {
             "started": [],
             "stopped": [],
             "restarted": [],
             "retuned": [],
             "retried": self._supervisor.retry(),
-            "renewed": [str(host.certificate)] if renewed else [],
+            "renewed": renewed,
             "errors": errors,
         }
         for number in sorted(self.groups.keys() | wanted.keys()):
@@ -321,22 +284,34 @@ class Master(Service):
                 done = self._apply_one(number, wanted.get(number), broken)
             except QdsError as error:
                 _log.error("{error}", error=error)
-                result["errors"].append(str(error))
-            else:
-                if done:
-                    result[done].append(number)
-                    if self._statistics is not None:
-                        self._statistics.changed(done, number)
-        changes = [
-            f"{word} {', '.join(map(group_name, result[word]))}"
-            for word in ("started", "stopped", "restarted", "retuned", "retried")
-            if result[word]
-        ]
-        if renewed:
-            changes.append("new sessions show the certificate as it is now")
-        _log.info("configuration applied: {done}", done="; ".join(changes) or "nothing to change")
+                errors.append(str(error))
+                continue
+            if done:
+                result[done].append(number)
+                if self._statistics is not None:
+                    self._statistics.changed(done, number)
+        _log.info("configuration applied: {done}", done=_described(result))
         self._note_configuration("apply", result)
         return result
+
+    def _renew_certificate(self, host: HostConfig, errors: list[str]) -> list[str]:
+        """Have new sessions show another certificate, key or CA; give its path if there is one.
+
+        :param errors: gets a line where they cannot be used; then the former stay.
+        """
+        if self._certificate is None:
+            return []
+        try:
+            renewed = self._certificate.renew(host)
+        except QdsError as error:
+            _log.error("certificate, key and CA stay as they were: {error}", error=error)
+            errors.append(str(error))
+            return []
+        if not renewed:
+            return []
+        # Before links that were refused are tried again.
+        self._supervisor.reload()
+        return [str(host.certificate)]
 
     def _note_configuration(self, event: str, changes: Mapping[str, Any]) -> None:
         """Have the audit log say what is in effect from now on."""
@@ -393,82 +368,17 @@ class Master(Service):
         files = self.depends_on(group.number)
         return (group.of_data_path(), *map(file_identity, files))
 
-    def _hang_up(self, _signal: int, _frame: object) -> None:
-        self.reactor.callFromThread(self._apply_quietly)
 
-    def _apply_quietly(self) -> None:
-        self._vigil.reloading()
-        try:
-            self.apply()
-        except QdsError as error:
-            _log.error("configuration not applied: {error}", error=error)
-        self._vigil.reloaded()
-
-
-def become_user(host: HostConfig, paths: Paths, pid_file: PidFile) -> None:
-    """Become the user that ``qds.cfg`` names, where root has started us.
-
-    :raises QdsError: there is no such user, or that is not possible.
-    """
-    if not host.user or os.geteuid() != 0:
-        return
-    try:
-        user = pwd.getpwnam(host.user)
-    except KeyError:
-        raise ConfigError(
-            f"{paths.host_config}: user: no such user {host.user}",
-            hint="create the user, or remove the line",
-        ) from None
-    try:
-        for path in (paths.run, paths.var, pid_file.path):
-            os.chown(path, user.pw_uid, user.pw_gid)
-        if user.pw_uid != 0:
-            switchUID(user.pw_uid, user.pw_gid)
-    except OSError as error:
-        raise QdsError(
-            f"cannot become user {host.user}: {error.strerror}",
-            hint="let the service manager start it as that user",
-        ) from None
-
-
-class Prepared(Protocol):
-    """A daemon that looks in the foreground whether it can run."""
-
-    def prepare(self) -> None:
-        """Claim its name and load the configuration.
-
-        :raises QdsError: it cannot run.
-        """
-
-
-_M = TypeVar("_M", bound=Prepared)
-
-
-def make_service(kind: Callable[[Any, Paths], _M], options: Any) -> _M:
-    """Make a master for twistd; what is wrong ends the process with its exit code.
-
-    :param options: parsed :class:`Options`.
-    """
-    from twisted.internet import reactor
-
-    def make() -> _M:
-        use_monotonic_time(reactor)
-        master = kind(reactor, Paths.of(options["root"]))
-        master.prepare()
-        return master
-
-    return exiting(make)
-
-
-def exiting(step: Callable[[], _T]) -> _T:
-    """Run a step of the start; an error of the world is told and ends the process."""
-    try:
-        return step()
-    except QdsError as error:
-        text = f"{error.message}; {error.hint}" if error.hint else error.message
-        _log.error("{text}", text=text)
-        sys.stderr.write(f"{text}\n")
-        sys.exit(error.exit_code)
+def _described(result: Mapping[str, list[Any]]) -> str:
+    """Say in a line what :meth:`Master.apply` did."""
+    changes = [
+        f"{word} {', '.join(map(group_name, result[word]))}"
+        for word in ("started", "stopped", "restarted", "retuned", "retried")
+        if result[word]
+    ]
+    if result["renewed"]:
+        changes.append("new sessions show the certificate as it is now")
+    return "; ".join(changes) or "nothing to change"
 
 
 def _log_for_children(path: Path) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdsmirror.daemons.master import Master, Options, make_service
+from qdsmirror.daemons.master import Master
+from qdsmirror.daemons.service import Options, make_service
 
 
 class PmdMaster(Master):

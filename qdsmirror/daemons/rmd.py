@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from twisted.logger import Logger
 
 from qdsmirror.config import GroupConfig
-from qdsmirror.daemons import master
+from qdsmirror.daemons import service
+from qdsmirror.daemons.master import Master
 from qdsmirror.daemons.refusal import refusal_of, refuse
 from qdsmirror.daemons.routing import (
     ALERT_HANDSHAKE_FAILURE,
@@ -35,7 +36,7 @@ _LISTEN_FDS_START = 3
 _BACKLOG = 128
 
 
-class Options(master.Options):
+class Options(service.Options):
     """What the rmd's master takes on twistd's command line."""
 
     optFlags: ClassVar[list[list[str | None]]] = [
@@ -43,7 +44,7 @@ class Options(master.Options):
     ]
 
 
-class RmdMaster(master.Master):
+class RmdMaster(Master):
     """Supervises the children that host this host's secondary groups, and accepts for them.
 
     :param inherited: listening sockets given by whoever started this process.
@@ -199,9 +200,9 @@ def inherited_sockets(
 
 def makeService(options: Any) -> RmdMaster:  # noqa: N802
     """Make the service for twistd."""
-    service = master.make_service(RmdMaster, options)
-    service.inherited = master.exiting(lambda: inherited_sockets(bool(options["inetd"])))
-    return service
+    master = service.make_service(RmdMaster, options)
+    master.inherited = service.exiting(lambda: inherited_sockets(bool(options["inetd"])))
+    return master
 
 
 __all__ = ["Options", "RmdMaster", "inherited_sockets", "makeService"]

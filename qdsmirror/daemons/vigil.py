@@ -127,6 +127,14 @@ class OwnVigil:
             self._timer = self._reactor.callLater(self._seconds, self.begin)
             self._ask(self._seconds).addCallbacks(self._answered, self._silent)
 
+    def reloading(self) -> None:
+        """Tell that the configuration is being taken up."""
+        self._notifier.reloading()
+
+    def reloaded(self) -> None:
+        """Tell that it is."""
+        self._notifier.ready()
+
     def end(self) -> None:
         """Ask no more."""
         self._ended = True

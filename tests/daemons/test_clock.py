@@ -9,7 +9,7 @@ import time
 from twisted.trial.unittest import TestCase
 
 MASTER = """
-from qdsmirror.daemons.master import make_service
+from qdsmirror.daemons.service import make_service
 from qdsmirror.paths import Paths
 
 class Nothing:

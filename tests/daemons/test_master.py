@@ -18,6 +18,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.threads import deferToThread
 
 from qdsmirror.daemons import master as master_module
+from qdsmirror.daemons import service as service_module
 from qdsmirror.daemons.driver import DriverMaster
 from qdsmirror.daemons.pmd import PmdMaster
 from qdsmirror.errors import EXIT_CONFIG, ConfigError, QdsError
@@ -340,7 +341,7 @@ class ClaimTests(MasterCase):
     async def test_becomes_the_configured_user_when_root_starts_it(self) -> None:
         became: list[tuple[int, int]] = []
         given: list[str] = []
-        self.patch(master_module, "switchUID", lambda uid, gid: became.append((uid, gid)))
+        self.patch(service_module, "switchUID", lambda uid, gid: became.append((uid, gid)))
         self.patch(os, "geteuid", lambda: 0)
         self.patch(os, "chown", lambda path, uid, gid: given.append(Path(path).name))
         self.world.host(user="nobody")
