@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -999,98 +999,100 @@ class SampleTests(RootedTestCase):
                 self.assertIn(word, comment, tunable.name)
 
 
+def _never_or(text: str) -> float:
+    return 0.0 if text == "never" else float(text)
+
+
+#: By key with a range: how its numbers are read, and the least, the greatest and the default one.
+RANGES: dict[str, tuple[Callable[[str], float], float, float, float]] = {
+    "children": (int, 1, limits.GROUPS_MAX, limits.CHILDREN_DEFAULT),
+    "port": (int, 1, 65535, limits.DEFAULT_PORT),
+    "near_sync_entries": (int, 1, limits.NEAR_SYNC_ENTRIES_MAX, limits.NEAR_SYNC_ENTRIES_DEFAULT),
+    "metadata_entries": (
+        int,
+        limits.METADATA_ENTRIES_MIN,
+        limits.METADATA_ENTRIES_MAX,
+        limits.METADATA_ENTRIES_DEFAULT,
+    ),
+    "metadata_seconds": (
+        parse_seconds,
+        limits.METADATA_SECONDS_MIN,
+        limits.METADATA_SECONDS_MAX,
+        limits.METADATA_SECONDS_DEFAULT,
+    ),
+    "send_window": (
+        parse_size,
+        limits.SEND_WINDOW_BYTES_MIN,
+        limits.SEND_WINDOW_BYTES_MAX,
+        limits.SEND_WINDOW_BYTES,
+    ),
+    "reconnect_max": (
+        parse_seconds,
+        limits.RECONNECT_MAX_SECONDS_MIN,
+        limits.RECONNECT_MAX_SECONDS_MAX,
+        limits.RECONNECT_SECONDS_MAX,
+    ),
+    "verify_every": (
+        _never_or,
+        limits.VERIFY_EVERY_SECONDS_MIN,
+        limits.VERIFY_EVERY_SECONDS_MAX,
+        0.0,
+    ),
+    "verify_rate": (
+        parse_size,
+        limits.VERIFY_RATE_BYTES_MIN,
+        limits.VERIFY_RATE_BYTES_MAX,
+        limits.VERIFY_RATE_BYTES,
+    ),
+    "before_image_bytes": (
+        parse_size,
+        0,
+        limits.BEFORE_IMAGE_BYTES_MAX,
+        limits.BEFORE_IMAGE_BYTES_DEFAULT,
+    ),
+    "perf_interval": (
+        parse_seconds,
+        limits.PERF_INTERVAL_SECONDS_MIN,
+        limits.PERF_INTERVAL_SECONDS_MAX,
+        limits.PERF_INTERVAL_SECONDS,
+    ),
+    "prf_limit": (
+        parse_size,
+        limits.PRF_LIMIT_BYTES_MIN,
+        limits.PRF_LIMIT_BYTES_MAX,
+        limits.PRF_LIMIT_BYTES,
+    ),
+    "throttle_interval": (
+        parse_seconds,
+        limits.THROTTLE_INTERVAL_SECONDS_MIN,
+        limits.THROTTLE_INTERVAL_SECONDS_MAX,
+        limits.THROTTLE_INTERVAL_SECONDS,
+    ),
+}
+
+
 class SpecTests(TestCase):
     """The configspecs' numbers are those of limits.py."""
 
-    def spec(self, name: str) -> str:
-        return Path(config.__file__).with_name(name).read_text()
+    def setUp(self) -> None:
+        place = Path(config.__file__)
+        self.text = "".join(place.with_name(name).read_text() for name in ("dsgrp.ini", "qds.ini"))
 
     def test_ranges(self) -> None:
-        text = self.spec("dsgrp.ini") + self.spec("qds.ini")
+        check = r"(?:whole_number|seconds|byte_size|interval)"
+        found = re.findall(
+            rf'^(\w+) = {check}\((\S+), (\S+), default="(.*)"\)', self.text, re.MULTILINE
+        )
+        self.assertEqual({key for key, *_ in found}, RANGES.keys())
+        for key, *numbers in found:
+            read, *expected = RANGES[key]
+            self.assertEqual([read(number) for number in numbers], expected, key)
 
-        def bounds(key: str) -> tuple[str, str, str]:
-            match = re.search(rf'^{key} = \w+\((\S+), (\S+), default="(.*)"\)', text, re.MULTILINE)
-            assert match is not None, key
-            return match[1], match[2], match[3]
-
-        for key, convert, expected in (
-            ("children", int, (1, limits.GROUPS_MAX, limits.CHILDREN_DEFAULT)),
-            ("port", int, (1, 65535, limits.DEFAULT_PORT)),
-            (
-                "metadata_entries",
-                int,
-                (
-                    limits.METADATA_ENTRIES_MIN,
-                    limits.METADATA_ENTRIES_MAX,
-                    limits.METADATA_ENTRIES_DEFAULT,
-                ),
-            ),
-            (
-                "metadata_seconds",
-                parse_seconds,
-                (
-                    limits.METADATA_SECONDS_MIN,
-                    limits.METADATA_SECONDS_MAX,
-                    limits.METADATA_SECONDS_DEFAULT,
-                ),
-            ),
-            (
-                "send_window",
-                parse_size,
-                (
-                    limits.SEND_WINDOW_BYTES_MIN,
-                    limits.SEND_WINDOW_BYTES_MAX,
-                    limits.SEND_WINDOW_BYTES,
-                ),
-            ),
-            (
-                "reconnect_max",
-                parse_seconds,
-                (
-                    limits.RECONNECT_MAX_SECONDS_MIN,
-                    limits.RECONNECT_MAX_SECONDS_MAX,
-                    limits.RECONNECT_SECONDS_MAX,
-                ),
-            ),
-            (
-                "verify_every",
-                lambda text: 0.0 if text == "never" else float(text),
-                (limits.VERIFY_EVERY_SECONDS_MIN, limits.VERIFY_EVERY_SECONDS_MAX, 0.0),
-            ),
-            (
-                "perf_interval",
-                parse_seconds,
-                (
-                    limits.PERF_INTERVAL_SECONDS_MIN,
-                    limits.PERF_INTERVAL_SECONDS_MAX,
-                    limits.PERF_INTERVAL_SECONDS,
-                ),
-            ),
-            (
-                "prf_limit",
-                parse_size,
-                (
-                    limits.PRF_LIMIT_BYTES_MIN,
-                    limits.PRF_LIMIT_BYTES_MAX,
-                    limits.PRF_LIMIT_BYTES,
-                ),
-            ),
-            (
-                "verify_rate",
-                parse_size,
-                (
-                    limits.VERIFY_RATE_BYTES_MIN,
-                    limits.VERIFY_RATE_BYTES_MAX,
-                    limits.VERIFY_RATE_BYTES,
-                ),
-            ),
-        ):
-            convert_any: Any = convert
-            self.assertEqual(tuple(map(convert_any, bounds(key))), expected, key)
+    def test_other_bounds(self) -> None:
         least, most = limits.MEMORY_LOG_BYTES_MIN // 1024, limits.MEMORY_LOG_BYTES_MAX >> 30
-        self.assertIn(f"writelog_device = writelog({least}K, {most}G)", text)
-        self.assertIn(f"paths = network_paths({limits.PATHS_MAX}, ", text)
-        self.assertIn(f"compression = compression(1, {limits.ZSTD_LEVEL_MAX}, ", text)
+        self.assertIn(f"writelog_device = writelog({least}K, {most}G)", self.text)
+        self.assertIn(f"paths = network_paths({limits.PATHS_MAX}, ", self.text)
+        self.assertIn(f"compression = compression(1, {limits.ZSTD_LEVEL_MAX}, ", self.text)
 
     def test_defaults_of_the_dataclass(self) -> None:
         with root() as paths:
