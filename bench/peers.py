@@ -48,7 +48,7 @@ TARGETS = (
     Target("4k read, depth 32", "nbdkit file", 0.8, 1.2),
     Target("4k write, depth 32", "qemu write-blocking", 2, 5, f"{Lab.name} sync"),
 )
-DRAIN_TARGET = REFRESH_TARGET = (0.5, 0.9)
+DRAIN_TARGET = (0.5, 0.9)
 MEMORY_TARGET_MIB = (150, 80)
 
 

@@ -380,14 +380,6 @@ def read_certificate(path: Path) -> x509.Certificate:
     return read_certificates(path)[0]
 
 
-def certificate_expiry(path: Path) -> datetime:
-    """Tell when the first certificate of a PEM file expires (UTC).
-
-    :raises ConfigError: it cannot be read or holds none.
-    """
-    return read_certificate(path).not_valid_after_utc
-
-
 def certificate_names(certificate: x509.Certificate) -> list[str]:
     """Give the DNS names that a certificate bears, in lower case."""
     try:

@@ -223,23 +223,24 @@ class ReadTests(DirectoryTestCase):
     def test_expiry(self) -> None:
         path = self.out / "host.pem"
         path.write_bytes(pki.Authority.create(now=NOW).issue("a", 30, NOW)[0])
-        self.assertEqual(pki.certificate_expiry(path), NOW + timedelta(days=30))
+        self.assertEqual(pki.read_certificate(path).not_valid_after_utc, NOW + timedelta(days=30))
 
     def test_default_validity(self) -> None:
         pki.make_hosts(self.out, ["a"], [])
-        left = pki.certificate_expiry(self.out / "a" / "host.pem") - datetime.now(UTC)
+        made = pki.read_certificate(self.out / "a" / "host.pem")
+        left = made.not_valid_after_utc - datetime.now(UTC)
         self.assertEqual(left.days, limits.HOST_CERTIFICATE_DAYS - 1)
 
     def test_refusals(self) -> None:
         path = self.out / "host.pem"
-        self.assertRaises(ConfigError, pki.certificate_expiry, path)
+        self.assertRaises(ConfigError, pki.read_certificate, path)
         for content in (
             b"",
             b"junk",
             b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
         ):
             path.write_bytes(content)
-            self.assertRaises(ConfigError, pki.certificate_expiry, path)
+            self.assertRaises(ConfigError, pki.read_certificate, path)
 
     def test_no_names(self) -> None:
         self.assertEqual(pki.certificate_names(pki.Authority.create().certificate), [])

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qdsmirror.core.frames import Entry
-
-#: Flags of the metadata context ``base:allocation`` (NBD specification).
-HOLE = 1
-ZERO = 2
+from qdsmirror.core.nbd import STATE_HOLE, STATE_ZERO
 
 
 def allocation(
@@ -21,7 +18,8 @@ def allocation(
 
     :param found: (length, allocated) pairs that cover the range.
     :param pending: unapplied entries that touch it; their blocks count as allocated data.
-    :returns: (length, flags) pairs that cover the range, neighbours with equal flags joined.
+    :returns: (length, flags of ``base:allocation``) pairs that cover the range, neighbours with
+        equal flags joined.
     """
     end = offset + length
     busy = _joined(sorted((max(e.offset, offset), min(e.offset + e.length, end)) for e in pending))
@@ -46,7 +44,7 @@ def allocation(
             add(found_end, 0)
         while position < found_end:
             first, last = busy[turn]
-            add(min(first, found_end), HOLE | ZERO)
+            add(min(first, found_end), STATE_HOLE | STATE_ZERO)
             add(min(last, found_end), 0)
             if last <= position:
                 turn += 1

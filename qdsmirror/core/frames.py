@@ -8,7 +8,7 @@ chain and the header's bytes before the chain, which hold the body's CRC.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -141,9 +141,9 @@ class Entry(NamedTuple):
     payload: bytes | memoryview | None
 
 
-def pack_entry(offset: int, length: int, kind: int) -> bytes:
-    """Give one row of the entry table."""
-    return ENTRY.pack(offset, length, kind, 0, 0)
+def entry_table(entries: Iterable[Entry]) -> bytes:
+    """Give the table that stands in a frame before the payloads of its entries."""
+    return b"".join([ENTRY.pack(one[0], one[1], one[2], 0, 0) for one in entries])
 
 
 def build_header(

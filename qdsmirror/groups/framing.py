@@ -86,7 +86,7 @@ class Framing:
         group = unit.group
         first, count = gsns or group.take_gsns(len(entries) or 1)
         body: list[Buffer] = [
-            b"".join([frames.ENTRY.pack(e[0], e[1], e[2], 0, 0) for e in entries]),
+            frames.entry_table(entries),
             *[e[3] for e in entries if e[3] is not None],
             *control,
         ]

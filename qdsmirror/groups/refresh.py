@@ -27,7 +27,6 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from qdsmirror.core import frames
-from qdsmirror.core.records import Point
 from qdsmirror.core.ring import align_up
 from qdsmirror.errors import DegradedError, QdsError
 from qdsmirror.groups.coverage import DIRTY, SMART, coverage_of
@@ -463,11 +462,3 @@ def _kept(unit: DriverUnit) -> int:
     """
     record = align_up(_chunk_cap(unit) + RECORD_ALIGN_BYTES, unit.writelog.ring.align)
     return min(2 * record, unit.spare_bytes)
-
-
-def cut_points(cut: Mapping[str, Any]) -> dict[int, tuple[int, Point]]:
-    """Read a cut: by LDSU index the log's position and the history's point there."""
-    return {
-        int(index): (position, Point(sequence, bytes.fromhex(chain)))
-        for index, (position, sequence, chain) in cut["points"].items()
-    }

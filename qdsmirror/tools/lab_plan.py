@@ -78,10 +78,6 @@ class Layout:
         other = self.sites[1 + turn % self.secondaries]
         return (other, PRIMARY) if back else (PRIMARY, other)
 
-    def groups_of(self, site: str) -> list[int]:
-        """Give the numbers of the groups in which a site takes part."""
-        return [number for number in range(self.groups) if site in self.ends(number)]
-
     def daemons(self, site: str) -> tuple[str, ...]:
         """Give the daemons that a site runs."""
         parts = {

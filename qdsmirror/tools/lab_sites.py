@@ -29,8 +29,6 @@ from qdsmirror.tools import launch, progress, status, wlinit
 from qdsmirror.tools.lab_plan import CONSOLE, PRIMARY, Layout, Plan
 from qdsmirror.tools.orders import order
 
-#: The sites of a lab with one secondary.
-SITES = Layout().sites
 #: In the order in which daemons are started: those that are connected to come first.
 _LAUNCHERS = {
     "qdsrmd": launch.launchrmds,

@@ -108,7 +108,9 @@ class LookingTests(SynchronousTestCase):
         for name in ("host.pem", "ca.pem"):
             (self.paths.etc / "made" / "alpha" / name).rename(self.paths.etc / name)
         look = self.host.look()
-        host = pki.certificate_expiry(self.paths.etc / "host.pem").timestamp()
-        authority = pki.certificate_expiry(self.paths.etc / "ca.pem").timestamp()
+        host, authority = (
+            pki.read_certificate(self.paths.etc / name).not_valid_after_utc.timestamp()
+            for name in ("host.pem", "ca.pem")
+        )
         self.assertEqual(look.expiries, {"host": host, "ca": authority})
         self.assertLess(host, authority)

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qdsmirror.core import compression as compression_module
 from qdsmirror.core import stream
 from qdsmirror.core.compression import Method, Packer, declared_bytes, known, unpack
-from qdsmirror.core.frames import ENTRIES, WRITE, build_header, pack_entry
+from qdsmirror.core.frames import ENTRIES, WRITE, Entry, build_header, entry_table
 from qdsmirror.core.stream import ACK_REQUESTED, COMPRESSED, HEADER_BYTES, MessageParser
 from qdsmirror.errors import LimitError, ProtocolError
 from qdsmirror.limits import (
@@ -31,7 +31,7 @@ WRAP = Struct(">B3xI")
 
 
 def frame(payload: bytes, gsn: int = 1) -> bytes:
-    table = pack_entry(0, len(payload), WRITE)
+    table = entry_table([Entry(0, len(payload), WRITE, None)])
     header, _ = build_header(
         kind=ENTRIES, ldsu=0, generation=bytes(16), sequence=gsn, gsn_first=gsn, gsn_count=1,
         durable_gsn=0, time_ns=0, previous_chain=bytes(16), entry_count=1, body=[table, payload],

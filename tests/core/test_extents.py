@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import frames
-from qdsmirror.core.extents import HOLE, ZERO, allocation
+from qdsmirror.core.extents import allocation
 from qdsmirror.core.frames import Entry
+from qdsmirror.core.nbd import STATE_HOLE, STATE_ZERO
 
 
 class AllocationTests(SynchronousTestCase):
@@ -34,7 +35,7 @@ class AllocationTests(SynchronousTestCase):
         at = 0
         for size, allocated in found:
             for byte in range(at, min(at + size, length)):
-                flags[byte] = 0 if allocated else HOLE | ZERO
+                flags[byte] = 0 if allocated else STATE_HOLE | STATE_ZERO
             at += size
         for e in pending:
             for byte in range(max(e.offset, offset), min(e.offset + e.length, end)):

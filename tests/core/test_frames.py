@@ -28,7 +28,7 @@ from qdsmirror.core.frames import (
     check_body,
     control_payload,
     entries,
-    pack_entry,
+    entry_table,
     parse_header,
 )
 from qdsmirror.errors import CorruptError, LimitError
@@ -58,8 +58,12 @@ ENTRY = st.one_of(
 )
 
 
+def row(offset: int, length: int, kind: int) -> bytes:
+    return entry_table([Entry(offset, length, kind, None)])
+
+
 def make(found: list[Entry], previous: bytes = GENESIS, **changes: Any) -> bytes:
-    body = [pack_entry(e.offset, e.length, e.kind) for e in found]
+    body = [entry_table(found)]
     body += [bytes(e.payload) for e in found if e.payload is not None]
     fields: dict[str, Any] = {
         "kind": ENTRIES,
@@ -156,9 +160,7 @@ class CodecTests(SynchronousTestCase):
 
     def test_an_entry_of_no_range(self) -> None:
         for offset, length in ((0, 0), (NUMBERS_END - 512, 512), ((1 << 64) - 512, 512)):
-            raw = make(
-                [], entry_count=1, gsn_count=1, body=[pack_entry(offset, length, frames.TRIM)]
-            )
+            raw = make([], entry_count=1, gsn_count=1, body=[row(offset, length, frames.TRIM)])
             with self.assertRaisesRegex(CorruptError, f"{length} bytes at {offset}"):
                 entries(parse_header(raw), raw)
 
@@ -223,11 +225,11 @@ class CodecTests(SynchronousTestCase):
 
     def test_entries_that_do_not_fit_their_frame(self) -> None:
         for table in (
-            pack_entry(0, 4, frames.WRITE),
-            pack_entry(0, (1 << 32) - 1, frames.WRITE),
-            pack_entry(0, 0, frames.WRITE),
-            pack_entry(0, 3, 9),
-            pack_entry(0, ZERO_ENTRY_BYTES_MAX + 1, frames.ZEROES),
+            row(0, 4, frames.WRITE),
+            row(0, (1 << 32) - 1, frames.WRITE),
+            row(0, 0, frames.WRITE),
+            row(0, 3, 9),
+            row(0, ZERO_ENTRY_BYTES_MAX + 1, frames.ZEROES),
         ):
             raw = make([], entry_count=1, gsn_count=1, body=[table, b"abc"])
             with self.assertRaises(CorruptError):
@@ -235,7 +237,7 @@ class CodecTests(SynchronousTestCase):
 
     def test_a_zero_entry_is_bounded(self) -> None:
         for more in (0, 1):
-            table = pack_entry(0, ZERO_ENTRY_BYTES_MAX + more, frames.ZEROES)
+            table = row(0, ZERO_ENTRY_BYTES_MAX + more, frames.ZEROES)
             raw = make([], entry_count=1, gsn_count=1, body=[table])
             if more:
                 with self.assertRaises(CorruptError):

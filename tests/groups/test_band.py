@@ -34,7 +34,6 @@ from tests.fakes import StepWorker
 from tests.storage.logworld import FrameMaker, write
 
 IDENT = b"I" * 16
-PATIENCE = PATH_PATIENCE_SECONDS_MIN + 2 * PATH_LOOK_SECONDS
 
 
 class Transport(StringTransport):

@@ -8,7 +8,6 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
 from qdsmirror.core import nbd
-from qdsmirror.core.extents import HOLE, ZERO
 from qdsmirror.groups import waiting as waiting_module
 from qdsmirror.groups.unapplied import Unapplied
 from tests.groups.world import BLOCK, KIB, MIB, DriverWorld, FakeConnection, unique
@@ -231,10 +230,8 @@ class ApplyTests(SynchronousTestCase):
         client.write(self.unit, 16 * KIB, unique(2))
         request = client.ask(self.unit, nbd.CMD_BLOCK_STATUS, 0, 32 * KIB)
         self.world.step("qds0 read")
-        self.assertEqual(
-            client.extents[request],
-            [(4096, 0), (12 * KIB, HOLE | ZERO), (4096, 0), (12 * KIB, HOLE | ZERO)],
-        )
+        hole = (12 * KIB, nbd.STATE_HOLE | nbd.STATE_ZERO)
+        self.assertEqual(client.extents[request], [(4096, 0), hole, (4096, 0), hole])
 
 
 class FrameTests(SynchronousTestCase):

@@ -23,7 +23,6 @@ from tests.integration.schema import keep_to_schema
 from tests.integration.world import World
 from tests.tools.terminal import on_terminal, screen
 
-LOG_BYTES = 4 << 20
 BLOCK = 4096
 
 

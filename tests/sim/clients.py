@@ -42,7 +42,8 @@ class Client:
         self.world.was_read(self._asked(request), b"".join(pieces))
 
     def answer_error(self, request: Request, errno_code: int, message: str) -> None:
-        self.world.was_refused(self._asked(request), message)
+        self._asked(request)
+        self.world.was_refused(message)
 
     def release(self, request: Request) -> None:
         request.payload = None
@@ -216,7 +217,7 @@ class Clients(Sites):
             asked.expected, asked.request.offset, data, f"read of LDSU {asked.ldsu}"
         )
 
-    def was_refused(self, asked: Asked, message: str) -> None:
+    def was_refused(self, message: str) -> None:
         self.count("refused requests")
         if "backfresh" in message:
             self.count("refused over a backfresh")

@@ -40,10 +40,6 @@ class Violation(Exception):
         super().__init__(text)
         self.seen.append(self)
 
-    @property
-    def invariant(self) -> str:
-        return str(self).split(":")[0]
-
 
 def payload(number: int, length: int) -> bytes:
     """Give what a write holds: no two sectors that were ever written are alike."""

@@ -394,14 +394,14 @@ class Sites:
             if corruption.has_spread():
                 Violation(f"RECOVER: {process.name} refuses its log, and has changed a device")
             corruption.heal()
-        elif not isinstance(failure.value, Violation) and not self._excused(process, failure.value):
+        elif not isinstance(failure.value, Violation) and not self._excused(failure.value):
             Violation(f"RECOVER: {process.name} does not start: {failure.value!r}")
         self.note(f"{process.name} does not start")
         process.kill()
         setattr(self, process.name, None)
         self._restart_later(process.name)
 
-    def _excused(self, process: Process, error: BaseException) -> bool:
+    def _excused(self, error: BaseException) -> bool:
         """Tell whether a device's failure explains why a daemon does not start (LOUD)."""
         if isinstance(error, BrokenError) and "before-images are used up" in str(error):
             self.count("refused for want of before-images")

@@ -9,8 +9,8 @@ from unittest import mock
 
 from qdsmirror.config import GroupConfig, LdsuConfig, Tunables
 from qdsmirror.core import frames
-from qdsmirror.core.frames import ENTRIES, WITH_PAYLOAD, Buffer, Entry, build_header, pack_entry
-from qdsmirror.core.records import BEGINNING, BoundUnit, Cursor, Generation, Point
+from qdsmirror.core.frames import ENTRIES, WITH_PAYLOAD, Buffer, Entry, build_header, entry_table
+from qdsmirror.core.records import BEGINNING, BoundUnit, Generation, Point
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage import writelog as writelog_module
 from qdsmirror.storage.writelog import Writelog
@@ -52,7 +52,7 @@ class FrameMaker:
         :param changes: of the header, against what would be right.
         """
         sequence, chain = self.points.get(ldsu, BEGINNING)
-        body: list[Buffer] = [pack_entry(e.offset, e.length, e.kind) for e in entries]
+        body: list[Buffer] = [entry_table(entries)]
         body += [e.payload for e in entries if e.kind in WITH_PAYLOAD and e.payload is not None]
         if control:
             body.append(control)
@@ -153,12 +153,3 @@ def opener(devices: Mapping[str, MemoryDevice]) -> Callable[..., IBlockDevice]:
         return device
 
     return open_device
-
-
-def reopened(devices: Mapping[str, MemoryDevice]) -> dict[str, MemoryDevice]:
-    """What a kill -9 leaves."""
-    return {path: device.reopen() for path, device in devices.items()}
-
-
-def blank_cursor(gsn: int = 1) -> Cursor:
-    return Cursor(0, gsn, {})

@@ -17,12 +17,14 @@ from qdsmirror.config import load_group, load_groups, load_host, load_secret
 from qdsmirror.errors import ConfigError, QdsError, UsageError
 from qdsmirror.limits import MIB
 from qdsmirror.tools import info, lab, lab_sites
-from qdsmirror.tools.lab_plan import Plan
-from qdsmirror.tools.lab_sites import SITES, Lab
+from qdsmirror.tools.lab_plan import Layout, Plan
+from qdsmirror.tools.lab_sites import Lab
 from qdsmirror.tools.nbdclient import NbdClient
 from qdsmirror.tools.status import nbd_uri
 from tests.tools.sites import captured
 
+#: The sites of a lab with one secondary.
+SITES = Layout().sites
 SMALL = Plan(size=4 * MIB, writelog=2 * MIB, journal=3 * MIB)
 
 
