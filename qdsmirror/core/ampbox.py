@@ -7,11 +7,11 @@ an empty key (the AMP specification, "Asynchronous Messaging Protocol").  A valu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from struct import Struct
 
 from qdsmirror import errors, limits
+from qdsmirror.core.jsontext import dump_json, parse_object
 from qdsmirror.errors import LimitError, ProtocolError, QdsError
 
 _LENGTH = Struct(">H")
@@ -129,25 +129,6 @@ def gather(name: bytes, box: dict[bytes, bytes]) -> bytes:
     return b"".join(pieces)
 
 
-def dump_json(value: object) -> bytes:
-    """Give the compact JSON text of a value."""
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def load_json(data: bytes) -> dict[str, object]:
-    """Parse a JSON object that came over the control channel.
-
-    :raises ProtocolError: it is not a JSON object.
-    """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the control channel carried no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError("the control channel carried JSON that is no object")
-    return value
-
-
 def _classes() -> dict[str, type[QdsError]]:
     """Map every stable error code to its class in the tree."""
     return {
@@ -174,7 +155,7 @@ def encode_error(error: QdsError) -> bytes:
 def decode_error(description: bytes) -> QdsError:
     """Make the error that travelled, of the same class; unknown codes become QdsError."""
     try:
-        fields = load_json(description)
+        fields = parse_object(description, "the description of an error")
     except ProtocolError:
         return QdsError(description.decode("utf-8", "replace")[:ERROR_TEXT_CHARACTERS_MAX])
     kind = _CLASSES.get(str(fields.get("code")), QdsError)

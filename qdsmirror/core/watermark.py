@@ -7,12 +7,12 @@ link stands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from struct import Struct
 from struct import error as StructError
 from typing import Any, NamedTuple
 
+from qdsmirror.core.jsontext import dump_json, parse_object
 from qdsmirror.core.questions import ANSWER_HEAD_BYTES
 from qdsmirror.core.records import Point
 from qdsmirror.errors import ProtocolError
@@ -95,9 +95,9 @@ def parse_committed(payload: bytes) -> tuple[int, int, int, list[Committed]]:
     return sent, committed, mirrored, ends
 
 
-def pack_json(kind: int, body: dict[str, Any] | None) -> bytes:
+def pack_json(kind: int, body: dict[str, Any]) -> bytes:
     """Make a LINK, REFRESH or GENERATIONS."""
-    return _message(kind, json.dumps(body).encode())
+    return _message(kind, dump_json(body))
 
 
 def pack_relayed(kind: int, payload: bytes) -> bytes:
@@ -110,13 +110,7 @@ def parse_json(payload: bytes) -> dict[str, Any]:
 
     :raises ProtocolError: it is no JSON object.
     """
-    try:
-        body = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"watermark message is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ProtocolError("watermark message is not a JSON object")
-    return body
+    return parse_object(payload, "a watermark message")
 
 
 def _message(kind: int, payload: bytes) -> bytes:

@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from qdsmirror import limits
-from qdsmirror.core.ampbox import dump_json, load_json
+from qdsmirror.core.jsontext import dump_json, parse_object
 from qdsmirror.errors import ProtocolError
 
 _log = Logger()
@@ -121,7 +121,7 @@ class Channel:
         for one in descriptors:
             os.set_inheritable(one, False)
         try:
-            message = load_json(data)
+            message = parse_object(data, "a message between master and child")
         except ProtocolError as error:
             _close_all(descriptors)
             _log.error("{error}", error=error)

@@ -5,13 +5,13 @@ Nothing blocks: whoever may not send yet is called when he may.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
 
 from qdsmirror.core.frames import FrameHeader
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.core.pacing import Bucket, Pauses, tls_bytes
 from qdsmirror.errors import UsageError
 from qdsmirror.limits import THROTTLE_LIMIT_KBPS_MAX, THROTTLE_SLEEP_USEC_MAX
@@ -32,11 +32,8 @@ def parse_knobs(text: str, known: Mapping[str, int]) -> dict[str, int]:
     :returns: all of them, those that are not told as they are.
     :raises UsageError: it cannot be read, or is out of range.
     """
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the knobs cannot be read: {error}") from error
-    if not isinstance(told, dict) or not told.keys() <= known.keys():
+    told = parse_object(text, "what throttles say", UsageError)
+    if not told.keys() <= known.keys():
         raise UsageError(f"the knobs are an object with {', '.join(known)}")
     for name, value in told.items():
         if type(value) is not int or not 0 <= value <= _MOST[name]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from twisted.logger import Logger
 
 from qdsmirror.config import GroupConfig
 from qdsmirror.configlive import changed, differing, values
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.errors import UsageError
 
 
@@ -79,10 +79,7 @@ class LiveSettings:
 
 
 def _read(settings: str) -> dict[str, str]:
-    try:
-        wanted = json.loads(settings)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the settings cannot be read: {error}") from error
-    if not isinstance(wanted, dict) or not all(isinstance(one, str) for one in wanted.values()):
-        raise UsageError("the settings are not an object of texts")
+    wanted = parse_object(settings, "what is to be set", UsageError)
+    if not all(isinstance(one, str) for one in wanted.values()):
+        raise UsageError("what is to be set are not texts")
     return wanted

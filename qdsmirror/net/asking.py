@@ -19,6 +19,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.errors import UnreachableError
 from qdsmirror.net.control import AttachPmd, BoundedAmp, RemoteError
 
@@ -74,7 +75,7 @@ def ask(
     :raises QdsError: what the daemon said.
     """
     answer = yield _call(reactor, path, _Asker(), command, timeout_seconds, arguments)
-    return ampbox.load_json(answer["json"])
+    return parse_object(answer["json"], "the answer")
 
 
 @inlineCallbacks
@@ -96,7 +97,7 @@ def attach_to_driver(
         reactor, path, _Attacher(), AttachPmd, timeout_seconds, {},
         whom="driver", hint="start it with launchdriver",
     )  # fmt: skip
-    return ampbox.load_json(answer["json"]), answer["logs"], answer["watermarks"]
+    return parse_object(answer["json"], "the answer"), answer["logs"], answer["watermarks"]
 
 
 @inlineCallbacks

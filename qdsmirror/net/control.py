@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 
 from qdsmirror import limits
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import dump_json
 from qdsmirror.errors import LimitError, QdsError, UsageError
 from qdsmirror.net.control_audit import Audit, audited, unnoted
 
@@ -253,7 +254,7 @@ class _ControlProtocol(BoundedAmp):
         raise RemoteError(ampbox.encode_error(error).decode())
 
     def _answer(self, result: dict[str, Any] | None) -> dict[str, Any]:
-        text = ampbox.dump_json(result or {})
+        text = dump_json(result or {})
         if len(text) > limits.CONTROL_JSON_BYTES_MAX:
             raise LimitError(f"the answer's {len(text)} bytes exceed the control channel's bound")
         return {"json": text}

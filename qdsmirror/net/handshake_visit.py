@@ -7,7 +7,6 @@ be named (``core.peering``).
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cryptography import x509
 from twisted.internet.interfaces import IReactorTime
 
 from qdsmirror.core.authentication import NONCE_BYTES
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.errors import ProtocolError
 from qdsmirror.limits import LDSUS_PER_GROUP_MAX
 from qdsmirror.net.handshake_asking import Asking
@@ -84,7 +84,7 @@ class VisitHandshake(Asking):
         asked = self._brought.wall()
         answer = await self.ask(DescribeGroup)
         answered = self._brought.wall()
-        facts = _object(answer["facts"])
+        facts = parse_object(answer["facts"], "what the secondary says of the group")
         count = facts.get("ldsus")
         if not isinstance(count, int) or not 0 <= count <= LDSUS_PER_GROUP_MAX:
             raise ProtocolError("the secondary does not say how many LDSUs it has")
@@ -99,16 +99,6 @@ class VisitHandshake(Asking):
         """Give what was found; nothing more is wanted of the secondary."""
         self.transport.loseConnection()
         return result
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ProtocolError("the secondary describes the group in no way that is known here")
-    return found
 
 
 def _shown(ldsu: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import dump_json
 from qdsmirror.errors import EXIT_OK, DeviceError, QdsError
 from qdsmirror.pidfile import PidFile
 from qdsmirror.tools import cli
@@ -243,7 +244,7 @@ def _end(number: int, frame: Any) -> None:
 def _report(told: dict[str, Any]) -> None:
     """Tell qdsattach, once: it has gone when there is more to say."""
     with contextlib.suppress(OSError):
-        os.write(1, ampbox.dump_json(told) + b"\n")
+        os.write(1, dump_json(told) + b"\n")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

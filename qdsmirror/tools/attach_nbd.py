@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.errors import DeviceError, ProtocolError, QdsError
 from qdsmirror.paths import Paths
 from qdsmirror.pidfile import running_pid
@@ -210,7 +211,7 @@ def _report(pipe: int) -> dict[str, Any] | None:
             return None
         data += read
     with contextlib.suppress(ProtocolError):
-        return ampbox.load_json(data)
+        return parse_object(data, "a keeper's report")
     return None
 
 

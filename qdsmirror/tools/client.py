@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.errors import ProtocolError, QdsError, UnreachableError, UsageError
 
 TIMEOUT_SECONDS = 5.0
@@ -109,7 +110,7 @@ class ControlClient:
             raise self._error(command, box)
         if ampbox.ANSWER not in box:
             raise ProtocolError(f"{self._path} sent something that is no answer")
-        return ampbox.load_json(ampbox.gather(b"json", box))
+        return parse_object(ampbox.gather(b"json", box), "the answer")
 
     def _error(self, command: str, box: dict[bytes, bytes]) -> QdsError:
         description = box.get(ampbox.ERROR_DESCRIPTION, b"")

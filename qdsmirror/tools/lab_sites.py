@@ -21,6 +21,7 @@ from typing import Any
 
 from qdsmirror.config import load_group, load_groups, load_host
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import dump_json
 from qdsmirror.errors import ConfigError, DegradedError, QdsError, UnreachableError, UsageError
 from qdsmirror.limits import MIB
 from qdsmirror.paths import Paths, group_name
@@ -409,7 +410,7 @@ def _command(main: Main, paths: Paths) -> None:
             told = json.loads(output.getvalue())["error"]
         except (ValueError, KeyError):
             raise QdsError(f"a command failed with exit code {code}: {output.getvalue()}") from None
-        raise ampbox.decode_error(ampbox.dump_json(told))
+        raise ampbox.decode_error(dump_json(told))
 
 
 def _ports(first: int | None, count: int) -> list[int]:

@@ -18,7 +18,7 @@ from twisted.logger import LogPublisher, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
-from qdsmirror.core.ampbox import dump_json, load_json
+from qdsmirror.core.jsontext import dump_json, parse_object
 from qdsmirror.daemons import vigil as vigil_module
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.process import _environment
@@ -176,7 +176,7 @@ class VigilTests(NotifyCase):
         process.channel.setblocking(False)
         while True:
             try:
-                message = load_json(process.channel.recv(9999))
+                message = parse_object(process.channel.recv(9999), "order")
             except BlockingIOError:
                 break
             if message["order"] == "ping":

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror import limits
-from qdsmirror.core.ampbox import dump_json, load_json
+from qdsmirror.core.jsontext import dump_json, parse_object
 from qdsmirror.daemons.supervise import Setting, Supervisor
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch, FailureMemory
@@ -53,7 +53,7 @@ class FakeProcess:
         found = []
         while select.select([self.channel], [], [], 0)[0]:
             data, descriptors, _, _ = socket.recv_fds(self.channel, 9999, 4)
-            message = load_json(data)
+            message = parse_object(data, "order")
             if message["order"] == "remember":
                 self.memory.take(descriptors.pop())
             found.append((message["order"], message["group"]))

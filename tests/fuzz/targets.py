@@ -29,6 +29,7 @@ from qdsmirror.core import (
 )
 from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.inbound import Intake
+from qdsmirror.core.jsontext import parse_object
 from qdsmirror.core.nbd_options import ExportInfo, Negotiation
 from qdsmirror.core.nbd_requests import Budget, RequestParser
 from qdsmirror.core.records import Cursor, Generation
@@ -233,7 +234,7 @@ def amp_boxes(data: bytes) -> None:
         for piece in pieces(data):
             for box in decoder.feed(piece):
                 ampbox.decode_error(box.get(b"_error_description", b""))
-                ampbox.load_json(ampbox.gather(b"json", box))
+                parse_object(ampbox.gather(b"json", box), "answer")
     except QdsError:
         pass
 

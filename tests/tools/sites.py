@@ -14,6 +14,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core import ampbox
+from qdsmirror.core.jsontext import dump_json
 from qdsmirror.errors import QdsError, UsageError
 from qdsmirror.paths import Paths
 
@@ -101,7 +102,7 @@ class FakeDaemon:
                 ampbox.ERROR_CODE: ampbox.QDS_ERROR,
                 ampbox.ERROR_DESCRIPTION: ampbox.encode_error(error),
             }
-        return {ampbox.ANSWER: number, **ampbox.spread(b"json", ampbox.dump_json(answer))}
+        return {ampbox.ANSWER: number, **ampbox.spread(b"json", dump_json(answer))}
 
 
 def driver_status(number: int = 0, **changes: Any) -> dict[str, Any]:
