@@ -6,7 +6,6 @@ names it in its superblock; the log's word is the one that counts (man page qdsw
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 from qdsmirror.core.frames import Buffer
 from qdsmirror.core.ring import Extent, align_up
 from qdsmirror.core.slots import Form, seal, unseal
-from qdsmirror.errors import CorruptError, DeviceError
+from qdsmirror.errors import DeviceError
 from qdsmirror.limits import EXTENSION_RECORDS_MIN, KIB, RECORD_ALIGN_BYTES
 
 EXTENSION_MAGIC = b"QDSEXTND"
 #: Sizes that a header's slot may have: at least a physical block (rules.md 5).
 EXTENSION_SLOT_BYTES = (4 * KIB, 64 * KIB, 1024 * KIB)
-_FORM = Form("extension header", EXTENSION_MAGIC, 1)
+_FORM = Form("extension header", EXTENSION_MAGIC, 1, EXTENSION_SLOT_BYTES)
 
 
 class Extension(NamedTuple):
@@ -102,13 +101,7 @@ def parse_extension(raw: Buffer, slot: int, slot_bytes: int) -> ExtensionHeader:
     :param slot_bytes: the slot size that this place implies; ``0`` accepts any (slot 0).
     :raises CorruptError: it is not an intact header for this slot.
     """
-    counter, size, body = unseal(_FORM, raw, slot)
-    if size not in EXTENSION_SLOT_BYTES or slot_bytes not in (0, size):
-        raise CorruptError(f"extension header slot {slot}: of {size} bytes")
-    try:
-        return _read(json.loads(body), counter, size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"extension header slot {slot}: cannot be read: {error}") from error
+    return unseal(_FORM, raw, slot, slot_bytes, _read)
 
 
 def _read(body: Mapping[str, Any], counter: int, slot_bytes: int) -> ExtensionHeader:

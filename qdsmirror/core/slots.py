@@ -7,9 +7,9 @@ holds.  Superblocks of logs and the headers of extension devices have this form.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from crc32c import crc32c
 
@@ -23,20 +23,19 @@ _HEADER = Struct(">8sHBBIIQ")
 HEADER_BYTES = _HEADER.size + 4
 
 
+_T = TypeVar("_T")
+
+
 class Form(NamedTuple):
-    """A kind of metadata block: what it is called in messages, its magic, its version."""
+    """A kind of metadata block: what it is called in messages, its magic, its version.
+
+    :ivar sizes: those that a slot of it may have, in bytes.
+    """
 
     name: str
     magic: bytes
     version: int
-
-
-class Slot(NamedTuple):
-    """What stands in an intact slot."""
-
-    counter: int
-    slot_bytes: int
-    body: bytes
+    sizes: tuple[int, ...]
 
 
 def seal(form: Form, slot: int, slot_bytes: int, counter: int, body: Mapping[str, Any]) -> bytes:
@@ -53,10 +52,15 @@ def seal(form: Form, slot: int, slot_bytes: int, counter: int, body: Mapping[str
     return sealed.ljust(align_up(length, RECORD_ALIGN_BYTES), b"\0")
 
 
-def unseal(form: Form, raw: Buffer, slot: int) -> Slot:
+def unseal(
+    form: Form, raw: Buffer, slot: int, slot_bytes: int, read: Callable[[Any, int, int], _T]
+) -> _T:
     """Read a slot; no field is believed before the checksum matches.
 
     :param slot: which slot these bytes were read from.
+    :param slot_bytes: the slot size that this place implies; ``0`` accepts any (slot 0).
+    :param read: makes the result of the body, the counter and the slot's size; what it finds wrong
+        it says by the exceptions of reading what is not there, or a ValueError.
     :raises CorruptError: it is not an intact block of this form and version for this slot.
     """
     view = memoryview(raw)
@@ -73,4 +77,9 @@ def unseal(form: Form, raw: Buffer, slot: int) -> Slot:
         raise CorruptError(
             f"{form.name} format version {version} is unknown here (this is version {form.version})"
         )
-    return Slot(counter, size, bytes(body))
+    if size not in form.sizes or slot_bytes not in (0, size):
+        raise CorruptError(f"{form.name} slot {slot}: of {size} bytes")
+    try:
+        return read(json.loads(bytes(body)), counter, size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{form.name} slot {slot}: body cannot be read: {error}") from error

@@ -6,7 +6,6 @@ A slot is a small fixed header and a JSON body under one CRC-32C; two slots are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from qdsmirror.core.held import Held
 from qdsmirror.core.records import BoundUnit, Cursor, Generation, Point
 from qdsmirror.core.ring import Ring, align_up
 from qdsmirror.core.slots import Form, seal, unseal
-from qdsmirror.errors import CorruptError, DeviceError, LimitError
+from qdsmirror.errors import DeviceError, LimitError
 from qdsmirror.limits import (
     BITMAP_LOG_SHARE,
     EXTENSIONS_PER_LOG_MAX,
@@ -284,9 +283,9 @@ class Superblock:
 
 SUPER_MAGIC = b"QDSSUPER"
 SUPER_VERSION = 1
-_FORM = Form("superblock", SUPER_MAGIC, SUPER_VERSION)
 #: Sizes that a slot may have: the second slot starts where the first ends.
 SLOT_BYTES = (8 * KIB, 64 * KIB, 512 * KIB, 4 * MIB)
+_FORM = Form("superblock", SUPER_MAGIC, SUPER_VERSION, SLOT_BYTES)
 #: Larger slots are taken where both are at most this part of the device: a superblock may have to
 #: name every LDSU of the group (a refresh's cut).
 _SLOTS_DEVICE_PART = 32
@@ -327,13 +326,7 @@ def parse_slot(raw: Buffer, slot: int, slot_bytes: int) -> Superblock:
     :param slot_bytes: the slot size that this place implies; ``0`` accepts any (slot 0).
     :raises CorruptError: it is not an intact superblock for this slot.
     """
-    counter, size, body = unseal(_FORM, raw, slot)
-    if size not in SLOT_BYTES or slot_bytes not in (0, size):
-        raise CorruptError(f"superblock slot {slot}: holds slot {slot} of {size} bytes")
-    try:
-        return Superblock.from_json(json.loads(body), counter, size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"superblock slot {slot}: body cannot be read: {error}") from error
+    return unseal(_FORM, raw, slot, slot_bytes, Superblock.from_json)
 
 
 def layout(
