@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig
-from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError, UsageError
+from qdsmirror.errors import BrokenError, DegradedError, QdsError, UsageError
 from qdsmirror.paths import Paths
 from qdsmirror.tools import cli, info_view, progress
 from qdsmirror.tools.audited import audited
+from qdsmirror.tools.following import Look, looking, until_over
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, looking
 from qdsmirror.tools.status import Group, raise_failure
 
 _OPTIONS = ("dry-run", "discard", "force")
@@ -173,31 +173,18 @@ def follow(
     :returns: by group number what was seen last of each; and why there was no end, where there was
         none.
     """
-    waiting = list(configs)
     seen: dict[int, dict[str, Any]] = {one.number: {} for one in configs}
-    refusals: dict[int, int] = {}
-    ended: dict[int, QdsError] = {}
-    while waiting:
-        for config in list(waiting):
-            number = config.number
-            try:
-                group = look(config)
-            except UnreachableError:
-                continue
-            show(group)
-            try:
-                if _is_over(group, ids[number], seen[number], dry_run):
-                    waiting.remove(config)
-                refusals.pop(number, None)
-            except QdsError as error:
-                # A link may be refused for a moment.
-                refusals[number] = refusals.get(number, 0) + 1
-                if isinstance(error, DegradedError) or refusals[number] >= REFUSED_LOOKS:
-                    waiting.remove(config)
-                    ended[number] = error
-        if waiting:
-            sleep(POLL_SECONDS)
-    return seen, ended
+
+    def over(group: Group) -> bool:
+        show(group)
+        number = group["group"]
+        return _is_over(group, ids[number], seen[number], dry_run)
+
+    def final(_group: Group, error: QdsError) -> bool:
+        # A link may be refused for a moment.
+        return isinstance(error, DegradedError)
+
+    return seen, until_over(configs, look, over, final, sleep)
 
 
 def _is_over(group: Group, number: str, seen: dict[str, Any], dry_run: bool) -> bool:

@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 from qdsmirror.tools import cli
+from qdsmirror.tools.following import looking
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import looking, wait_for_room
+from qdsmirror.tools.refresh import wait_for_room
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,16 +15,10 @@ from qdsmirror.config import GroupConfig
 from qdsmirror.errors import BrokenError, QdsError, UnreachableError
 from qdsmirror.limits import REFRESH_RING_SHARE
 from qdsmirror.paths import Paths
-from qdsmirror.tools import cli, progress
+from qdsmirror.tools import cli, following, progress
+from qdsmirror.tools.following import Look, looking, until_over
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.status import Group, collect_groups, raise_failure
-
-POLL_SECONDS = 0.2
-#: A failure that has stood for so many looks is one.
-REFUSED_LOOKS = 5
-
-#: Gives a group object as it is now.
-Look = Callable[[GroupConfig], Group]
+from qdsmirror.tools.status import Group, raise_failure
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,11 +95,6 @@ def kill_main(argv: Sequence[str] | None = None) -> int:
     return tell(arguments.json, ended, "refresh has ended; the mirror stays incoherent", failed)
 
 
-def looking(paths: Paths) -> Look:
-    """Give what looks at a group of which this host is primary."""
-    return lambda config: collect_groups(paths, config.primary_host, [config])[0]
-
-
 def _begin_all(
     paths: Paths, configs: Sequence[GroupConfig], failed: list[QdsError], kind: str
 ) -> list[dict[str, Any]]:
@@ -141,7 +130,7 @@ def wait_for_room(
                 f"{group['name']}: waiting until the secondary has most of what was written "
                 "before the bypass"
             )
-        sleep(POLL_SECONDS)
+        sleep(following.POLL_SECONDS)
 
 
 def follow(
@@ -155,29 +144,16 @@ def follow(
     :returns: by group number why there was none: the refresh ended and its mirror is not coherent
         (it was killed), or the link is refused for good.
     """
-    waiting = list(configs)
-    refusals: dict[int, int] = {}
-    ended: dict[int, QdsError] = {}
-    while waiting:
-        for config in list(waiting):
-            try:
-                group = look(config)
-            except UnreachableError:
-                continue
-            show(group)
-            try:
-                if _ended(group):
-                    waiting.remove(config)
-                refusals.pop(config.number, None)
-            except QdsError as error:
-                # The link may have been refused for what the refresh is about to overcome.
-                looks = refusals[config.number] = refusals.get(config.number, 0) + 1
-                if group["refresh"] is None or looks >= REFUSED_LOOKS:
-                    waiting.remove(config)
-                    ended[config.number] = error
-        if waiting:
-            sleep(POLL_SECONDS)
-    return ended
+
+    def over(group: Group) -> bool:
+        show(group)
+        return _ended(group)
+
+    def final(group: Group, _error: QdsError) -> bool:
+        # While there is one, the link may have been refused for what it is about to overcome.
+        return group["refresh"] is None
+
+    return until_over(configs, look, over, final, sleep)
 
 
 def _ended(group: Group) -> bool:

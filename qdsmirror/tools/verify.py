@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qdsmirror.config import GroupConfig
-from qdsmirror.errors import BrokenError, DegradedError, QdsError, UnreachableError
+from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.tools import cli, info_view, progress
+from qdsmirror.tools.following import Look, looking, until_over
 from qdsmirror.tools.orders import order_all, primaries, tell
-from qdsmirror.tools.refresh import POLL_SECONDS, REFUSED_LOOKS, Look, looking
 from qdsmirror.tools.status import Group, raise_failure
 
 
@@ -74,44 +74,26 @@ def follow(
     :returns: the ``verify`` objects at their ends, with group number and name; and why there was no
         end to wait for.
     """
-    waiting = list(configs)
-    refusals: dict[int, int] = {}
     ended: list[dict[str, Any]] = []
-    broken: list[QdsError] = []
-    while waiting:
-        for config in list(waiting):
-            try:
-                group = look(config)
-            except UnreachableError:
-                continue
-            verify = group["verify"]
-            if verify is None or group["driver"]["pid"] is None:
-                continue
-            show(group)
-            if verify["id"] != ids[config.number]:
-                waiting.remove(config)
-                broken.append(DegradedError(f"{group['name']}: another verify has begun"))
-            elif verify["phase"] == "over":
-                waiting.remove(config)
-                ended.append({**verify, "group": config.number, "name": group["name"]})
-            elif (error := _refused(group, refusals)) is not None:
-                waiting.remove(config)
-                broken.append(error)
-        if waiting:
-            sleep(POLL_SECONDS)
-    return ended, broken
 
-
-def _refused(group: Group, looks: dict[int, int]) -> QdsError | None:
-    """Tell why a group will not go on by itself, if that has been so for a while."""
-    try:
+    def over(group: Group) -> bool:
+        verify = group["verify"]
+        if verify is None or group["driver"]["pid"] is None:
+            return False
+        show(group)
+        if verify["id"] != ids[group["group"]]:
+            raise DegradedError(f"{group['name']}: another verify has begun")
+        if verify["phase"] == "over":
+            ended.append({**verify, "group": group["group"], "name": group["name"]})
+            return True
         raise_failure(group)
-    except QdsError as error:
-        number = group["group"]
-        looks[number] = looks.get(number, 0) + 1
-        return error if looks[number] >= REFUSED_LOOKS else None
-    looks.pop(group["group"], None)
-    return None
+        return False
+
+    def final(group: Group, _error: QdsError) -> bool:
+        # A link may be refused for a moment; another verify is another one for good.
+        return bool(group["verify"]["id"] != ids[group["group"]])
+
+    return ended, list(until_over(configs, look, over, final, sleep).values())
 
 
 def _judge(verify: dict[str, Any]) -> QdsError | None:

@@ -17,7 +17,7 @@ from qdsmirror.errors import (
     DegradedError,
 )
 from qdsmirror.storage.keep import KeepWriter, Kept
-from qdsmirror.tools import backfresh
+from qdsmirror.tools import backfresh, following
 from tests.tools.offline import DATA, Site
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
@@ -42,7 +42,7 @@ def progress(state: str, done: int = 0, remaining: int = 100, **more: Any) -> di
 
 class CommandTests(TestCase):
     def driver(self, answers: dict[str, Any]) -> FakeDaemon:
-        self.patch(backfresh, "POLL_SECONDS", 0.001)
+        self.patch(following, "POLL_SECONDS", 0.001)
         paths = host_root(self)
         self.root = str(paths.root)
         FakeDaemon(self, paths.control_socket("dsgrp000.pmd"), {"Status": pmd_status()})

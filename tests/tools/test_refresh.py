@@ -15,8 +15,8 @@ from qdsmirror.errors import (
     IdentityError,
     UnreachableError,
 )
+from qdsmirror.tools import following, refresh
 from qdsmirror.tools import progress as progress_room
-from qdsmirror.tools import refresh
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
 
@@ -42,7 +42,7 @@ class CommandTests(TestCase):
         return FakeDaemon(self, paths.control_socket("dsgrp000.driver"), answers)
 
     def test_foreground(self) -> None:
-        self.patch(refresh, "POLL_SECONDS", 0.001)
+        self.patch(following, "POLL_SECONDS", 0.001)
         steps = [None, progress(0, 100), progress(60, 40), None]
 
         def status(words: dict[str, str]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class CommandTests(TestCase):
         self.assertEqual((code, errors), (3, "dsgrp000: a refresh is running already; wait\n"))
 
     def test_one_that_is_refused_stops_no_other(self) -> None:
-        self.patch(refresh, "POLL_SECONDS", 0.001)
+        self.patch(following, "POLL_SECONDS", 0.001)
         for main, command, done in (
             (refresh.main, "Refresh", "dsgrp001: refreshed"),
             (refresh.launch_main, "Refresh", "dsgrp001: refresh has begun"),
@@ -179,7 +179,7 @@ class FollowTests(TestCase):
     def test_refused_link(self) -> None:
         link = {"pid": 1, "state": "refused", "reason": "wrong name", "code": 12}
         group = driver_status(refresh=progress(1, 1), coherent=False, pmd=link)
-        looks = [group] * refresh.REFUSED_LOOKS
+        looks = [group] * following.REFUSED_LOOKS
         error = self.assertRaises(IdentityError, self.follow, looks)
         self.assertIn("wrong name", str(error))
 

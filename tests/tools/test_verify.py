@@ -8,7 +8,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.errors import EXIT_BROKEN, EXIT_DEGRADED, DegradedError
-from qdsmirror.tools import verify
+from qdsmirror.tools import following, verify
 from qdsmirror.tools.info_view import verify_text
 from tests.tools.sites import FakeDaemon, captured, driver_status, host_root, pmd_status
 
@@ -51,7 +51,7 @@ class CommandTests(TestCase):
     def run_beside(
         self, *steps: dict[str, Any] | None, words: tuple[str, ...] = (), answer: Any = None
     ) -> tuple[int, str, str]:
-        self.patch(verify, "POLL_SECONDS", 0.001)
+        self.patch(following, "POLL_SECONDS", 0.001)
         paths = host_root(self)
         left = list(steps)
 
@@ -132,7 +132,7 @@ class CommandTests(TestCase):
         self.assertEqual((code, errors), (3, "dsgrp000 cannot be verified: no; wait\n"))
 
     def test_daemons_may_come_and_go(self) -> None:
-        self.patch(verify, "POLL_SECONDS", 0.001)
+        self.patch(following, "POLL_SECONDS", 0.001)
         code, _, _ = self.run_beside(None, None, state("compare", None), None, state())
         self.assertEqual(code, 0)
 
