@@ -41,7 +41,7 @@ from qdsmirror.pidfile import running_pid
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qdsmirror.config import GroupConfig, Problem
+    from qdsmirror.config import GroupConfig, HostConfig, Problem
 
 #: Version of every JSON object that a command prints.
 SCHEMA = 1
@@ -196,6 +196,21 @@ class Selection(NamedTuple):
 
     groups: list[GroupConfig]
     broken: list[QdsError]
+
+
+def taking_part(groups: Iterable[GroupConfig], host: HostConfig, paths: Paths) -> list[GroupConfig]:
+    """Give those of the groups in which this host plays a part.
+
+    :raises ConfigError: there is none.
+    """
+    here = [group for group in groups if group.role_of(host.name) is not None]
+    if not here:
+        names = ", ".join(group.name for group in groups)
+        raise ConfigError(
+            f"host {host.name} is neither primary nor secondary of {names}",
+            hint=f"compare name in {paths.host_config} with the groups' hosts: qdsconfigtool show",
+        )
+    return here
 
 
 def load_selection(arguments: argparse.Namespace, paths: Paths) -> Selection:

@@ -45,6 +45,21 @@ def build_parser() -> argparse.ArgumentParser:
     cli.subcommand(
         commands, "show", "Print the configuration in effect, defaults included.", groups=True
     )
+    _add_pki(commands)
+    units = cli.subcommand(
+        commands, "units", "Let the systemd units open the devices of this host's groups."
+    )
+    units.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write drop-ins there, e.g. /etc/systemd/system (default: print them)",
+    )
+    cli.subcommand(commands, "apply", "Make the running daemons take up changed files.")
+    _add_throttle(commands)
+    return made
+
+
+def _add_pki(commands: Any) -> None:
     pki = cli.subcommand(
         commands, "pki", "Make authority, certificates and group secrets for a pair of hosts."
     )
@@ -68,15 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only say what would be written, replaced and kept",
     )
-    units = cli.subcommand(
-        commands, "units", "Let the systemd units open the devices of this host's groups."
-    )
-    units.add_argument(
-        "--out",
-        metavar="DIR",
-        help="write drop-ins there, e.g. /etc/systemd/system (default: print them)",
-    )
-    cli.subcommand(commands, "apply", "Make the running daemons take up changed files.")
+
+
+def _add_throttle(commands: Any) -> None:
     throttle = cli.subcommand(
         commands, "throttle", "Say what throttles mean, or when they would have fired.", groups=True
     )
@@ -93,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     throttle.add_argument(
         "--zone", metavar="NAME", help="replay in this time zone (default: the host's)"
     )
-    return made
 
 
 def _count(text: str) -> int:

@@ -14,7 +14,6 @@ from qdsmirror.core.states import Mode
 from qdsmirror.errors import (
     EXIT_DEGRADED,
     EXIT_OK,
-    ConfigError,
     DegradedError,
     QdsError,
     UnreachableError,
@@ -261,13 +260,7 @@ def _look(paths: Paths, arguments: argparse.Namespace) -> tuple[Look, list[QdsEr
     """Read the configuration once; give what looks at the selected groups, and what is broken."""
     host = load_host(paths)
     selected, broken = cli.load_selection(arguments, paths)
-    here = [group for group in selected if group.role_of(host.name) is not None]
-    if not here:
-        names = ", ".join(group.name for group in selected)
-        raise ConfigError(
-            f"host {host.name} is neither primary nor secondary of {names}",
-            hint=f"compare name in {paths.host_config} with the groups' hosts: qdsconfigtool show",
-        )
+    here = cli.taking_part(selected, host, paths)
     return lambda: (host.name, collect_groups(paths, host.name, here)), broken
 
 

@@ -20,9 +20,31 @@ def build_parser() -> argparse.ArgumentParser:
     """Make the command's parser."""
     made = cli.parser("qdslab", "Make, run and remove two or more sites on one machine.")
     commands = cli.subcommands(made)
-    default = Plan()
     create = cli.subcommand(commands, "create", "make a primary and secondaries below DIR")
-    create.add_argument("dir", metavar="DIR", help="the lab's directory")
+    start = cli.subcommand(
+        commands, "start", "start sites; wait until groups whose sites both run have their mirrors"
+    )
+    stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
+    show = cli.subcommand(commands, "status", "show daemons and groups of every site")
+    destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
+    for one in (create, start, stop, show, destroy):
+        one.add_argument("dir", metavar="DIR", help="the lab's directory")
+    _add_plan(create, Plan())
+    for one in (start, stop):
+        sites = one.add_argument(
+            "sites",
+            metavar="SITE",
+            nargs="*",
+            help="primary, secondary, secondary2 ... (default: all)",
+        )
+        cli.completes(sites, ("primary", "secondary"))
+    destroy.add_argument("--dry-run", action="store_true", help="only say what would be lost")
+    destroy.add_argument("--yes", action="store_true", help="needed: all its data is lost")
+    return made
+
+
+def _add_plan(create: argparse.ArgumentParser, default: Plan) -> None:
+    """Add the options that say what a lab is to have."""
     create.add_argument(
         "--groups", metavar="N", type=int, help="logical groups (default: one for each secondary)"
     )
@@ -61,46 +83,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.mode,
         help=f"how writes are answered with regard to the secondary (default: {default.mode})",
     )
-    create.add_argument(
-        "--crossed",
-        action="store_true",
-        help="every second group goes from secondary to primary: each site plays both parts",
-    )
-    create.add_argument(
-        "--memory",
-        action="store_true",
-        help="keep the writelogs in memory, and dirty bitmaps beside them on small files",
-    )
-    create.add_argument(
-        "--console",
-        action="store_true",
-        help="each site has a console daemon too, which serves the metrics",
-    )
+    for name, text in (
+        (
+            "crossed",
+            "every second group goes from secondary to primary: each site plays both parts",
+        ),
+        ("memory", "keep the writelogs in memory, and dirty bitmaps beside them on small files"),
+        ("console", "each site has a console daemon too, which serves the metrics"),
+    ):
+        create.add_argument(f"--{name}", action="store_true", help=text)
     create.add_argument(
         "--port",
         type=int,
         help="TCP port of the secondary, further ones' follow (default: free ones are chosen)",
     )
-    start = cli.subcommand(
-        commands, "start", "start sites; wait until groups whose sites both run have their mirrors"
-    )
-    stop = cli.subcommand(commands, "stop", "end the daemons of sites in order")
-    for one in (start, stop):
-        one.add_argument("dir", metavar="DIR", help="the lab's directory")
-        sites = one.add_argument(
-            "sites",
-            metavar="SITE",
-            nargs="*",
-            help="primary, secondary, secondary2 ... (default: all)",
-        )
-        cli.completes(sites, ("primary", "secondary"))
-    show = cli.subcommand(commands, "status", "show daemons and groups of every site")
-    show.add_argument("dir", metavar="DIR", help="the lab's directory")
-    destroy = cli.subcommand(commands, "destroy", "stop everything and remove DIR")
-    destroy.add_argument("dir", metavar="DIR", help="the lab's directory")
-    destroy.add_argument("--dry-run", action="store_true", help="only say what would be lost")
-    destroy.add_argument("--yes", action="store_true", help="needed: all its data is lost")
-    return made
 
 
 @cli.run

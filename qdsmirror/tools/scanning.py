@@ -63,46 +63,57 @@ def _scan_primary(
     known = latch.known(group.ldsus, now)
     pool = _open_pool(group, known, latch.failures())
     try:
-        units = open_units(group, open_device, known, pool)
-    except BaseException:
-        failed += _failure_errors(group, known)
-        _close_pool(pool)
-        raise
-    try:
-        failed += _failure_errors(group, failures_of(units))
-        refused, voids = "", []
         try:
-            voids = [[void.range.first, void.range.length] for void in judge(units).voids]
-        except CorruptError as error:
-            refused = error.message
-        settled = settle(believed(units) or [unit.writelog.superblock for unit in units])
-        bypass = dict(settled.bypass) if settled.bypass is not None else None
-        # Of damage an operator learns whether it matters now or not.
-        dirty_bytes = sum(map(_dirty_bytes, units))
-        if bypass is not None:
-            bypass["dirty_bytes"] = dirty_bytes
-        found = {
-            "group": group.name,
-            "role": "primary",
-            "generation": settled.generations[-1].id.hex(),
-            "logs": [_log(unit) for unit in units],
-            "voids": voids,
-            "bypass": bypass,
-            "failed": _failed_devices(group, failures_of(units), now),
-            "replayed": not check and not refused,
-            "refused": refused,
-        }
-        if found["replayed"]:
-            for unit in units:
-                with cli.naming(unit.config.data_device):
-                    try:
-                        replay(unit)
-                    except DataDeviceError as error:
-                        raise error.cause from error
+            units = open_units(group, open_device, known, pool)
+        except BaseException:
+            failed += _failure_errors(group, known)
+            raise
+        try:
+            failed += _failure_errors(group, failures_of(units))
+            found = _describe(group, units, now)
+            found["replayed"] = not check and not found["refused"]
+            if found["replayed"]:
+                _replay(units)
+        finally:
+            close_units(units)
     finally:
-        close_units(units)
         _close_pool(pool)
     return found
+
+
+def _describe(group: GroupConfig, units: Sequence[OpenUnit], now: float) -> dict[str, Any]:
+    """Say what a start of the driver would find."""
+    refused, voids = "", []
+    try:
+        voids = [[void.range.first, void.range.length] for void in judge(units).voids]
+    except CorruptError as error:
+        refused = error.message
+    settled = settle(believed(units) or [unit.writelog.superblock for unit in units])
+    bypass = dict(settled.bypass) if settled.bypass is not None else None
+    # Of damage an operator learns whether it matters now or not.
+    dirty_bytes = sum(map(_dirty_bytes, units))
+    if bypass is not None:
+        bypass["dirty_bytes"] = dirty_bytes
+    return {
+        "group": group.name,
+        "role": "primary",
+        "generation": settled.generations[-1].id.hex(),
+        "logs": [_log(unit) for unit in units],
+        "voids": voids,
+        "bypass": bypass,
+        "failed": _failed_devices(group, failures_of(units), now),
+        "replayed": False,
+        "refused": refused,
+    }
+
+
+def _replay(units: Sequence[OpenUnit]) -> None:
+    for unit in units:
+        with cli.naming(unit.config.data_device):
+            try:
+                replay(unit)
+            except DataDeviceError as error:
+                raise error.cause from error
 
 
 def _open_pool(group: GroupConfig, known: Failed, latched: Mapping[str, str]) -> list[PoolDevice]:

@@ -68,15 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.replaced:
         with audited(paths, "qdswlinit", arguments):
             return _replaced(arguments, paths, host.name, groups)
-    here = [group for group in groups if host.name == group.primary_host]
-    if not arguments.pool:
-        here = [group for group in groups if group.role_of(host.name) is not None]
-    if not here:
-        part = "not the primary" if arguments.pool else "neither primary nor secondary"
-        raise ConfigError(
-            f"{host.name} is {part} of the groups selected",
-            hint="compare `name` in qds.cfg with `host` in the group files",
-        )
+    here = cli.taking_part(groups, host, paths)
+    if arguments.pool:
+        here = [group for group in here if host.name == group.primary_host]
+        if not here:
+            raise ConfigError(
+                f"{host.name} is not the primary of the groups selected",
+                hint="run it on the primary system",
+            )
     from qdsmirror.tools.initialising import prepare
 
     with ExitStack() as opened:

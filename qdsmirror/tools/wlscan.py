@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdsmirror.config import load_host
-from qdsmirror.errors import BrokenError, ConfigError, QdsError
+from qdsmirror.errors import BrokenError, QdsError
 from qdsmirror.tools import cli, progress
 from qdsmirror.tools.info_view import size_text
 
@@ -38,12 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = cli.paths_of(arguments)
     host = load_host(paths)
     groups, failed = cli.load_selection(arguments, paths)
-    here = [group for group in groups if group.role_of(host.name) is not None]
-    if not here:
-        raise ConfigError(
-            f"{host.name} is neither primary nor secondary of the groups selected",
-            hint="compare `name` in qds.cfg with `host` in the group files",
-        )
+    here = cli.taking_part(groups, host, paths)
     from qdsmirror.tools.scanning import scan
 
     found: list[dict[str, Any]] = []
