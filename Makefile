@@ -3,7 +3,7 @@
 # make lint          ruff and mypy
 # make fuzz          the parsers under coverage-guided fuzzing (FUZZ='--seconds 600 nbd_requests')
 # make sim           the simulation: seeds, crash states, broken builds (SIM='7' runs seed 7 again)
-# make completion   make the completion for bash and zsh anew from the parsers
+# make completion    make the completion for bash and zsh anew from the parsers
 # make man           draw qdsmirror-modes(7) anew from the state machine's tables
 # make soak          the simulation with fresh seeds, until it is stopped
 # make bench         qdsmirror beside its peers (see bench/README.md)

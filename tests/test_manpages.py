@@ -215,6 +215,15 @@ class CompletenessTests(TestCase):
         codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
         self.assertEqual(listed, codes)
 
+    def test_dependencies(self) -> None:
+        """qdsmirror-architecture(7) says of each package what it is needed for."""
+        text = section_of(page_path("qdsmirror-architecture", 7).read_text(), "DEPENDENCIES")
+        named = set(", ".join(re.findall(r"^\.It (.+)", text, re.MULTILINE)).split(", "))
+        setup = configparser.ConfigParser(interpolation=None)
+        setup.read(ROOT / "setup.cfg")
+        lines = setup["options"]["install_requires"].split("\n")
+        self.assertEqual({line.partition(" ")[0] for line in lines if line}, named)
+
     def test_readme_links(self) -> None:
         text = (ROOT / "README.md").read_text()
         links = re.findall(r"\]\(([^)#]+)\)", text)
