@@ -357,5 +357,5 @@ class ImmediateWorker:
 def _perform(job: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         return job(), None
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the job's owner
         return None, error

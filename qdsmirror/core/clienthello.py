@@ -140,7 +140,10 @@ def _text(name: bytes) -> str:
 
 
 def server_name_for(number: int) -> str:
-    """Give the server name that asks for a group, e.g. ``dsgrp000.qdsmirror`` for 0."""
+    """Give the server name that asks for a group, e.g. ``dsgrp000.qdsmirror`` for 0.
+
+    :raises ValueError: there is no group of that number.
+    """
     if not 0 <= number < GROUPS_MAX:
         raise ValueError(f"group number {number} is not in 0..{GROUPS_MAX - 1}")
     return f"dsgrp{number:03d}.qdsmirror"

@@ -47,7 +47,7 @@ class Options(service.Options):
 class RmdMaster(Master):
     """Supervises the children that host this host's secondary groups, and accepts for them.
 
-    :param inherited: listening sockets given by whoever started this process.
+    :ivar inherited: listening sockets given by whoever started this process.
     """
 
     daemon = "qdsrmd"

@@ -34,7 +34,12 @@ class Authority:
         self.ldsus = len(group.config.ldsus)
 
     def map_ldsu(self, index: int, name: str, size: int) -> UnitPosition:
-        """Match an LDSU with its mirror device; the first one ends any older session."""
+        """Match an LDSU with its mirror device; the first one ends any older session.
+
+        :param size: of the data device, bytes.
+        :raises MismatchError: another LDSU has that index here, or the mirror device is smaller.
+        :raises ProtocolError: the daemon is stopping.
+        """
         group = self._group
         if group.mirror is None:
             raise ProtocolError("the remote mirror daemon is stopping")

@@ -202,6 +202,7 @@ class Backfresh:
         :raises DegradedError: not now: the hint says what is in the way.
         :raises BrokenError: the mirror is no state to go back to.
         :raises DeviceFailedError: a device has failed.
+        :raises UsageError: nothing can be kept under such a path.
         """
         group = self._group
         group.modes.refuse(Event.BACKFRESH_BEGUN, *self.coming, *group.coherence.coming)

@@ -192,6 +192,7 @@ class Bypass:
 
         :returns: fires with the bypass, or the refresh that has begun.
         :raises DegradedError: the group is so already, or on its way.
+        :raises UsageError: it asks for something else.
         """
         if to == "on":
             return self.enter("asked for by the operator")

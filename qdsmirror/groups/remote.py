@@ -298,6 +298,7 @@ class RemoteGroup:
     def rebase(self, positions: Sequence[RebasePosition]) -> Any:
         """Replace the history: durably incoherent, then the new place (rules.md 7).
 
+        :param positions: of every LDSU, where the primary's refresh begins.
         :raises ProtocolError: a checkpoint holds; another connection came meanwhile; it stops.
         :raises DeviceFailedError: it cannot be recorded, or nothing is committed any more.
         """

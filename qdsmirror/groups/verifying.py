@@ -62,6 +62,7 @@ class Verifying:
 
         :returns: fires with the verify's status when it has durably begun.
         :raises DegradedError: the group cannot be verified now, or there is nothing to stop.
+        :raises UsageError: it asks for something else.
         """
         if how not in ("compare", "repair", "stop"):
             raise UsageError(f"a verify cannot {how}", hint="see qdsverify(1)")

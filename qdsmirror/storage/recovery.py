@@ -128,6 +128,7 @@ def open_units(
     :raises DeviceError: a device is missing or in use.
     :raises MismatchError: a log is another's, or a data device of another size than before.
     :raises CorruptError: a log is not usable.
+    :raises BrokenError: the logs have not come from one history.
     """
     units: list[OpenUnit] = []
     with closing_on_error() as opened:

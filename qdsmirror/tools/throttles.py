@@ -125,7 +125,10 @@ def _action(action: Action) -> str:
 
 
 def replay(arguments: argparse.Namespace, paths: Paths) -> int:
-    """Say when throttles would have fired on recorded history."""
+    """Say when throttles would have fired on recorded history.
+
+    :raises UsageError: the file cannot be read, or holds no samples.
+    """
     file = Path(arguments.replay)
     try:
         table = parse(file.read_text("ascii", errors="replace").split("\n")[:-1])

@@ -56,7 +56,7 @@ class FakeReactor(Clock):
     ) -> None:
         try:
             result = job(*args)
-        except BaseException:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001 - whatever it is belongs to the job's owner
             done(False, Failure())
         else:
             done(True, result)

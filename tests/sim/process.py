@@ -69,7 +69,7 @@ class SimWorker:
                 result, error = job(), None
             except Gone:
                 return
-            except BaseException as caught:  # noqa: BLE001
+            except BaseException as caught:  # noqa: BLE001 - it belongs to the job's owner
                 result, error = None, caught
             done(result, error)
         finally:

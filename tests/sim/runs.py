@@ -50,7 +50,7 @@ def run_seed(seed: int, base: Path, counts: Counter[str] | None = None, tail: in
     try:
         world.run()
         return ""
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - a crash is a finding too
         # What the product makes of a violation that passes through it comes after it.
         seen = Violation.seen
         text = str(seen[0]) if seen else f"CRASH: {error!r}\n{traceback.format_exc()}"

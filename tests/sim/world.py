@@ -699,7 +699,7 @@ class World(Clients):
         for process in self.processes():
             try:
                 states.append(process.group.status())
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - a group half-way through its start
                 states.append(repr(error))
         return f"{states}, {[len(c.open) for c in self.clients]} open"
 
