@@ -26,10 +26,11 @@ from twisted.python.threadable import isInIOThread
 
 from qdsmirror import errors, limits
 from qdsmirror.config import load_group
-from qdsmirror.daemons import logs, memory
+from qdsmirror.daemons import logs
 from qdsmirror.daemons.channel import Channel
 from qdsmirror.daemons.clock import use_monotonic_time
 from qdsmirror.daemons.hosting import Factory, GroupParts, Hosting
+from qdsmirror.daemons.protection import Protection, protect, unprotect
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
@@ -125,7 +126,7 @@ class _Child:
         groups: dict[int, int | None],
         factory: Factory,
         failures: int | None,
-        protection: memory.Protection | None,
+        protection: Protection | None,
         memories: dict[int, int],
     ) -> None:
         from twisted.internet import reactor
@@ -264,14 +265,14 @@ def main(argv: Sequence[str] | None = None, factories: Mapping[str, Factory] = F
     """
     arguments = build_parser().parse_args(argv)
     if arguments.role == "stats":
-        memory.unprotect()
+        unprotect()
     # The master passes on what it means for us; a terminal's signals are for the master.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for one in arguments.fds.values():
         os.set_inheritable(one, False)
     # Before there are threads: they inherit it.
-    protection = memory.protect() if arguments.role in ("driver", "pmd") else None
+    protection = protect() if arguments.role in ("driver", "pmd") else None
     logs.begin(arguments.role)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     paths = Paths.of(arguments.root)

@@ -80,7 +80,7 @@ class Setting:
 class Child(ProcessProtocol):
     """One child process, through all its lives.
 
-    :ivar memory: what protects it from a shortage of memory (daemons.memory), as it has told;
+    :ivar memory: what protects it from a shortage of memory (daemons.protection), as it has told;
         ``None`` where nothing is asked for.
     """
 

@@ -23,7 +23,7 @@ from twisted.internet.task import react
 from qdsmirror.config import GroupConfig, HostConfig, load_group, load_host, load_secret
 from qdsmirror.configvalues import NetworkPath
 from qdsmirror.errors import ProtocolError, QdsError
-from qdsmirror.groups.paths import unanswered
+from qdsmirror.groups.network_paths import unanswered
 from qdsmirror.groups.runtime import tls_endpoint
 from qdsmirror.limits import VISITS_AT_ONCE
 from qdsmirror.net.handshake_visit import Visited, VisitHandshake, VisitorsPass

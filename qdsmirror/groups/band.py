@@ -24,7 +24,7 @@ from qdsmirror.core.stream import Ack, Message
 from qdsmirror.errors import QdsError
 from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.inorder import InOrder
-from qdsmirror.groups.mail import Mail
+from qdsmirror.groups.letters import Mail
 from qdsmirror.groups.pace import Pace
 from qdsmirror.groups.wire import Wire
 from qdsmirror.interfaces import IWorker

@@ -34,8 +34,8 @@ from qdsmirror.groups.attached import PmdEnd
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.holdback import HoldBack
 from qdsmirror.groups.live import LiveSettings
+from qdsmirror.groups.network_paths import REFUSALS, NetworkPaths
 from qdsmirror.groups.outbound import Outbound
-from qdsmirror.groups.paths import REFUSALS, NetworkPaths
 from qdsmirror.groups.resume import (
     AwaitsRefreshError,
     RefreshLostError,

@@ -22,7 +22,7 @@ from qdsmirror.core.reorder import Reorder
 from qdsmirror.core.stream import Message
 from qdsmirror.errors import CorruptError, LimitError, ProtocolError, QdsError
 from qdsmirror.groups.inorder import InOrder
-from qdsmirror.groups.mail import Mail
+from qdsmirror.groups.letters import Mail
 from qdsmirror.groups.wire import Wire
 from qdsmirror.interfaces import IWorker
 from qdsmirror.limits import AHEAD_BYTES_MAX

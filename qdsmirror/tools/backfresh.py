@@ -229,7 +229,7 @@ def _replay(
     configs: Sequence[GroupConfig],
     failed: list[QdsError],
 ) -> int:
-    from qdsmirror.tools.replay import replay
+    from qdsmirror.tools.backfresh_replay import replay
 
     done = []
     with progress.telling(arguments.json) as say:

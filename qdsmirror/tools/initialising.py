@@ -32,7 +32,7 @@ from qdsmirror.storage.probe import OWN_NAME, probe_signature
 from qdsmirror.storage.writelog import Writelog
 from qdsmirror.tools import cli
 from qdsmirror.tools.client import ControlClient
-from qdsmirror.tools.replaced import still_lacking
+from qdsmirror.tools.wlinit_replaced import still_lacking
 
 
 @dataclass

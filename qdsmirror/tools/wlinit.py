@@ -134,7 +134,7 @@ def _replaced(
     """Take other data devices for some LDSUs."""
     if arguments.pool or arguments.yes or arguments.dry_run:
         raise UsageError("--replaced goes with -g alone: nothing is initialised")
-    from qdsmirror.tools.replaced import take_replaced
+    from qdsmirror.tools.wlinit_replaced import take_replaced
 
     here = [group for group in groups if group.primary_host == host]
     made = []

@@ -6,7 +6,7 @@ import signal
 
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.daemons import child, memory
+from qdsmirror.daemons import child
 from tests.tools.sites import host_root
 
 
@@ -36,7 +36,7 @@ class ProtectionTests(SynchronousTestCase):
             done.append("begin")
             raise InterruptedError
 
-        self.patch(memory, "unprotect", lambda: done.append("unprotect"))
+        self.patch(child, "unprotect", lambda: done.append("unprotect"))
         self.patch(signal, "signal", begin)
         with self.assertRaises(InterruptedError):
             child.main([role, "--groups", "0", "--fds", "channel=0"])

@@ -14,12 +14,12 @@ from typing import Any
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from qdsmirror.daemons import memory
+from qdsmirror.daemons import protection
 from qdsmirror.limits import MIB
 
 _PROGRAM = """
 import ctypes, json, sys, threading
-from qdsmirror.daemons.memory import protect
+from qdsmirror.daemons.protection import protect
 import qdsmirror.groups.driver
 found = protect()
 flushers, done = [], threading.Event()
@@ -39,7 +39,7 @@ print(json.dumps({
 _INHERITANCE_PROGRAM = """
 import ctypes, json, subprocess, sys
 from pathlib import Path
-from qdsmirror.daemons.memory import unprotect
+from qdsmirror.daemons.protection import unprotect
 library = ctypes.CDLL(None)
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 data = (ctypes.c_uint32 * 6)()
@@ -112,21 +112,21 @@ class RefusedTests(SynchronousTestCase):
             return call
 
         library = SimpleNamespace(**{name: answering(name) for name in self.answers})
-        self.patch(memory.ctypes, "CDLL", lambda *_, **__: library)
-        self.patch(memory.ctypes, "get_errno", lambda: 1)
+        self.patch(protection.ctypes, "CDLL", lambda *_, **__: library)
+        self.patch(protection.ctypes, "get_errno", lambda: 1)
         place = Path(self.mktemp())
         place.mkdir()
         self.score = place / "oom_score_adj"
         self.score.write_text("7\n")
         self.status = place / "status"
         self.status.write_text("Name:\tx\nCapEff:\t0000000000000000\n")
-        self.patch(memory, "_OOM_SCORE_ADJ", self.score)
-        self.patch(memory, "_STATUS", self.status)
+        self.patch(protection, "_OOM_SCORE_ADJ", self.score)
+        self.patch(protection, "_STATUS", self.status)
         self.limit = resource.RLIM_INFINITY
-        self.patch(memory.resource, "getrlimit", lambda _: (self.limit, self.limit))
+        self.patch(protection.resource, "getrlimit", lambda _: (self.limit, self.limit))
 
     def test_each_is_asked_for_whatever_the_others_said(self) -> None:
-        found = memory.protect()
+        found = protection.protect()
         self.assertEqual(self.asked, [("prctl", (57, 1, 0, 0, 0)), ("mlockall", (7,))])
         self.assertEqual(self.score.read_text(), "-1000")
         self.assertEqual(found[:3], (False, True, -1000))
@@ -134,7 +134,7 @@ class RefusedTests(SynchronousTestCase):
 
     def test_nothing_is_locked_under_a_limit(self) -> None:
         self.limit = 8 * MIB
-        found = memory.protect()
+        found = protection.protect()
         self.assertFalse(found.locked)
         self.assertNotIn("mlockall", [name for name, _ in self.asked])
         self.assertIn(f"RLIMIT_MEMLOCK is {8 * MIB} bytes", found.refused[-1])
@@ -142,33 +142,33 @@ class RefusedTests(SynchronousTestCase):
     def test_a_limit_does_not_bind_who_has_the_capability(self) -> None:
         self.limit = 8 * MIB
         self.status.write_text(f"CapEff:\t{1 << 14:016x}\n")
-        self.assertTrue(memory.protect().locked)
+        self.assertTrue(protection.protect().locked)
 
     def test_the_score_that_holds_is_told(self) -> None:
         if os.geteuid() == 0:
             # Root writes to any file, so a directory stands for one that cannot be written.
-            self.patch(memory, "_OOM_SCORE_ADJ", Path(tempfile.gettempdir()))
-            found = memory.protect()
+            self.patch(protection, "_OOM_SCORE_ADJ", Path(tempfile.gettempdir()))
+            found = protection.protect()
             self.assertIsNone(found.oom_score_adj)
         else:
             self.score.chmod(0o444)
-            found = memory.protect()
+            found = protection.protect()
             self.assertEqual(found.oom_score_adj, 7)
         self.assertTrue(any("oom_score_adj -1000" in line for line in found.refused))
 
     def test_a_score_that_holds_already_is_left(self) -> None:
         self.score.write_text("-1000\n")
         self.score.chmod(0o444)
-        self.assertEqual(memory.protect().oom_score_adj, -1000)
+        self.assertEqual(protection.protect().oom_score_adj, -1000)
 
     def test_what_programs_would_inherit_is_given_up(self) -> None:
         for held, left in (("-1000\n", "0"), ("0\n", "0\n"), ("500\n", "500\n")):
             self.score.write_text(held)
-            memory.unprotect()
+            protection.unprotect()
             self.assertEqual(self.score.read_text(), left)
             self.assertEqual(self.asked.pop(), ("prctl", (47, 4, 0, 0, 0)))
 
     def test_it_is_given_up_where_there_is_no_score(self) -> None:
         self.score.unlink()
-        memory.unprotect()
+        protection.unprotect()
         self.assertEqual(self.asked, [("prctl", (47, 4, 0, 0, 0))])
