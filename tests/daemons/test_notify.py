@@ -145,13 +145,7 @@ class VigilTests(NotifyCase):
         super().setUp()
         (self.root / "run").mkdir()
         self.reactor = FakeReactor()
-        self.addCleanup(self.close)
-
-    def close(self) -> None:
-        for process in self.reactor.processes:
-            process.channel.close()
-        for reader in list(self.reactor.readers):
-            reader.close()
+        self.addCleanup(self.reactor.close)
 
     def begin(self, *numbers: int, running: bool = True) -> Vigil:
         notifier = self.notifier(WATCHDOG_USEC=str(int(WATCHDOG_SECONDS * 1e6)))

@@ -97,6 +97,13 @@ class FakeReactor(Clock):
         self.processes.append(process)
         return process
 
+    def close(self) -> None:
+        """Close both ends of every channel."""
+        for process in self.processes:
+            process.channel.close()
+        for reader in list(self.readers):
+            reader.close()
+
     def read(self) -> None:
         """Deliver what has arrived."""
         while ready := select.select(list(self.readers), [], [], 0)[0]:
@@ -110,13 +117,7 @@ class SuperviseTests(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         (self.root / "run").mkdir()
         self.reactor = FakeReactor()
-        self.addCleanup(self.close)
-
-    def close(self) -> None:
-        for process in self.reactor.processes:
-            process.channel.close()
-        for reader in list(self.reactor.readers):
-            reader.close()
+        self.addCleanup(self.reactor.close)
 
     def make(self, *numbers: int, children: int = 8) -> Supervisor:
         setting = Setting(

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
-from twisted.trial.unittest import TestCase
-
 from qdsmirror.errors import EXIT_DEGRADED
-from qdsmirror.tools.nbdclient import NbdClient
+from tests.integration.history import HistoryCase
 from tests.integration.lab import in_thread
 from tests.integration.world import World
 
 SIZE = 8 << 20
-BLOCK = 64 << 10
 #: Far less than is written in bypass, more than an allocator's whims.
 GROWTH_BYTES_MAX = 16 << 20
 
 
-class BypassTests(TestCase):
+class BypassTests(HistoryCase):
     timeout = 400
-
-    def connect(self, world: World) -> NbdClient:
-        return world.until(lambda: NbdClient.connect(world.uri()), "the driver to serve")  # type: ignore[no-any-return]
-
-    def write_some(self, client: NbdClient, count: int) -> None:
-        """Write blocks and keep their history; any error is raised."""
-        for _ in range(count):
-            offset = self.source.randrange(SIZE // BLOCK) * BLOCK
-            data = self.source.randbytes(BLOCK)
-            client.write(offset, data)
-            self.history.append((offset, data))
-
-    def content(self, count: int) -> bytes:
-        made = bytearray(SIZE)
-        for offset, data in self.history[:count]:
-            made[offset : offset + BLOCK] = data
-        return bytes(made)
+    size = SIZE
 
     def resident(self, world: World) -> int:
         pid = world.pid("dsgrp000.driver")
@@ -46,8 +26,7 @@ class BypassTests(TestCase):
 
     @in_thread
     def test_outage_overflow_kill_and_return(self) -> None:
-        self.source = random.Random(3)
-        self.history: list[tuple[int, bytes]] = []
+        self.begin_history(3)
         world = World(self, "--size", "8M", "--writelog", "2M", "--journal", "8M",
                       "--overflow", "bypass")  # fmt: skip
         world.create()
@@ -66,7 +45,7 @@ class BypassTests(TestCase):
             self.write_some(client, 20)
             self.assertEqual(
                 b"".join(client.read(at, 1 << 20) for at in range(0, SIZE, 1 << 20)),
-                self.content(len(self.history)),
+                self.content(),
             )
             info = world.info()
             self.assertEqual((info["state"], info["coherent"]), ("bypass", True))
@@ -78,9 +57,7 @@ class BypassTests(TestCase):
 
             world.start("secondary")
             world.until(lambda: self.at_the_break(world), "all before the break")
-            mirror = world.device("secondary", "qds0.mirror").read_bytes()
-            counts = [n for n in range(len(self.history)) if self.content(n) == mirror]
-            self.assertTrue(counts, "the mirror is no prefix of what was written")
+            self.check_mirror_is_prefix(world)
             world.at("secondary", "qdsinfo", "--is", "coherent")
 
             begun = json.loads(world.at("primary", "qdsbypass", "off", "--json"))
@@ -89,9 +66,7 @@ class BypassTests(TestCase):
             world.wait("coherent", 60)
             client.flush()
         world.settle()
-        self.assertEqual(
-            world.device("secondary", "qds0.mirror").read_bytes(), self.content(len(self.history))
-        )
+        self.assertEqual(world.device("secondary", "qds0.mirror").read_bytes(), self.content())
 
     @staticmethod
     def at_the_break(world: World) -> bool:

@@ -215,13 +215,7 @@ class CableTests(TestCase):
             config, "host = secondary\naddress = 127.0.0.1",
             "host = secondary\naddress = secondary.test",
         )  # fmt: skip
-        for space, site, command in (
-            (far, "secondary", "launchrmds"),
-            (near, "primary", "launchdriver"),
-            (near, "primary", "launchpmds"),
-        ):
-            inside = ["ip", "netns", "exec", space.name, console_script(command)]
-            world.run([*inside, "--root", str(world.directory / site)])
+        world.start_in(near.name, far.name)
         world.at("primary", "qdsrefresh", "--full")
         world.wait("coherent")
         world.write()

@@ -3,52 +3,27 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 from typing import Any
 
-from twisted.trial.unittest import TestCase
-
-from qdsmirror.tools.nbdclient import NbdClient
+from tests.integration.history import BLOCK, HistoryCase
 from tests.integration.lab import in_thread
 from tests.integration.world import World
 
 SIZE = 16 << 20
-BLOCK = 64 << 10
 
 
-class MemoryLogTests(TestCase):
+class MemoryLogTests(HistoryCase):
     timeout = 300
     statistics = False
+    size = SIZE
 
     def start(self, *options: str) -> World:
-        self.source = random.Random(5)
-        self.history: list[tuple[int, bytes]] = []
+        self.begin_history(5)
         world = World(self, "--size", "16M", "--memory", *options)
         world.create()
         world.start()
         return world
-
-    def connect(self, world: World) -> NbdClient:
-        return world.until(lambda: NbdClient.connect(world.uri()), "the driver to serve")  # type: ignore[no-any-return]
-
-    def write_some(self, client: NbdClient, count: int) -> None:
-        for _ in range(count):
-            offset = self.source.randrange(SIZE // BLOCK) * BLOCK
-            data = self.source.randbytes(BLOCK)
-            client.write(offset, data)
-            self.history.append((offset, data))
-
-    def content(self, count: int) -> bytes:
-        made = bytearray(SIZE)
-        for offset, data in self.history[:count]:
-            made[offset : offset + BLOCK] = data
-        return bytes(made)
-
-    def check_mirror_is_prefix(self, world: World, at_least: int) -> None:
-        mirror = world.device("secondary", "qds0.mirror").read_bytes()
-        counts = [n for n in range(len(self.history) + 1) if self.content(n) == mirror]
-        self.assertTrue(counts and counts[-1] >= at_least, f"{counts}, not from {at_least} on")
 
     def kill(self, world: World, name: str) -> int:
         """Kill a process, and wait for the next one's first word."""
@@ -162,9 +137,7 @@ class MemoryLogTests(TestCase):
             world.wait("coherent")
             client.flush()
         world.settle()
-        self.assertEqual(
-            world.device("secondary", "qds0.mirror").read_bytes(), self.content(len(self.history))
-        )
+        self.assertEqual(world.device("secondary", "qds0.mirror").read_bytes(), self.content())
 
     @in_thread
     def test_an_orderly_end_goes_on_where_it_was(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import console_script, draw_seed, in_thread
+from tests.integration.lab import draw_seed, in_thread
 from tests.integration.proxy import PASS, SWALLOW, Proxy
 from tests.integration.test_link_faults import LinkWorld, Space
 from tests.integration.world import need, need_root
@@ -144,13 +144,7 @@ class CableTests(TestCase):
         world = PathWorld(self)
         ways = [f"{NETWORK}.{80 + cable}.1>{NETWORK}.{80 + cable}.2" for cable in (1, 2)]
         world.have_paths(*ways)
-        for space, site, command in (
-            (far, "secondary", "launchrmds"),
-            (near, "primary", "launchdriver"),
-            (near, "primary", "launchpmds"),
-        ):
-            inside = ["ip", "netns", "exec", space.name, console_script(command)]
-            world.run([*inside, "--root", str(world.directory / site)])
+        world.start_in(near.name, far.name)
         world.at("primary", "qdsrefresh", "--full")
         world.all_up()
         sent = [path["sent_bytes"] for path in world.wire()["paths"]]

@@ -105,6 +105,16 @@ class World(LabFixture):
         """Run a program, whatever its exit code."""
         return self._done(arguments, seconds, **options)
 
+    def start_in(self, near: str, far: str) -> None:
+        """Start all daemons, the primary's in one network namespace, the secondary's in another."""
+        for space, site, command in (
+            (far, "secondary", "launchrmds"),
+            (near, "primary", "launchdriver"),
+            (near, "primary", "launchpmds"),
+        ):
+            inside = ["ip", "netns", "exec", space, console_script(command)]
+            self.run([*inside, "--root", str(self.directory / site)])
+
     def ask(self, site: str, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one of our commands on a site, whatever its exit code."""
         root = str(self.directory / site)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 from qdsmirror.config import GroupConfig, LdsuConfig, Tunables
 from qdsmirror.core import frames
 from qdsmirror.core.frames import ENTRIES, WITH_PAYLOAD, Buffer, Entry, build_header, entry_table
 from qdsmirror.core.records import BEGINNING, BoundUnit, Generation, Point
+from qdsmirror.core.superblock import Superblock
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage import writelog as writelog_module
+from qdsmirror.storage.journal import Mirror
+from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice
 
@@ -153,3 +157,37 @@ def opener(devices: Mapping[str, MemoryDevice]) -> Callable[..., IBlockDevice]:
         return device
 
     return open_device
+
+
+class MirrorSite:
+    """A secondary of two LDSUs, on memory devices.
+
+    :ivar devices: ``/journal``, ``/mirror0`` and ``/mirror1``.
+    """
+
+    def __init__(self, config: GroupConfig, devices: dict[str, MemoryDevice]) -> None:
+        self.config = config
+        self.devices = devices
+        self.maker = FrameMaker()
+
+    def open(self) -> Mirror:
+        return Mirror.open(self.config, opener(self.devices))
+
+    def crash(self, choose: Any) -> None:
+        self.devices = {path: device.crash(choose) for path, device in self.devices.items()}
+
+    def copy(self) -> Self:
+        """Give one with devices of its own, that hold what is durable here."""
+        other = copy(self)
+        other.devices = {
+            path: MemoryDevice(device.size, path=path, content=device.durable())
+            for path, device in self.devices.items()
+        }
+        return other
+
+    def contents(self) -> list[bytes]:
+        return [self.devices[f"/mirror{index}"].durable() for index in range(2)]
+
+    @property
+    def superblock(self) -> Superblock:
+        return read_superblock(self.devices["/journal"])

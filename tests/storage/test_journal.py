@@ -21,7 +21,6 @@ from qdsmirror.core.frames import (
     parse_header,
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor
-from qdsmirror.core.superblock import Superblock
 from qdsmirror.core.verify import Row, Verdict, pack_rows
 from qdsmirror.errors import CorruptError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
@@ -30,10 +29,10 @@ from tests.fakes import MemoryDevice, at_random, everything, nothing
 from tests.storage.logworld import (
     KIB,
     FrameMaker,
+    MirrorSite,
     append,
     config,
     initialise,
-    opener,
     write,
 )
 
@@ -69,36 +68,16 @@ class Power:
         return counted
 
 
-class Site:
-    """A secondary of two LDSUs."""
+class Site(MirrorSite):
+    """Its mirrors are empty."""
 
     def __init__(self) -> None:
-        self.config = config(2)
-        self.maker = FrameMaker()
-        self.devices = {
+        devices = {
             path: MemoryDevice(size, path=path)
             for path, size in (("/journal", SIZE), ("/mirror0", MIRROR), ("/mirror1", MIRROR))
         }
-        self.journal = initialise(self.devices["/journal"], role="journal", sizes=[MIRROR] * 2)
-
-    def open(self) -> Mirror:
-        return Mirror.open(self.config, opener(self.devices))
-
-    def crash(self, choose: Any) -> None:
-        self.devices = {path: device.crash(choose) for path, device in self.devices.items()}
-
-    def copy(self) -> Site:
-        other = Site()
-        for path, device in self.devices.items():
-            other.devices[path] = MemoryDevice(device.size, path=path, content=device.durable())
-        return other
-
-    def contents(self) -> list[bytes]:
-        return [self.devices[f"/mirror{index}"].durable() for index in range(2)]
-
-    @property
-    def superblock(self) -> Superblock:
-        return read_superblock(self.devices["/journal"])
+        super().__init__(config(2), devices)
+        self.journal = initialise(devices["/journal"], role="journal", sizes=[MIRROR] * 2)
 
 
 def entry(number: int, ldsu: int) -> Entry:

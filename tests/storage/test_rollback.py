@@ -14,9 +14,8 @@ from qdsmirror.errors import BrokenError, DegradedError
 from qdsmirror.storage import beforeimages as module
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.rollback import check_rollback, roll_back
-from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, at_random, everything, nothing
-from tests.storage.logworld import GENERATION, KIB, FrameMaker, append, config, initialise, opener
+from tests.storage.logworld import GENERATION, KIB, MirrorSite, append, config, initialise
 from tests.storage.logworld import write as entry
 from tests.storage.test_journal import Cut, Power
 
@@ -26,20 +25,19 @@ PART = 4 * KIB
 ID, OTHER = b"R" * 16, b"S" * 16
 
 
-class Site:
-    """A secondary of two LDSUs whose mirrors hold something, and a refresh in its journal."""
+class Site(MirrorSite):
+    """Its mirrors hold something, and a refresh is in its journal."""
 
     def __init__(self, area: int = AREA, full: str = "give-up") -> None:
         made = config(2)
         tunables = replace(made.tunables, before_images_full=full)
-        self.config = replace(made, tunables=tunables)
-        self.maker = FrameMaker()
         contents = [Random(n).randbytes(MIRROR // 2).ljust(MIRROR, b"\0") for n in (1, 2)]
-        self.devices = {
+        devices = {
             "/journal": MemoryDevice(512 * KIB + area, path="/journal"),
             "/mirror0": MemoryDevice(MIRROR, path="/mirror0", content=contents[0]),
             "/mirror1": MemoryDevice(MIRROR, path="/mirror1", content=contents[1]),
         }
+        super().__init__(replace(made, tunables=tunables), devices)
         self.journal = initialise(
             self.devices["/journal"], role="journal", sizes=[MIRROR] * 2, before_bytes=area
         )
@@ -68,26 +66,6 @@ class Site:
         if end:
             self.add(0, kind=REFRESH_END, control=ID)
         return [bytes(content) for content in expected]
-
-    def open(self) -> Mirror:
-        return Mirror.open(self.config, opener(self.devices))
-
-    def crash(self, choose: Any) -> None:
-        self.devices = {path: device.crash(choose) for path, device in self.devices.items()}
-
-    def copy(self) -> Site:
-        other = Site()
-        other.config = self.config
-        for path, device in self.devices.items():
-            other.devices[path] = MemoryDevice(device.size, path=path, content=device.durable())
-        return other
-
-    def contents(self) -> list[bytes]:
-        return [self.devices[f"/mirror{index}"].durable() for index in range(2)]
-
-    @property
-    def superblock(self) -> Any:
-        return read_superblock(self.devices["/journal"])
 
 
 class RollbackTestCase(SynchronousTestCase):
