@@ -372,11 +372,10 @@ class ControlServer:
 
     :param reactor: provides IReactorUNIX.
     :param path: of the socket; a stale one is replaced.
-    :param handler: an object with any of the methods ``status()``, ``refresh(kind)``,
-        ``kill_refresh()``, ``set_live(settings)``, ``apply()``, ``forget_failures(group)`` (each
-        gives a dict, or a Deferred of one, or ``None``) and ``attach_pmd()`` (gives ``(dict, [log
-        descriptors], watermark descriptor)``, or a Deferred of it; the descriptors belong to the
-        server then and are closed when sent).
+    :param handler: an object with any of the methods that the responders above name, e.g.
+        ``status()`` and ``refresh(kind)``; each gives a dict, or a Deferred of one, or ``None``.
+        ``attach_pmd()`` gives ``(dict, [log descriptors], watermark descriptor)``, or a Deferred
+        of it; the descriptors belong to the server then and are closed when sent.
     :param audit: told of commands that change something.
     """
 
