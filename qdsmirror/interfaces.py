@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class IGroup(Interface):
-    """A group's life on one side: DriverGroup, PrimaryGroup, RemoteGroup."""
+    """What a child does for a group: DriverGroup, PrimaryGroup, RemoteGroup, StatisticsGroup."""
 
     number: int = Attribute("the group's number, e.g. 0 for dsgrp000")
 
