@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import CannotListenError
 from twisted.logger import Logger
@@ -33,10 +32,10 @@ from qdsmirror.console.metrics import CONTENT_TYPE, render
 from qdsmirror.console.site import Console, make_site
 from qdsmirror.daemons.notify import Notifier
 from qdsmirror.daemons.service import (
+    Daemon,
     Options,
     apply_at_hang_up,
     become_user,
-    exiting,
     ignore_hang_up,
     make_service,
 )
@@ -53,7 +52,7 @@ _log = Logger()
 _SOCKET_MODE = 0o660
 
 
-class ConsoleDaemon(Service):
+class ConsoleDaemon(Daemon):
     """Serves the console of one host.
 
     :cvar daemon: the name of its pid file, control socket and log.
@@ -73,7 +72,6 @@ class ConsoleDaemon(Service):
         self._tls: HttpsServer | None = None
         self._socket: socket.socket | None = None
         self._port: Any = None
-        self._opened = False
         self._host: HostConfig
 
     # -- life -----------------------------------------------------------------------------------
@@ -98,13 +96,11 @@ class ConsoleDaemon(Service):
         except KeyError:
             return ()
 
-    def privilegedStartService(self) -> None:  # noqa: N802
-        """Open the port, which may need root; part of IService."""
-        super().privilegedStartService()
-        exiting(self._open)
+    def open_privileged(self) -> None:
+        """Open the port, which may need root.
 
-    def _open(self) -> None:
-        self._opened = True
+        :raises QdsError: that is not possible.
+        """
         listen = self._host.console
         if listen.path:
             # It belongs to the user whom we become.
@@ -123,14 +119,11 @@ class ConsoleDaemon(Service):
             hint="choose another place to listen, or free that one; who has it: ss -ltnp",
         )
 
-    def startService(self) -> None:  # noqa: N802
-        """Become the user and serve; part of IService."""
-        if not self._opened:  # daemons.run has no privileged start of its own.
-            self.privilegedStartService()
-        super().startService()
-        exiting(self._start)
+    def begin(self) -> None:
+        """Become the user, and serve.
 
-    def _start(self) -> None:
+        :raises QdsError: that is not possible.
+        """
         become_user(self._host, self.paths, self._pid_file)
         self._pid_file.write()
         self._control.start()

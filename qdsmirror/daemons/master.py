@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twisted.application.service import Service
 from twisted.internet.defer import inlineCallbacks
 from twisted.logger import Logger
 
@@ -20,7 +19,7 @@ from qdsmirror.config import GroupConfig, HostConfig, Problem, load_host, scan_g
 from qdsmirror.daemons.auditing import Auditor
 from qdsmirror.daemons.certificate import HostCertificate
 from qdsmirror.daemons.notify import Notifier
-from qdsmirror.daemons.service import apply_at_hang_up, become_user, exiting, ignore_hang_up
+from qdsmirror.daemons.service import Daemon, apply_at_hang_up, become_user, ignore_hang_up
 from qdsmirror.daemons.statistics import Statistics
 from qdsmirror.daemons.supervise import CHILD_COMMAND, Setting, Supervisor
 from qdsmirror.daemons.vigil import Vigil
@@ -34,7 +33,7 @@ _log = Logger()
 Fingerprint = tuple[Any, ...]
 
 
-class Master(Service):
+class Master(Daemon):
     """A master daemon.
 
     :cvar daemon: the name of its pid file, control socket and log, e.g. ``qdsdriver``.
@@ -67,7 +66,6 @@ class Master(Service):
         self._certificate: HostCertificate | None = None
         self._problems: list[Problem] = []
         self._since = time.time()
-        self._opened = False
         self._log_descriptor: int | None = None
         self._host: HostConfig
         self._supervisor: Supervisor
@@ -75,12 +73,6 @@ class Master(Service):
         self._statistics: Statistics | None = None
 
     # -- what a role adds -----------------------------------------------------------------------
-
-    def open_privileged(self) -> None:
-        """Open what needs root, before privileges are given up.
-
-        :raises QdsError: that is not possible.
-        """
 
     def open_group(self, group: GroupConfig) -> None:
         """Open what the master holds for a group.
@@ -141,20 +133,11 @@ class Master(Service):
         for problem in self._problems:
             _log.error("{problem}", problem=problem)
 
-    def privilegedStartService(self) -> None:  # noqa: N802
-        """Open what needs root; part of IService."""
-        super().privilegedStartService()
-        self._opened = True
-        exiting(self.open_privileged)
+    def begin(self) -> None:
+        """Become the user, serve, and have the children started.
 
-    def startService(self) -> None:  # noqa: N802
-        """Become the user, serve, start the children; part of IService."""
-        if not self._opened:  # daemons.run has no privileged start of its own.
-            self.privilegedStartService()
-        super().startService()
-        exiting(self._start)
-
-    def _start(self) -> None:
+        :raises QdsError: that is not possible.
+        """
         become_user(self._host, self.paths, self._pid_file)
         self._log_descriptor = _log_for_children(self.paths.log_file(self.daemon))
         self._pid_file.write()

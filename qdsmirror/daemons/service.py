@@ -7,7 +7,7 @@ no ``--uid`` is needed.  That user must be able to open the devices, the key and
 run and var directories are given to it.
 """
 
-# Twisted's switchUID has no annotations.
+# Twisted's Service and switchUID have no annotations.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from twisted.application.service import Service
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 from twisted.python import usage
@@ -46,6 +47,37 @@ class Options(usage.Options):
         """Keep twistd from a pid file of its own in whatever directory it was started in."""
         if self.parent is not None and self.parent.get("pidfile") == _TWISTD_PID_FILE:
             self.parent["pidfile"] = ""
+
+
+class Daemon(Service):
+    """A daemon's life as a service: what needs root comes first, then it becomes its user."""
+
+    _opened = False
+
+    def open_privileged(self) -> None:
+        """Open what needs root, before privileges are given up.
+
+        :raises QdsError: that is not possible.
+        """
+
+    def begin(self) -> None:
+        """Become the user, and serve.
+
+        :raises QdsError: that is not possible.
+        """
+
+    def privilegedStartService(self) -> None:  # noqa: N802
+        """Open what needs root; part of IService."""
+        super().privilegedStartService()
+        self._opened = True
+        exiting(self.open_privileged)
+
+    def startService(self) -> None:  # noqa: N802
+        """Become the user and serve; part of IService."""
+        if not self._opened:  # daemons.run has no privileged start of its own.
+            self.privilegedStartService()
+        super().startService()
+        exiting(self.begin)
 
 
 class Prepared(Protocol):
