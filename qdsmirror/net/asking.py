@@ -118,14 +118,14 @@ def _call(
     where = os.fspath(path)
     endpoint = endpoints.UNIXClientEndpoint(reactor, where, timeout=timeout_seconds)
     try:
-        yield endpoints.connectProtocol(endpoint, protocol)
+        connection: Any = yield endpoints.connectProtocol(endpoint, protocol)
     except (ConnectError, OSError) as error:
         kind = NobodyThereError if _error_number(error) in _NOBODY else UnreachableError
         raise kind(f"no {whom} answers on {where}: {why_unconnected(error)}", hint=hint) from None
     clock: IReactorTime = reactor
-    timer = clock.callLater(timeout_seconds, protocol.transport.abortConnection)
+    timer = clock.callLater(timeout_seconds, connection.transport.abortConnection)
     try:
-        answer = yield protocol.callRemote(command, **arguments)
+        answer = yield connection.callRemote(command, **arguments)
     except RemoteError as error:
         raise ampbox.decode_error(str(error).encode()) from None
     except (ConnectionClosed, amp.AmpError) as error:
@@ -136,7 +136,7 @@ def _call(
     finally:
         if timer.active():
             timer.cancel()
-        protocol.transport.loseConnection()
+        connection.transport.loseConnection()
     return answer
 
 
