@@ -126,6 +126,12 @@ def needed(backfresh_id: bytes, now: float, reason: str) -> BackfreshState:
     return BackfreshState(backfresh_id, NEEDED, now, reason)
 
 
+def has_ended(superblock: Superblock) -> bool:
+    """Tell whether a superblock says that a backfresh has ended, and what follows is to be done."""
+    state = BackfreshState.of(superblock)
+    return state is not None and state.phase == ENDED
+
+
 def begun_anew(superblock: Superblock) -> dict[str, Any] | None:
     """Give an LDSU's record with nothing done: somebody else has written to its data device."""
     state = BackfreshState.of(superblock)
@@ -182,7 +188,8 @@ def _continued(superblock: Superblock, state: BackfreshState) -> tuple[Generatio
 def completed(superblocks: Sequence[Superblock]) -> list[Superblock]:
     """Give what the superblocks of a group say where a crash came between two of them.
 
-    - One says that the backfresh has ended: it has, in all.
+    - One says that the backfresh has ended: it has, in all.  (So where this is recorded, that one
+      comes last: without it, a log of the new history beside one of the old would be left.)
     - All say that it is running: it is.
     - Only some do, and others that it was killed: it was.
     - Else it had not begun, and nothing was overwritten: each says what it said before.

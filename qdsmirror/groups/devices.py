@@ -26,6 +26,7 @@ def take_over_devices(group: DriverGroup, opened: Sequence[OpenUnit]) -> None:
     :raises MismatchError: another device stands under a path.
     """
     used = [unit for unit in opened if unit.untrusted is None and unit.dead is None]
+    used.sort(key=lambda unit: unit.ends_backfresh)
 
     def incoherent(reason: str) -> None:
         for unit in used:

@@ -210,7 +210,8 @@ def _go_on(
     if failed:
         _record_failures(group, failed, latch)
         common["failures"] = failed.to_json()
-    for unit in group.units:
+    ends = {one.config.index for one in opened if one.ends_backfresh}
+    for unit in sorted(group.units, key=lambda unit: unit.index in ends):
         changes = common | taken.get(unit.index, {}) | group.checkpoints.cursors(unit)
         changes["backfresh"] = group.backfresh.recorded(unit)
         unit.writelog.update(both=True, **changes)

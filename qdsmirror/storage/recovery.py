@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from qdsmirror.config import GroupConfig, LdsuConfig
-from qdsmirror.core.backfresh import completed
+from qdsmirror.core.backfresh import completed, has_ended
 from qdsmirror.core.failures import Dead, Failed, Untrusted, worst
 from qdsmirror.core.frames import (
     ENTRIES,
@@ -66,6 +66,8 @@ class OpenUnit:
     :ivar untrusted: the writelog has failed; it is here only if something of it is still needed.
     :ivar dead: the data device has failed, and is not here.
     :ivar loss: what has become of the memory that the writelog stood in.
+    :ivar ends_backfresh: on its device stands that a backfresh has ended, which others' may not
+        say: written last, it says so until all have followed (:func:`completed`).
     """
 
     config: LdsuConfig
@@ -76,6 +78,7 @@ class OpenUnit:
     untrusted: Untrusted | None = None
     dead: Dead | None = None
     loss: Loss = Loss(True, False)
+    ends_backfresh: bool = False
 
     @property
     def reached(self) -> Cursor:
@@ -134,7 +137,9 @@ def open_units(
     with closing_on_error() as opened:
         logs, failed = _open_logs(config, open_device, known or Failed(), pool, opened, open_memory)
         losses = _stand_behind_losses(logs)
+        ends: set[int] = set()
         if not failed.untrusted:
+            ends = {index for index, log in logs.items() if has_ended(log.superblock)}
             each = list(logs.values())
             believable = completed([log.superblock for log in each])
             for log, superblock in zip(each, believable, strict=True):
@@ -154,6 +159,7 @@ def open_units(
             unit = scan(ldsu, device, writelog)
             unit.untrusted, unit.dead = lost, dead
             unit.loss = losses[ldsu.index]
+            unit.ends_backfresh = ldsu.index in ends
             units.append(unit)
         superblocks = believed(units)
         try:

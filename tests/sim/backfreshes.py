@@ -27,6 +27,7 @@ class Backfreshes:
     :param logs: paths of the writelogs, by LDSU.
     :ivar fetching: whether blocks are being overwritten in this moment.
     :ivar ending: whether a superblock may say that one has ended, and the group has not gone on.
+    :ivar gives_up: whether the last one to end gives up what the secondary lacks.
     """
 
     def __init__(self, model: Model, logs: Sequence[str], random: Random) -> None:
@@ -35,6 +36,7 @@ class Backfreshes:
         self._random = random
         self.fetching = False
         self.ending = False
+        self.gives_up = False
         #: Told when a history is given up.
         self.given_up: Callable[[], None] = lambda: None
 
@@ -72,7 +74,7 @@ class Backfreshes:
             return
         index = superblock.units[0].index
         if state.phase == ENDED:
-            self.ending = True
+            self.ending, self.gives_up = True, bool(state.discard)
             if state.discard:
                 self._model.leaves_bypass(state.discard)
         if state.phase == ENDED or state.done:

@@ -22,6 +22,7 @@ from unittest import mock
 from blake3 import blake3
 
 from qdsmirror.config import LdsuConfig
+from qdsmirror.core.backfresh import BackfreshState
 from qdsmirror.core.generations import settle
 from qdsmirror.core.records import Point
 from qdsmirror.core.superblock import Superblock
@@ -200,7 +201,8 @@ class Recoverer:
     @staticmethod
     def _promises(moment: Moment) -> bytes:
         held = [made.sequence for made in moment.held]
-        told = repr((moment.acked, moment.promised, held)).encode()
+        known = (moment.acked, moment.promised, held, moment.gives_up, moment.is_held)
+        told = repr(known).encode()
         return told + b"".join(sectors.fingerprint() for sectors in moment.sectors)
 
     def examine(self, moment: Moment) -> None:
@@ -280,6 +282,7 @@ class Recoverer:
             for unit in units:
                 replay(unit)
             points = [unit.reached.point(unit.config.index) for unit in units]
+            lacking = [BackfreshState.of(unit.writelog.superblock) for unit in units]
             settled = settle([unit.writelog.superblock for unit in units])
             generation, bypass = settled.generations[-1].id, settled.bypass is not None
             lost = [unit.loss.lost for unit in units]
@@ -295,6 +298,7 @@ class Recoverer:
                 process.kill()
                 failures[0].raiseException()
             points = [unit.framed_point for unit in group.units]
+            lacking = [BackfreshState.of(unit.writelog.superblock) for unit in group.units]
             generation, bypass = group.generation, group.bypass.phase != "off"
             lost = [bypass and group.memory.used for _ in points]
         process.kill()
@@ -303,7 +307,7 @@ class Recoverer:
                 raise Violation("GENERATION: a writelog in memory was lost, and nobody says so")
             return [self._judge_lost(moment, disks, index) for index in range(len(points))]
         return [
-            self._judge_unit(moment, disks, index, generation, point, bypass)
+            self._judge_unit(moment, disks, index, generation, point, bypass, lacking[index])
             for index, point in enumerate(points)
         ]
 
@@ -315,6 +319,7 @@ class Recoverer:
         generation: bytes,
         point: Point,
         bypass: bool,
+        lacking: BackfreshState | None,
     ) -> bytes:
         model = self.script.model
         tip = model.find(index, generation, point.chain)
@@ -322,10 +327,25 @@ class Recoverer:
             raise Violation(f"RECOVER: LDSU {index} goes on at a place that never was")
         model.check_kept(moment.held[index], tip)
         content = bytes(disks[self.script.config.ldsus[index].data_device].durable)
+        if lacking is not None:
+            # It is closed, and no copy of anything; but what counts as fetched is.
+            self._judge_fetched(index, lacking, content)
+            return content
         dirty = self.script.dirty_bitmap(disks, index) if bypass else None
         model.check_content(tip, content, generation, dirty)
-        moment.sectors[index].check_survived(content, f"LDSU {index}")
+        if not (moment.gives_up and tip is moment.held[index]):
+            moment.sectors[index].check_survived(content, f"LDSU {index}")
         return content
+
+    def _judge_fetched(self, index: int, state: BackfreshState, content: bytes) -> None:
+        """COHERENT: what a closed LDSU's superblock calls fetched is what the mirror holds."""
+        self.counts["within a backfresh"] += 1
+        model = self.script.model
+        made = model.find(index, state.generation or model.lineage.newest, state.point.chain)
+        if made is None:
+            raise Violation(f"COHERENT: LDSU {index} is fetched from a mirror that never was")
+        if content[: state.done] != made.mirrored()[: state.done]:
+            raise Violation(f"COHERENT: LDSU {index} counts as fetched up to {state.done}")
 
     def _judge_lost(self, moment: Moment, disks: dict[str, Disk], index: int) -> bytes:
         """Judge what a power cut leaves of an LDSU whose writelog was in memory."""
@@ -343,16 +363,24 @@ class Recoverer:
         mirror = Mirror.open(script.config, runtime.open_device)
         mirror.replay()
         contents = [bytes(disks[ldsu.mirror_device].durable) for ldsu in script.config.ldsus]
-        if mirror.applied.gsn - 1 < moment.acked:
+        # What a checkpoint holds back is in the journal.
+        journaled = mirror.reached.gsn - 1
+        if journaled < moment.acked:
             raise Violation(
                 f"DURABLE: the secondary acknowledged GSN {moment.acked}, and after a power cut "
-                f"holds {mirror.applied.gsn - 1}"
+                f"holds {journaled}"
             )
-        if mirror.applied.gsn - 1 < moment.promised:
+        if journaled < moment.promised:
             raise Violation(
                 f"SYNC: GSN {moment.promised} was answered synchronously, and after a power cut "
-                f"the secondary holds {mirror.applied.gsn - 1}"
+                f"the secondary holds {journaled}"
             )
+        if mirror.held is not None:
+            self.counts["held by a checkpoint"] += 1
+        elif mirror.applied.gsn != mirror.reached.gsn:
+            raise Violation("RECOVER: the replay has stopped before the journal's end")
+        elif moment.is_held:
+            raise Violation("DURABLE: a checkpoint was told, and is gone after a power cut")
         script.model.check_places(mirror.applied, mirror.journal.superblock, contents, moment.tips)
         process.kill()
         return contents

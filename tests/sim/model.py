@@ -71,6 +71,8 @@ class Model:
         self._ends: dict[bytes, list[Made]] = {}
         #: Tells whether writes go past the writelogs for good: one has failed, durably recorded.
         self.goes_direct: Callable[[], bool] = lambda: False
+        #: Tells whether it is on record that an LDSU's data device has failed.
+        self.is_exempt: Callable[[int], bool] = lambda _ldsu: False
         #: Tells whether the secondary's journal calls its mirror coherent.
         self.is_coherent: Callable[[], bool] = lambda: False
         self.backfreshes: Backfreshes
@@ -630,7 +632,7 @@ class Model:
 
     def _check_applied(self, made: Made) -> None:
         """Check that the data device's platters hold a frame, or what came after it."""
-        if made.ldsu in self.dead:
+        if made.ldsu in self.dead and self.is_exempt(made.ldsu):
             return
         durable = self.data[made.ldsu].durable
         for offset, length, kind, data in made.entries:

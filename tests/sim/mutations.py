@@ -16,7 +16,7 @@ from twisted.internet.defer import maybeDeferred, succeed
 
 from qdsmirror.core import states as states_module
 from qdsmirror.core.bitmap import DirtyBitmap
-from qdsmirror.core.frames import VERIFY
+from qdsmirror.core.frames import VERIFY, parse_header
 from qdsmirror.core.recovery import Recovery
 from qdsmirror.core.reorder import Reorder
 from qdsmirror.core.states import Event
@@ -29,6 +29,7 @@ from qdsmirror.groups.attachment import Attachment, DriverEnd
 from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.band import Band
 from qdsmirror.groups.bypass import Bypass
+from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
 from qdsmirror.groups.direct import answer_all
@@ -42,6 +43,7 @@ from qdsmirror.groups.syncing import Syncing
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.groups.verify import Verify
 from qdsmirror.groups.verifying import Verifying
+from qdsmirror.groups.waiting import WaitingRequests
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
@@ -53,6 +55,7 @@ from qdsmirror.storage.journal import Applied, Mirror
 from qdsmirror.storage.logreader import Ahead, LogReader
 from qdsmirror.storage.writelog import Writelog
 from tests.sim import profile as profile_module
+from tests.sim.disk import SimDevice
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -217,8 +220,6 @@ def _tail_past_an_unsynced_frame(patch: Patch) -> None:
 
 
 def _after_cursors(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    from qdsmirror.groups.checkpoint import Checkpoints
-
     real = Checkpoints.cursors
     patch(Checkpoints, "cursors", lambda self, unit: change(real(self, unit)))
 
@@ -291,6 +292,64 @@ def _damage_taken_for_a_tear(patch: Patch) -> None:
 @mutation("DURABLE", seeds=200, sequence=("extend", "wrap", "flush"))
 def _extensions_not_synced(patch: Patch) -> None:
     patch(Writelog, "sync", lambda log: log.device.fdatasync())
+
+
+@mutation("RECOVER", seeds=200, first=22)
+def _space_used_again_before_that_is_durable(patch: Patch) -> None:
+    def free(unit: Any, *_: Any) -> None:
+        log = unit.writelog
+        log.durable_tail = max(log.durable_tail, min(unit.committed_end, unit.applied_end))
+
+    patch(DriverUnit, "committed", _wrapped(DriverUnit, "committed", after=free))
+
+
+@mutation("COHERENT", seeds=200, first=91)
+def _no_reserve_for_control_frames(patch: Patch) -> None:
+    patch(Writelog, "_reserve", property(lambda _self: 0))
+
+
+@mutation("RECOVER", seeds=200)
+def _replayed_from_the_tail(patch: Patch) -> None:
+    real = restart_module.replay
+
+    def replay(unit: Any) -> int:
+        superblock = unit.writelog.superblock
+        unit.writelog.superblock = replace(superblock, applied=superblock.tail)
+        try:
+            return real(unit)
+        finally:
+            unit.writelog.superblock = superblock
+
+    patch(restart_module, "replay", replay)
+
+
+@mutation("DURABLE", seeds=0, sequence=("stale copy", "flush"))
+def _requests_of_lost_connections_framed(patch: Patch) -> None:
+    patch(WaitingRequests, "drop_dead", lambda _self: None)
+
+
+@mutation("PREFIX", seeds=100)
+def _trims_that_leave_what_was_there(patch: Patch) -> None:
+    real = SimDevice.zero
+
+    def discard(device: Any, offset: int, length: int, unmap: bool) -> None:
+        if not unmap:
+            real(device, offset, length, unmap)
+
+    patch(SimDevice, "zero", discard)
+
+
+# -- failed devices -------------------------------------------------------------------------------
+
+
+@mutation("TAIL", seeds=300, first=106)
+def _dead_device_exempt_before_that_is_recorded(patch: Patch) -> None:
+    patch(DriverUnit, "exempt", property(lambda unit: bool(unit.dead)))
+
+    def failed(unit: Any, _error: Any) -> None:
+        unit.applying.be_exempt()
+
+    patch(DriverUnit, "fail_data", _wrapped(DriverUnit, "fail_data", after=failed))
 
 
 # -- bypass ---------------------------------------------------------------------------------------
@@ -520,6 +579,19 @@ def _frames_of_the_last_session_kept(patch: Patch) -> None:
         committing._received.extend(kept)
 
     patch(Committing, "forget", forget)
+
+
+@mutation("PREFIX", seeds=200)
+def _frames_that_look_older_not_taken(patch: Patch) -> None:
+    real = Committing.take
+
+    def take(committing: Any, frame: Any, ack_wanted: bool) -> None:
+        time_ns = parse_header(frame).time_ns
+        if time_ns >= getattr(committing, "newest_ns", 0):
+            committing.newest_ns = time_ns
+            real(committing, frame, ack_wanted)
+
+    patch(Committing, "take", take)
 
 
 @mutation("PREFIX", seeds=200)
@@ -812,6 +884,11 @@ def _blocks_overwritten_before_it_is_durable(patch: Patch) -> None:
 @mutation("COHERENT")
 def _fetched_recorded_before_it_is_synced(patch: Patch) -> None:
     patch(Backfresh, "_sync", lambda _: succeed(None))
+
+
+@mutation("COHERENT", seeds=0, sequence=("backfresh",))
+def _backfresh_ends_before_it_is_synced(patch: Patch) -> None:
+    patch(Bypass, "sync", lambda _self: succeed(None))
 
 
 @mutation("COHERENT", seeds=200, first=32)

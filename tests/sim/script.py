@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from qdsmirror.core import nbd
 from qdsmirror.errors import QdsError
 from qdsmirror.limits import KIB, MEMORY_LOG_BYTES_MIN, WRITELOG_BYTES_MIN
 from tests.fakes import Choice, Unsynced
-from tests.sim.history import SECTOR, Made, Violation
+from tests.sim.clients import Asked, Client
+from tests.sim.history import SECTOR, Made, Violation, payload
 from tests.sim.profile import Profile
 from tests.sim.sites import AllButTheFirst, is_memory
 from tests.sim.watch import installed
@@ -28,6 +29,8 @@ SCHEDULES = 2
 _DATA_BYTES = 32 * KIB
 #: In schedules other than the first, work is left waiting with this chance at each step.
 _LEAVE_OFF = 0.15
+#: A backfresh that may begin is over by then.
+_BACKFRESH_SECONDS = 1.0
 
 PROFILE = Profile(
     steps=0,
@@ -170,7 +173,59 @@ def _verify(world: Script) -> None:
     world.change_group("verify", "compare")
 
 
-#: Every operation that the product has; a new one is added here.
+def _backfresh(world: Script) -> None:
+    """A backfresh, to its end if it may be; somebody else has written to the data devices."""
+    world.change_group("begin_backfresh", "", "")
+    world.settle(_BACKFRESH_SECONDS)
+
+
+def _discard(world: Script) -> None:
+    """One that gives up what the secondary lacks."""
+    world.change_group("begin_backfresh", "discard", "")
+    world.settle(_BACKFRESH_SECONDS)
+
+
+def _kill_backfresh(world: Script) -> None:
+    """One that is ended when it has overwritten something."""
+    world.fetch_something()
+    world.change_group("kill_backfresh", "")
+
+
+def _resume_backfresh(world: Script) -> None:
+    """One in which the primary loses its power, to its end."""
+    world.fetch_something()
+    world.restart_primary()
+    world.settle(_BACKFRESH_SECONDS)
+
+
+def _hold(world: Script) -> None:
+    """A checkpoint is taken at the secondary."""
+    world.change_secondary("switch_checkpoint", "on", "c", "release")
+
+
+def _let_go(world: Script) -> None:
+    """It is released, and the mirror catches up if time passes."""
+    world.change_secondary("switch_checkpoint", "off", "", "")
+
+
+def _mark(world: Script) -> None:
+    """A mark takes a checkpoint when the secondary reaches it."""
+    world.change_group("mark", "m")
+
+
+def _stale_copy(world: Script) -> None:
+    """A client asks, loses its connection, and asks for something later on another one; what it
+    has asked on the first is read after that is answered."""
+    lost, world.clients = world.clients, [Client(world, len(world.clients))]
+    stale = world.submit(lost[0], 0, nbd.CMD_WRITE, 0, 1024)
+    lost[0].gone = True
+    world.client_asks(0, nbd.CMD_WRITE, 0, 1024, nbd.CMD_FLAG_FUA)
+    world.settle(0.01)
+    world.hand_over(stale)
+
+
+#: Every operation that goes with all others; a new one is added here, or to one of the families
+#: below if it makes a difference to few.
 OPERATIONS: dict[str, Callable[[Script], None]] = {
     "write": _write,
     "overlapping write": _overlapping,
@@ -219,6 +274,26 @@ PLAIN = frozenset(
 )  # fmt: skip
 _DRAWN = 0.5
 
+#: Around each of these, one other of all below, or two of the first.
+_BACKFRESHES: dict[str, Callable[[Script], None]] = {
+    "backfresh": _backfresh,
+    "discarding backfresh": _discard,
+    "killed backfresh": _kill_backfresh,
+    "resumed backfresh": _resume_backfresh,
+}
+_BESIDE_BACKFRESH = ("write", "bypass on", "refresh", "power cut")
+_ALSO_BESIDE_BACKFRESH = ("overlapping write", "flush", "trim", "extend", "verify")
+
+#: Others before one of the first, between it and the release, and behind that.
+_HOLDS: dict[str, Callable[[Script], None]] = {"hold": _hold, "mark": _mark}
+LET_GO = "let go"
+_BESIDE_HOLD = ("write", "write to another", "refresh")
+_ALSO_BESIDE_HOLD = ("trim", "ack", "bypass on", "wrap")
+
+STALE_COPY = "stale copy"
+_BESIDE_STALE = ("flush", "bypass on", "refresh")
+_ALSO_BESIDE_STALE = ("write", "power cut")
+
 Sequence = tuple[int, tuple[str, ...]]
 
 
@@ -242,6 +317,33 @@ def sequences(schedules: int = SCHEDULES) -> Iterator[Sequence]:
     for names in itertools.product(_LAGGING, repeat=LENGTH_MAX):
         yield number, (LINK_DOWN, *names, SMART_REFRESH, LINK_UP)
         number += 1
+    for names in _families():
+        yield number % schedules, names
+        number += 1
+
+
+def _families() -> Iterator[tuple[str, ...]]:
+    """Give the sequences of operations that make a difference to few others."""
+    yield from _around(_BACKFRESHES, _BESIDE_BACKFRESH, _ALSO_BESIDE_BACKFRESH)
+    for names in _around(_HOLDS, _BESIDE_HOLD, _ALSO_BESIDE_HOLD):
+        yield names
+        yield (*names, LET_GO)
+    yield from _around((STALE_COPY,), _BESIDE_STALE, _ALSO_BESIDE_STALE)
+
+
+def _around(
+    middle: Iterable[str], others: tuple[str, ...], also: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
+    """Give each of some alone, with one other, and with two, at every place among them.
+
+    :param also: what comes as the only other.
+    """
+    for one in middle:
+        for length in range(LENGTH_MAX):
+            some = others if length > 1 else (*others, *also)
+            for names in itertools.product(some, repeat=length):
+                for at in range(length + 1):
+                    yield (*names[:at], one, *names[at:])
 
 
 def drawn(seed: int) -> Iterator[Sequence]:
@@ -262,6 +364,10 @@ _ONLY_THERE = {
     LINK_DOWN: _link_down,
     SMART_REFRESH: _smart_refresh,
     LINK_UP: _link_up,
+    **_BACKFRESHES,
+    **_HOLDS,
+    LET_GO: _let_go,
+    STALE_COPY: _stale_copy,
 }
 
 
@@ -284,6 +390,9 @@ class Moment(NamedTuple):
     :ivar acked: the GSN up to which the secondary had acknowledged.
     :ivar promised: that up to which synchronous operation had answered.
     :ivar coherent: whether the secondary called its mirror coherent.
+    :ivar gives_up: whether a superblock may say that a backfresh has ended, and what the secondary
+        lacks is given up.
+    :ivar is_held: whether a checkpoint was told to hold.
     """
 
     site: str
@@ -294,6 +403,8 @@ class Moment(NamedTuple):
     acked: int
     promised: int
     coherent: bool
+    gives_up: bool
+    is_held: bool
 
 
 class Script(World):
@@ -326,6 +437,7 @@ class Script(World):
                 self.acked = max(self.acked, committed)
 
             self.model.told = acknowledged  # type: ignore[method-assign]
+            self.model.backfreshes.begun = self._spoilt  # type: ignore[method-assign]
             self._start_in_order("rmd", "driver", "pmd")
             for name in self.names[:-1]:
                 self._operate(name)
@@ -368,15 +480,48 @@ class Script(World):
     ) -> None:
         asked = self.submit(self.clients[0], ldsu, command, offset, length)
         asked.request.flags = flags
-        assert self.driver is not None
-        self.driver.group.units[ldsu].submit([asked.request])
-        self.run_ready()
+        self.hand_over(asked)
 
     def change_group(self, how: str, *arguments: str) -> None:
         """Ask the driver for something; what is not possible now is refused."""
         assert self.driver is not None
         asked = maybeDeferred(getattr(self.driver.group, how), *arguments)
         asked.addErrback(lambda failure: failure.trap(QdsError))
+
+    def change_secondary(self, how: str, *arguments: str) -> None:
+        """Ask the rmd for something; what is not possible now is refused."""
+        assert self.rmd is not None
+        asked = maybeDeferred(getattr(self.rmd.group, how), *arguments)
+        asked.addErrback(lambda failure: failure.trap(QdsError))
+
+    def hand_over(self, asked: Asked) -> None:
+        """Let the driver read what a client has asked."""
+        assert self.driver is not None
+        self.driver.group.units[asked.ldsu].submit([asked.request])
+        self.run_ready()
+
+    def fetch_something(self) -> None:
+        """Begin a backfresh, and leave it when it has overwritten something, if it comes so far."""
+        fetched = self.model.counts.get("blocks fetched", 0)
+        self.change_group("begin_backfresh", "discard", "")
+        end = self.clock.seconds() + _BACKFRESH_SECONDS
+        while self.clock.seconds() < end and self.model.counts.get("blocks fetched", 0) == fetched:
+            doable = self._doable()
+            if doable:
+                doable[0][1]()
+                self._after()
+                continue
+            times = [call.getTime() for call in self.clock.getDelayedCalls()]
+            self.clock.advance(min(times, default=end) - self.clock.seconds())
+
+    def _spoilt(self, number: int) -> bool:
+        """Let somebody else have written to each data device, at two places."""
+        for ldsu, disk in zip(self.config.ldsus, self.model.data, strict=True):
+            junk = payload(number, SECTOR)
+            for at in (SECTOR, 5 * 4096):
+                disk.durable[at : at + SECTOR] = disk.seen[at : at + SECTOR] = junk
+            self._platters.pop(ldsu.data_device, None)
+        return True
 
     def run_ready(self) -> None:
         """Let happen what needs no time to pass: all of it in order, or some of it in any."""
@@ -441,5 +586,7 @@ class Script(World):
                 self.acked,
                 self.synchrony.answered_gsn,
                 self.model.is_coherent(),
+                self.model.backfreshes.ending and self.model.backfreshes.gives_up,
+                self.model.is_held,
             )
         )

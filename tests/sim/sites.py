@@ -55,6 +55,8 @@ BITMAP_DEVICE_BYTES = 64 * KIB
 MEMORY = "/near/memory"
 
 _EPOCH = 1_790_000_000.0
+#: By how many seconds a process's clock may be wrong (rules.md 26).
+_CLOCKS = (0.0, 0.0, 3600.0, -3600.0, -1e8)
 
 
 def is_memory(path: str) -> bool:
@@ -83,6 +85,7 @@ class Sites:
         self.log: list[str] = []
         self.keep_log = False
         self.random_bytes = Random(self.random.getrandbits(64))
+        self._clocks = Random(f"clocks {seed}")
         self.steps = 0
         self.driver: Process | None = None
         self.pmd: Process | None = None
@@ -210,6 +213,7 @@ class Sites:
         self.model.goes_direct = self._goes_direct
         self.model.dirty = partial(self.dirty_bitmap, self.disks)
         self.model.is_coherent = self._is_coherent
+        self.model.is_exempt = self._is_exempt
 
     def dirty_bitmap(self, disks: Mapping[str, Disk], index: int) -> DirtyBitmap:
         """Read an LDSU's dirty bitmap from the platters."""
@@ -243,6 +247,12 @@ class Sites:
             return False
         state = self.paths["alpha"].state_file(0)
         return state.exists() and any(path in state.read_text() for path in self.latched)
+
+    def _is_exempt(self, ldsu: int) -> bool:
+        """Tell whether it is on record that a data device has failed (rules.md 16)."""
+        state = self.paths["alpha"].state_file(0)
+        found = json.loads(state.read_bytes()).get("group") if state.exists() else None
+        return found is not None and str(ldsu) in found["dead"]
 
     def _make_writelog(self, ldsu: LdsuConfig, unit: BoundUnit, generation: bytes) -> None:
         size = BITMAP_DEVICE_BYTES if self.profile.memory else self.profile.log
@@ -308,6 +318,8 @@ class Sites:
     ) -> tuple[Process, Runtime]:
         process = kind(name, self.clock, self.random)
         block = self.profile.block
+        # A verify that is due by the clock has its own tests.
+        wrong = 0.0 if self.profile.verify_every else self._clocks.choice(_CLOCKS)
         found = self.disks if disks is None else disks
 
         def open_device(path: str, *, role: str, **_: Any) -> Any:
@@ -320,7 +332,7 @@ class Sites:
             quick_worker=process.worker,
             slow_worker=process.worker,
             read_worker=process.read_worker,
-            wall=lambda: _EPOCH + process.seconds(),
+            wall=lambda: _EPOCH + wrong + process.seconds(),
             listen=lambda *_: _Listener(),
             bind=lambda _path: _Bound(),
             attach=lambda _reactor, _path: self._attach(process),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from random import SystemRandom
+from unittest import mock
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.sim.runs import PROCESSES, beside, merged
+from tests.sim import crashes
+from tests.sim.runs import PROCESSES, a_base, beside, merged
 from tests.sim.script import LENGTH_MAX, OPERATIONS, PLAIN, drawn
 
 STATES_MIN = 100_000
@@ -29,3 +31,11 @@ class CrashTests(SynchronousTestCase):
         every = sum(len(OPERATIONS) ** length for length in range(1, LENGTH_MAX))
         self.assertGreater(counts["sequences"], every + len(PLAIN) ** LENGTH_MAX)
         self.assertGreaterEqual(len(states), STATES_MIN)
+
+    def test_a_crash_while_the_end_of_a_backfresh_is_completed(self) -> None:
+        """One superblock says that it has ended: until all do, none may be without that word."""
+        always = mock.patch.multiple(crashes, _TWICE=1, _WHOLE=1)
+        with always, a_base() as base:
+            result = crashes.run(base, [(0, ("power cut", "write", "resumed backfresh"))])
+        self.assertEqual(result["violations"], {})
+        self.assertGreater(result["counts"]["states within a recovery"], 0)

@@ -460,6 +460,7 @@ class World(Clients):
             # A peer whose power was cut is found out by its silence.
             deadline = self.clock.seconds() + SILENT_PEER_SECONDS + 10.0
             self._until(lambda: self._at_rest() or self.clock.seconds() > deadline, "a moment")
+            self._check_remembered()
             if not self._at_rest():
                 self._check_told()
             else:
@@ -710,6 +711,18 @@ class World(Clients):
             return
         if not any(path in state for path in self.latched):
             raise Violation(f"LOUD: nobody names the failed device: {state}")
+
+    def _check_remembered(self) -> None:
+        """LOUD: a device whose sync is on record to have failed is in no use (rules.md 4)."""
+        for site, process, runs in (
+            ("alpha", self.driver, self.serving),
+            ("beta", self.rmd, self.receiving),
+        ):
+            state = self.paths[site].state_file(0)
+            failed = json.loads(state.read_bytes())["failed"] if state.exists() else {}
+            for path in failed:
+                if process is not None and runs and path not in repr(process.group.status()):
+                    raise Violation(f"LOUD: {path} has failed, and is used as if it had not")
 
     def _check_equal(self) -> None:
         self.check_mirror()
