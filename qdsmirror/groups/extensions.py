@@ -282,9 +282,12 @@ class Extensions:
             )
         staying = [one for one in found if not one.leaving]
         if not staying:
+            waits = any(row["leaving"] and row["uncommitted_bytes"] for row in self.chain(unit))
             raise DegradedError(
-                f"the writelog of {unit.name} is being freed already, and not drained yet",
-                hint="watch it with qdsinfo; it drains as the secondary commits",
+                f"the writelog of {unit.name} is being freed already, and "
+                + ("not drained yet" if waits else "drained: the next checkpoint frees it"),
+                hint="watch it with qdsinfo"
+                + ("; it drains as the secondary commits" if waits else ""),
             )
         return staying[-1].number
 

@@ -209,6 +209,7 @@ class UseTests(SynchronousTestCase):
         answer = self.successResultOf(freed)
         self.assertEqual((answer["state"], answer["uncommitted_bytes"]), ("leaving", 0))
         self.assertGreater(answer["drain_bytes"], 0)
+        self.refused(lambda: world.group.free("qds0", ""), DegradedError, "checkpoint frees it")
         world.settle()
         self.assertEqual(world.states(), ["free", "free"])
 
