@@ -112,6 +112,10 @@ class Attachment:
         if held is self.held:
             return
         self.held = held
+        self.renew()
+
+    def renew(self) -> None:
+        """Have the pmd attach anew: what it was told is so no longer."""
         end = self.end
         if end is not None:
             self.close()

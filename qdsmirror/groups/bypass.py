@@ -19,7 +19,7 @@ from twisted.logger import Logger
 
 from qdsmirror.core.frames import BREAK, HEADER_BYTES, SWITCH
 from qdsmirror.core.generations import Settled, grown
-from qdsmirror.core.records import Generation
+from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.core.states import Event
 from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.limits import OVERFLOW_AGAIN_SECONDS, OVERFLOW_WAIT_SECONDS
@@ -356,16 +356,9 @@ class Bypass:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
-        self._refuse_half_way()
-        group.modes.refuse(Event.BYPASS_ENDED)
-        self._check_logs()
-        group.failures.check_data("way out of bypass")
-        first = group.units[0]
-        new = Generation(os.urandom(16), group.next_gsn)
-        upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
-        generations = grown(first.writelog.superblock.generations, new, upto)
-        room = first.writelog.control_room(HEADER_BYTES + 16)
-        if generations is None or room < _ROOM_TO_LEAVE:
+        self._check_may_leave()
+        generations = self._grown(os.urandom(16))
+        if generations is None:
             raise DegradedError(
                 f"{group.name}: the secondary must first commit what was written before the "
                 "bypass: its writelogs have no room for another refresh",
@@ -373,14 +366,78 @@ class Bypass:
             )
         return generations
 
+    def _check_may_leave(self) -> None:
+        group = self._group
+        self._refuse_half_way()
+        group.modes.refuse(Event.BYPASS_ENDED)
+        self._check_logs()
+        group.failures.check_data("way out of bypass")
+
+    def _grown(self, ident: bytes) -> tuple[Generation, ...] | None:
+        """Give the list with another generation, unless there is no room for its beginning."""
+        group = self._group
+        log = group.units[0].writelog
+        if log.control_room(HEADER_BYTES + 16) < _ROOM_TO_LEAVE:
+            return None
+        upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
+        return grown(log.superblock.generations, Generation(ident, group.next_gsn), upto)
+
     def _way_to_room(self) -> str:
         group = self._group
         back = "bring the secondary back; if it lost the history, "
         if group.memory.used:
             return f"{back}begin the writelogs in memory anew (killdriver, launchdriver)"
+        return f"{back}ask again once qdsinfo -g {group.number} says so"
+
+    @property
+    def holds_unsendable(self) -> bool:
+        """Whether full writelogs hold what the secondary, of another history, can never take."""
+        group = self._group
         return (
-            f"{back}initialise the writelogs anew (qdswlinit -g {group.number} --yes) and refresh"
+            self.phase == ON
+            and bool(group.pmd.link.get("diverged"))
+            and not group.coherence.tracked
+            and self._grown(b"") is None
         )
+
+    @inlineCallbacks
+    def give_up_unsendable(self) -> Any:
+        """Let the writelogs be empty, durably: what fills them can never be sent.
+
+        All of it is on the data devices, synced, and the refresh that leads out looks at every
+        block.  A secondary that could have taken it is told to begin anew too, should it come back.
+
+        :raises QdsError: as for :meth:`next_generation`; or it cannot be recorded.
+        """
+        group = self._group
+        self._check_may_leave()
+        self.phase = LEAVING
+        try:
+            # What was worked out before must not be recorded behind it.
+            checkpoints = group.checkpoints
+            yield self.until(lambda: not (checkpoints.running or checkpoints.recording))
+            self._check_logs()
+            self.log.warn(
+                "{group}: what was to be sent before the bypass is given up: the secondary's "
+                "history is another one", group=group.name,
+            )  # fmt: skip
+            group.stand_at(
+                [
+                    Cursor(unit.applied_end, group.next_gsn, {unit.index: unit.applied_point})
+                    for unit in group.units
+                ]
+            )
+            group.pmd.renew()
+            yield checkpoints.record_everywhere(
+                coherent=False,
+                tracked=False,
+                reason=group.coherence.reason,
+                **checkpoints.each_cursor(),
+            )
+        finally:
+            self._become(ON)
+            for unit in group.units:
+                unit.direct.begin()
 
     @inlineCallbacks
     def leave(self, generations: tuple[Generation, ...], **changes: Any) -> Any:

@@ -128,6 +128,9 @@ class Coherence:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
+        if group.bypass.holds_unsendable:
+            self._choose(kind)
+            yield group.bypass.give_up_unsendable()
         generations = group.bypass.next_generation()
         job = Refresh(group, self._choose(kind))
         yield group.bypass.leave(generations, **self._marks(job))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qdsmirror.core.backfresh import ENDED, RUNNING, BackfreshState
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.superblock import Superblock
+from qdsmirror.groups.backfresh import OFF
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice
 from tests.sim.history import SECTOR, Violation, first_difference, payload
@@ -156,8 +157,11 @@ def watched_fetch(world: Any, original: Any) -> Any:
 
 def watched_stand_at(world: Any, original: Any) -> Any:
     def stand_at(group: Any, places: Sequence[Cursor]) -> None:
-        world.model.backfreshes.stands_at(places)
-        world.model.backfreshes.given_up()
+        if group.backfresh.phase == OFF:
+            world.model.gives_up_unsendable(places)
+        else:
+            world.model.backfreshes.stands_at(places)
+            world.model.backfreshes.given_up()
         original(group, places)
 
     return stand_at

@@ -75,6 +75,8 @@ class Model:
         self.is_exempt: Callable[[int], bool] = lambda _ldsu: False
         #: Tells whether the secondary's journal calls its mirror coherent.
         self.is_coherent: Callable[[], bool] = lambda: False
+        #: Gives the generation that the secondary's journal has durably.
+        self.journal_generation: Callable[[], bytes] = lambda: b""
         self.backfreshes: Backfreshes
         #: Gives an LDSU's dirty bitmap as it is on the platters.
         self.dirty: Callable[[int], DirtyBitmap]
@@ -330,6 +332,11 @@ class Model:
         self._journal_gsn = next_gsn
         # It may crash before that is durable.
         self.acked = min(self.acked, next_gsn - 1)
+        self._skip(made)
+
+    @staticmethod
+    def _skip(made: Made) -> None:
+        """Count as there what the secondary lacks up to a frame: it is never sent any more."""
         while made.parent is not None and (made.is_loss or not made.journaled):
             made.journaled = made.skipped = True
             made = made.parent
@@ -602,6 +609,24 @@ class Model:
         self._tail_checked[index] = self._passed(
             tip, done, superblock.tail.position, self._check_committed
         )
+
+    def gives_up_unsendable(self, places: Sequence[Cursor]) -> None:
+        """TAIL: what the secondary lacks is given up only where it has another history.
+
+        All of it is on the data devices, and nothing calls the mirror a copy of them.
+        """
+        self._count("unsendable given up")
+        if self.lineage.knows(self.journal_generation()):
+            raise Violation("TAIL: given up, and the secondary could have taken it")
+        for index, place in enumerate(places):
+            tip = self.tips[index]
+            if place.point(index).chain != tip.chain:
+                raise Violation(f"GENERATION: LDSU {index} goes on elsewhere than {tip.line()}")
+            self._applied_checked[index] = self._passed(
+                tip, self._applied_checked[index], place.position, self._check_applied
+            )
+            self._tail_checked[index] = tip
+            self._skip(tip)
 
     def leaves_bypass(self, generation: bytes) -> None:
         """Learn that a writelog's superblock is to name a new generation (rules.md 11)."""

@@ -28,7 +28,7 @@ from qdsmirror.groups.applying import Applying
 from qdsmirror.groups.attachment import Attachment, DriverEnd
 from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.band import Band
-from qdsmirror.groups.bypass import Bypass
+from qdsmirror.groups.bypass import ON, Bypass
 from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
@@ -408,6 +408,11 @@ def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
             unit.direct.clear_dirty()
 
     patch(Bypass, "_frame_break", _wrapped(Bypass, "_frame_break", before=clear))
+
+
+@mutation("TAIL", seeds=200, first=70)
+def _what_could_be_sent_is_given_up(patch: Patch) -> None:
+    patch(Bypass, "holds_unsendable", property(lambda bypass: bypass.phase == ON))
 
 
 @mutation("GENERATION", seeds=600, first=190)

@@ -214,6 +214,7 @@ class Sites:
         self.model.dirty = partial(self.dirty_bitmap, self.disks)
         self.model.is_coherent = self._is_coherent
         self.model.is_exempt = self._is_exempt
+        self.model.journal_generation = self._journal_generation
 
     def dirty_bitmap(self, disks: Mapping[str, Disk], index: int) -> DirtyBitmap:
         """Read an LDSU's dirty bitmap from the platters."""
@@ -234,12 +235,20 @@ class Sites:
         return dirty
 
     def _is_coherent(self) -> bool:
+        stored = self._journal_stored()
+        return stored is not None and stored.coherent
+
+    def _journal_generation(self) -> bytes:
+        stored = self._journal_stored()
+        return stored.generation or b"" if stored is not None else b""
+
+    def _journal_stored(self) -> Superblock | None:
+        """Give the journal's superblock as it is on the platters."""
         disk = self.disks[self.config.journal_device]
-        stored = MemoryDevice(disk.size, content=bytes(disk.durable))
         try:
-            return read_superblock(stored).coherent
+            return read_superblock(MemoryDevice(disk.size, content=bytes(disk.durable)))
         except CorruptError:
-            return False
+            return None
 
     def _goes_direct(self) -> bool:
         """Tell whether a writelog's failure is on record, so that writes may go past it."""

@@ -466,15 +466,8 @@ class World(Clients):
             else:
                 self.check_mirror()
             return
-        self._until(lambda: self._at_rest() or self._needs_new_logs(), "everything to be mirrored")
-        if self._needs_new_logs():
-            self.count("needs new writelogs")
-        else:
-            self._check_equal()
-
-    def _needs_new_logs(self) -> bool:
-        """Tell whether full writelogs hold what a secondary that was rolled back cannot take."""
-        return bool(self.model.rolled) and self._refused() and self._has_no_way_out()
+        self._until(self._at_rest, "everything to be mirrored")
+        self._check_equal()
 
     def _needs_new_memory(self) -> bool:
         """Tell whether full writelogs in memory hold what waits for a refresh without room."""
@@ -597,11 +590,8 @@ class World(Clients):
                 self.ask()
                 self._after()
             self.step()
-        self._until(lambda: self._may_verify() or self._needs_new_logs(), "a verify and its repair")
+        self._until(self._may_verify, "a verify and its repair")
         assert self.driver is not None
-        if not self._may_verify():
-            self.count("needs new writelogs")
-            return
         self.verify("repair")
         run = self.driver.group.verifying.run
         self._until(lambda: self._is_verify_over() and self._at_rest(), "the last verify")
