@@ -1,17 +1,22 @@
 """From a failed writelog, and from a dead data device, to a good mirror again: word for word.
 
-What each failure looks like: tests/integration/test_faults.py.
+And by nbdkit's error filter under them.  What each failure looks like otherwise:
+tests/integration/test_faults.py.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import TestCase
 
+from qdsmirror.tools.nbdclient import NbdClient
 from tests.integration.lab import in_thread
 from tests.integration.power import PowerWorld
+from tests.integration.world import World, need, need_root
 
 BLOCK = 4096
 SIZE = 1 << 20
@@ -163,3 +168,109 @@ class WayBackTests(TestCase):
         self.assertEqual((told["state"], told["reason"]), ("connected", ""))
         self.assertTrue(told["coherent"])
         world.stop()
+
+
+class ErrorFilterTests(TestCase):
+    """Devices over nbdkit's error filter.
+
+    Of a block device what is written fails when it is synced, and with EIO; of a file, at once.
+    """
+
+    timeout = 400
+
+    def setUp(self) -> None:
+        need_root()
+        need("nbdkit", "nbdfuse", "losetup", "umount")
+        if not os.path.exists("/dev/fuse"):
+            self.skipTest("/dev/fuse is missing")
+
+    def start(self, name: str, error: str, block: bool) -> World:
+        """Start a lab of which one device at the primary is such a block device, or a file.
+
+        :ivar trigger: while it exists, whatever is written there ends with that error.
+        """
+        world = World(self, "--ldsus", "2", "--size", "4M", "--writelog", "4M", "--journal", "6M")
+        world.create()
+        self.trigger = world.base / "trigger"
+        file, place = world.device("primary", name), world.base / "fuse"
+        place.mkdir()
+        failing = [f"error-{kind}-rate=100%" for kind in ("pwrite", "trim", "zero")]
+        world.start_program(
+            ["nbdfuse", str(place / "disk"), "[", "nbdkit", "--filter=error", "file", str(file)]
+            + [f"error={error}", "error-rate=0", f"error-file={self.trigger}", *failing, "]"]
+        )
+        world.until((place / "disk").exists, "the disk")
+        self.device = world.loop(place / "disk") if block else str(place / "disk")
+        world.edit_both(f'"{file}"', self.device)
+        world.at("primary", "qdswlinit", "--yes")
+        world.start()
+        self.assertEqual(Path(self.device).is_block_device(), block)
+        return world
+
+    def client(self, world: World, name: str) -> NbdClient:
+        return world.until(lambda: NbdClient.connect(world.uri(name)), "the driver")  # type: ignore[no-any-return]
+
+    def write(self, world: World, name: str, block: int, byte: bytes) -> None:
+        """Write and flush; both are answered."""
+        with self.client(world, name) as client:
+            client.write(block * BLOCK, byte * BLOCK)
+            client.flush()
+            self.assertEqual(client.read(block * BLOCK, BLOCK), byte * BLOCK)
+
+    def restart(self, world: World) -> None:
+        """The disk is well again, and a new driver looks at it."""
+        self.trigger.unlink()
+        victim = world.kill("dsgrp000.driver")
+        world.until(lambda: world.pid("dsgrp000.driver") not in (None, victim), "another driver")
+
+    @in_thread
+    def test_data_device(self) -> None:
+        world = self.start("qds0.data", "EIO", block=True)
+        self.write(world, "qds0", 0, b"a")
+        self.trigger.touch()
+        with self.client(world, "qds0") as client:
+            client.write(BLOCK, b"b" * BLOCK, True)
+        world.until(lambda: world.info()["ldsus"][0]["dead"], "the death of the data device")
+        world.logged("qdsdriver", f"data device {self.device} failed")
+        self.restart(world)
+        with self.client(world, "qds0") as client:
+            for ask in (lambda: client.read(0, BLOCK), lambda: client.write(0, bytes(BLOCK))):
+                self.assertEqual(self.assertRaises(OSError, ask).errno, errno.EIO)
+        self.write(world, "qds1", 2, b"c")
+        told = world.info()
+        self.assertEqual([one["dead"] for one in told["ldsus"]], [True, False])
+        self.assertIn(f"{self.device} failed", told["reason"])
+        self.assertIn(os.strerror(errno.EIO), told["reason"])
+        world.until(lambda: self.is_committed(world), "everything to be committed")
+        world.until(lambda: self.mirror(world, "qds0", 1) == b"b" * BLOCK, "it to be mirrored")
+        self.assertEqual(self.mirror(world, "qds1", 2), b"c" * BLOCK)
+
+    @in_thread
+    def test_writelog(self) -> None:
+        world = self.start("qds0.writelog", "ENOSPC", block=False)
+        self.write(world, "qds0", 0, b"a")
+        world.settle()
+        self.trigger.touch()
+        self.write(world, "qds0", 1, b"b")
+        self.write(world, "qds1", 2, b"c")
+        world.logged("qdsdriver", f"writelog {self.device} failed")
+        self.restart(world)
+        self.write(world, "qds0", 3, b"d")
+        told = world.info()
+        self.assertEqual((told["state"], told["coherent"]), ("bypass", True))
+        self.assertIn(f"{self.device} failed", told["reason"])
+        self.assertIn(os.strerror(errno.ENOSPC), told["reason"])
+        self.assertEqual([one["writelog"]["trusted"] for one in told["ldsus"]], [False, True])
+        # The mirror is what it was: nothing behind the break is ever sent.
+        self.assertEqual(self.mirror(world, "qds0", 0), b"a" * BLOCK)
+        for name, block in (("qds0", 1), ("qds0", 3), ("qds1", 2)):
+            self.assertEqual(self.mirror(world, name, block), bytes(BLOCK))
+
+    def is_committed(self, world: World) -> bool:
+        gsn = world.info()["gsn"]
+        return bool(gsn and gsn["written"] == gsn["committed"])
+
+    def mirror(self, world: World, name: str, block: int) -> bytes:
+        with open(world.device("secondary", f"{name}.mirror"), "rb") as file:
+            file.seek(block * BLOCK)
+            return file.read(BLOCK)

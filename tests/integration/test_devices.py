@@ -249,6 +249,39 @@ class UsedDeviceTests(TestCase):
         world.settle()
 
     @in_thread
+    def test_ldsus_that_share_a_writelog_device(self) -> None:
+        """Two of three name the same one: it is divided, and each part is a log of its own."""
+        need("qemu-io")
+        world = World(self, "--size", "4M", "--writelog", "3M", "--journal", "6M", "--ldsus", "3")
+        world.create()
+        logs = [str(world.device("primary", f"qds{n}.writelog")) for n in range(3)]
+        world.edit_both(logs[2], logs[0])
+        world.at("primary", "qdswlinit", "--yes")
+        world.start()
+        units = world.info()["ldsus"]
+        self.assertEqual(
+            [one["writelog"]["devices"] for one in units], [[logs[n]] for n in (0, 1, 0)]
+        )
+        sizes = [one["writelog"]["size"] for one in units]
+        self.assertEqual(sizes[0], sizes[2])
+        self.assertLess(2 * sizes[0], 3 << 20)
+        for name in ("dsgrp000.driver", "dsgrp000.pmd", "dsgrp000.rmd"):
+            for ldsu in ("qds0", "qds2", "qds1"):
+                self.load(world, ldsu)
+            world.kill(name)
+        # What stands in each part while the secondary is away is found after a kill.
+        world.stop("secondary")
+        for ldsu, byte in (("qds0", 41), ("qds2", 42), ("qds1", 43)):
+            world.qemu_io(f"write -P {byte} 8k 256k", "flush", name=ldsu)
+        world.kill("dsgrp000.driver")
+        world.start()
+        world.settle()
+        for ldsu, byte in (("qds0", 41), ("qds2", 42), ("qds1", 43)):
+            world.qemu_io(f"read -P {byte} 8k 256k", name=ldsu)
+        world.stop()
+        world.at("primary", "qdswlscan", "--check")
+
+    @in_thread
     def test_many_ldsus_in_several_groups(self) -> None:
         need("qemu-io")
         world = World(self, "--size", "4M", "--writelog", "2M", "--journal", "3M",
