@@ -729,7 +729,7 @@ def _checkpoint_told_before_it_is_durable(patch: Patch) -> None:
     patch(Mirror, "hold", hold)
 
 
-@mutation("PREFIX", seeds=100, first=110)
+@mutation("PREFIX", seeds=200, first=166)
 def _checkpoint_behind_what_came_with_its_mark(patch: Patch) -> None:
     def all_of_it(mirroring: Any) -> Any:
         ready, mirroring._ready = mirroring._ready, []
@@ -844,7 +844,7 @@ def _chunk_read_without_what_is_pending(patch: Patch) -> None:
 # -- verify ---------------------------------------------------------------------------------------
 
 
-@mutation("COHERENT", seeds=200, first=100)
+@mutation("COHERENT", seeds=200, first=170)
 def _hashes_compared_in_a_replay(patch: Patch) -> None:
     def sure(mirror: Any) -> None:
         mirror._unsure_gsn = 0
