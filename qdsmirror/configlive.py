@@ -55,6 +55,7 @@ SETTINGS: Mapping[str, Setting] = {
     "auto_refresh": Setting(_TUNABLES, ("driver",)),
     "verify_every": Setting(_TUNABLES, ("driver",)),
     "verify_rate": Setting(_TUNABLES, ("driver",)),
+    "chunk_size": Setting(_TUNABLES, ("driver",)),
     "checkpoint_hold": Setting(_TUNABLES, ("rmd",)),
     "before_images_full": Setting(_TUNABLES, ("rmd",)),
     "compression": Setting(_TUNABLES, ("pmd",)),

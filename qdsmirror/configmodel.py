@@ -14,6 +14,7 @@ from qdsmirror.core.throttles import Throttle
 from qdsmirror.limits import (
     BEFORE_IMAGE_BYTES_DEFAULT,
     CHILDREN_DEFAULT,
+    COMPARE_CHUNK_BYTES,
     CONSOLE_PORT,
     METADATA_ENTRIES_DEFAULT,
     METADATA_SECONDS_DEFAULT,
@@ -77,6 +78,7 @@ class Tunables:
     :ivar reconnect_max: longest pause between two attempts to connect, seconds.
     :ivar verify_every: seconds from the end of a verify to the next; 0: none begins by itself.
     :ivar verify_rate: bytes that a verify reads in a second at most.
+    :ivar chunk_size: bytes by which refresh and backfresh compare, a power of two.
     :ivar auto_refresh: whether a group leaves the bypass of an overflow by itself.
     :ivar checkpoint_hold: whether a checkpoint on the secondary is released before its journal is
         full (``release``), or makes the primary wait (``strict``).
@@ -96,6 +98,7 @@ class Tunables:
     auto_refresh: bool = False
     verify_every: float = 0.0
     verify_rate: int = VERIFY_RATE_BYTES
+    chunk_size: int = COMPARE_CHUNK_BYTES
     checkpoint_hold: str = "release"
     compression: str = "none"
     before_image_bytes: int = BEFORE_IMAGE_BYTES_DEFAULT

@@ -190,6 +190,13 @@ def _byte_size(value: str, low: str, high: str) -> int:
     return size
 
 
+def _power_of_two(value: str, low: str, high: str) -> int:
+    size = _byte_size(value, low, high)
+    if size & (size - 1):
+        raise ValidateError(f"{value} is not a power of two")
+    return size
+
+
 def _absolute_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValidateError(f"{shown(value)} is not an absolute path (it must begin with /)")
@@ -345,6 +352,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "seconds": _seconds,
     "interval": _interval,
     "byte_size": _byte_size,
+    "power_of_two": _power_of_two,
     "absolute_path": _or_default(_absolute_path),
     "writelog": _writelog,
     "path_list": _or_default(_path_list),

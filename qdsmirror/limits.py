@@ -101,8 +101,11 @@ REFRESH_TURN = 8
 REFRESH_RETRY_SECONDS_MIN = 1.0
 REFRESH_RETRY_SECONDS_MAX = 60.0
 REFRESH_READ_BYTES = FRAME_PAYLOAD_BYTES_MAX
-#: A comparison with the mirror goes by chunks, and by spans of so many bytes ...
+#: A comparison with the mirror goes by chunks (a power of two, by default the first), and by spans
+#: of so many bytes ...
 COMPARE_CHUNK_BYTES = 64 * KIB
+COMPARE_CHUNK_BYTES_MIN = 4 * KIB
+COMPARE_CHUNK_BYTES_MAX = MIB
 COMPARE_SPAN_BYTES = 4 * MIB
 #: ... so many of them in flight, of which so many are being hashed here: application reads have the
 #: other read threads.
@@ -437,7 +440,9 @@ LOG_KINDS_MAX = 1024
 #: What is kept of the reason for a failure that travels from a child to its master.
 REASON_CHARACTERS_MAX = 1024
 
-assert BACKFRESH_READ_BYTES <= QUESTION_READ_BYTES_MAX
+assert COMPARE_CHUNK_BYTES_MAX <= BACKFRESH_READ_BYTES <= QUESTION_READ_BYTES_MAX
+assert COMPARE_CHUNK_BYTES_MIN >= QUESTION_CHUNK_BYTES_MIN
+assert COMPARE_SPAN_BYTES % COMPARE_CHUNK_BYTES_MAX == 0
 assert BACKFRESH_SPANS_MAX < QUESTIONS_MAX
 assert FRAME_PAYLOAD_BYTES_MAX <= SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES
 assert FRAME_BYTES_MAX < STREAM_MESSAGE_BYTES_MAX < RECEIVED_BYTES_MAX

@@ -262,6 +262,7 @@ class GroupTests(RootedTestCase):
             "tunables.auto_refresh": ["maybe", "1", ""],
             "tunables.verify_every": ["0", "0.5 s", "367 d", "53 w", "often", "1 y", "7 d 1 h", ""],
             "tunables.verify_rate": ["63K", "17G", "0", "fast", ""],
+            "tunables.chunk_size": ["2K", "2M", "65K", "0", "4095", "big", ""],
             "tunables.checkpoint_hold": ["yes", "Release", ""],
             "tunables.compression": [
                 "gzip",
@@ -370,6 +371,8 @@ class GroupTests(RootedTestCase):
             ("verify_every", 366 * 86400.0, "366 d"),
             ("verify_rate", 64 * limits.KIB, "64K"),
             ("verify_rate", 16 * limits.GIB, "16G"),
+            ("chunk_size", 4 * limits.KIB, "4K"),
+            ("chunk_size", limits.MIB, "1M"),
             ("checkpoint_hold", "strict", "strict"),
             ("compression", "none", "none"),
             ("compression", "lz4", "LZ4"),
@@ -1044,6 +1047,12 @@ RANGES: dict[str, tuple[Callable[[str], float], float, float, float]] = {
         limits.VERIFY_RATE_BYTES_MAX,
         limits.VERIFY_RATE_BYTES,
     ),
+    "chunk_size": (
+        parse_size,
+        limits.COMPARE_CHUNK_BYTES_MIN,
+        limits.COMPARE_CHUNK_BYTES_MAX,
+        limits.COMPARE_CHUNK_BYTES,
+    ),
     "before_image_bytes": (
         parse_size,
         0,
@@ -1079,7 +1088,7 @@ class SpecTests(TestCase):
         self.text = "".join(place.with_name(name).read_text() for name in ("dsgrp.ini", "qds.ini"))
 
     def test_ranges(self) -> None:
-        check = r"(?:whole_number|seconds|byte_size|interval)"
+        check = r"(?:whole_number|seconds|byte_size|power_of_two|interval)"
         found = re.findall(
             rf'^(\w+) = {check}\((\S+), (\S+), default="(.*)"\)', self.text, re.MULTILINE
         )

@@ -23,7 +23,6 @@ from twisted.python.failure import Failure
 from qdsmirror.core.questions import DIGEST_BYTES, HASHES
 from qdsmirror.errors import DegradedError
 from qdsmirror.limits import (
-    COMPARE_CHUNK_BYTES,
     COMPARE_HASHES_MAX,
     COMPARE_RANGES_MAX,
     COMPARE_SPAN_BYTES,
@@ -38,13 +37,15 @@ if TYPE_CHECKING:
 class _Span:
     """A range that is being compared.
 
+    :ivar chunk: bytes by which it is.
     :ivar asked: whether the secondary is at it; ``ours``, ``theirs``: the digests, once known.
     """
 
-    def __init__(self, unit: DriverUnit, offset: int, length: int) -> None:
+    def __init__(self, unit: DriverUnit, offset: int, length: int, chunk: int) -> None:
         self.unit = unit
         self.offset = offset
         self.length = length
+        self.chunk = chunk
         self.asked = False
         self.hashing = False
         self.ours: bytes | None = None
@@ -126,7 +127,8 @@ class Comparison:
         unit = units[self._unit]
         # Whole chunks, counted from the LDSU's start.
         end = min((self._offset // COMPARE_SPAN_BYTES + 1) * COMPARE_SPAN_BYTES, unit.size)
-        span = _Span(unit, self._offset, end - self._offset)
+        chunk = self._group.config.tunables.chunk_size
+        span = _Span(unit, self._offset, end - self._offset, chunk)
         self._offset = end
         return span
 
@@ -135,9 +137,7 @@ class Comparison:
         if span.asked or not questions.has_room:
             return
         span.asked = True
-        asked = questions.ask(
-            HASHES, span.unit.index, span.offset, span.length, COMPARE_CHUNK_BYTES
-        )
+        asked = questions.ask(HASHES, span.unit.index, span.offset, span.length, span.chunk)
         asked.addCallbacks(partial(self._answered, span), partial(self._unanswered, span))
 
     def _answered(self, span: _Span, digests: bytes) -> None:
@@ -159,9 +159,7 @@ class Comparison:
         ):
             return
         span.hashing = True
-        span.unit.reading.digests(
-            span.offset, span.length, COMPARE_CHUNK_BYTES, partial(self._hashed, span)
-        )
+        span.unit.reading.digests(span.offset, span.length, span.chunk, partial(self._hashed, span))
 
     def _hashed(self, span: _Span, digests: bytes | None, error: BaseException | None) -> None:
         # An error here is met again, and told, by the read of what then counts as different.
@@ -185,11 +183,11 @@ class Comparison:
     def _compare(self, span: _Span) -> None:
         ours, theirs = span.ours or b"", span.theirs or b""
         end = span.offset + span.length
-        for number, at in enumerate(range(span.offset, end, COMPARE_CHUNK_BYTES)):
+        for number, at in enumerate(range(span.offset, end, span.chunk)):
             digest = slice(number * DIGEST_BYTES, (number + 1) * DIGEST_BYTES)
             if ours[digest] and ours[digest] == theirs[digest]:
                 continue
-            self._differs(span.unit.index, at, min(at + COMPARE_CHUNK_BYTES, end))
+            self._differs(span.unit.index, at, min(at + span.chunk, end))
 
     def _differs(self, unit: int, first: int, end: int) -> None:
         if self._ranges and self._ranges[-1][0] == unit and self._ranges[-1][2] == first:

@@ -47,14 +47,16 @@ Span = tuple[int, int]
 class _Range:
     """A part of an LDSU on its way.
 
+    :ivar chunk: bytes by which it is compared.
     :ivar spans: what differs and is not fetched yet; ``None`` before that is known.
     :ivar changed: bytes of it that differed.
     """
 
-    def __init__(self, unit: DriverUnit, offset: int, length: int) -> None:
+    def __init__(self, unit: DriverUnit, offset: int, length: int, chunk: int) -> None:
         self.unit = unit
         self.offset = offset
         self.length = length
+        self.chunk = chunk
         self.spans: deque[Span] | None = None
         self.changed = 0
 
@@ -246,7 +248,7 @@ class Fetching:
         offset = self._asked[index]
         length = min(COMPARE_SPAN_BYTES, unit.size - offset)
         self._asked[index] = offset + length
-        return _Range(unit, offset, length)
+        return _Range(unit, offset, length, self._group.config.tunables.chunk_size)
 
     def _go_on(self, part: _Range) -> None:
         """Ask what is to be known next of a range."""
@@ -260,8 +262,7 @@ class Fetching:
             return
         ask = self._group.pmd.questions.ask
         if part.spans is None:
-            chunk = COMPARE_CHUNK_BYTES
-            asked = ask(HASHES, part.unit.index, part.offset, part.length, chunk)
+            asked = ask(HASHES, part.unit.index, part.offset, part.length, part.chunk)
             asked.addCallback(partial(self._hashed, part))
         else:
             asked = ask(READ, part.unit.index, *part.spans[0])
@@ -274,8 +275,8 @@ class Fetching:
         device = part.unit.device
 
         def compare() -> list[Span]:
-            ours = chunk_digests(device, part.offset, part.length, COMPARE_CHUNK_BYTES)
-            return differing(part.offset, part.length, ours, theirs)
+            ours = chunk_digests(device, part.offset, part.length, part.chunk)
+            return differing(part.offset, part.length, part.chunk, ours, theirs)
 
         self._run(compare, partial(self._compared, part))
 
@@ -366,17 +367,18 @@ def _failure(text: str) -> Failure:
     return Failure(QdsError(text))  # type: ignore[no-untyped-call]
 
 
-def differing(offset: int, length: int, ours: bytes, theirs: bytes) -> list[Span]:
+def differing(offset: int, length: int, chunk: int, ours: bytes, theirs: bytes) -> list[Span]:
     """Give what differs in a range, neighbours together up to what is read at once.
 
+    :param chunk: bytes of which each digest is; the last one's may be less.
     :param ours: the digests of its chunks, one after the other; ``theirs`` likewise.
     """
     spans: list[Span] = []
-    for number, at in enumerate(range(0, length, COMPARE_CHUNK_BYTES)):
+    for number, at in enumerate(range(0, length, chunk)):
         place = slice(number * DIGEST_BYTES, (number + 1) * DIGEST_BYTES)
         if ours[place] == theirs[place]:
             continue
-        size = min(COMPARE_CHUNK_BYTES, length - at)
+        size = min(chunk, length - at)
         first, before = spans[-1] if spans else (0, 0)
         if spans and first + before == offset + at and before + size <= BACKFRESH_READ_BYTES:
             spans[-1] = (first, before + size)

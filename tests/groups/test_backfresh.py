@@ -88,6 +88,23 @@ class DrainedTests(BackfreshTestCase):
         self.sites.assert_equal()
 
     @inlineCallbacks
+    def test_by_chunks_of_the_configured_size(self) -> Steps:
+        yield self.begin_work(tunables="chunk_size = 4K")
+        self.spoil(0, 5 * CHUNK + 100)
+        self.spoil(1, 0)
+        passed = self.sites.cable.passed
+        yield self.begin("dry-run")
+        yield self.sites.until(
+            lambda: self.driver.status()["backfresh"]["state"] == "counted", "the count"
+        )
+        self.assertEqual(self.driver.status()["backfresh"]["changed_bytes"], 2 * 4096)
+        yield self.begin()
+        yield self.ended()
+        self.sites.assert_equal()
+        # Two chunks, 2 x 256 hashes, twice, and what goes by the way.
+        self.assertLess(self.sites.cable.passed - passed, CHUNK)
+
+    @inlineCallbacks
     def test_what_a_refresh_was_to_bring_is_there(self) -> Steps:
         """Also a synchronous group needs none then: it is degraded no longer than it lags."""
         yield self.begin_work()

@@ -11,8 +11,9 @@ from qdsmirror.core import nbd, watermark
 from qdsmirror.core.frames import ENTRIES, REFRESH, REFRESH_ZEROES, entries
 from qdsmirror.core.questions import Answer, Question, pack_answer, parse_question
 from qdsmirror.core.watermark import LINK, Committed, pack_json
+from qdsmirror.groups import compare
 from qdsmirror.limits import COMPARE_CHUNK_BYTES as CHUNK
-from qdsmirror.limits import COMPARE_SPAN_BYTES, COMPARE_SPANS_MAX
+from qdsmirror.limits import COMPARE_SPAN_BYTES, COMPARE_SPANS_MAX, KIB
 from qdsmirror.storage.hashing import chunk_digests
 from tests.fakes import MemoryDevice, nothing
 from tests.groups.site import MIB, Sites, Steps
@@ -112,6 +113,34 @@ class SmartRefreshTests(SynchronousTestCase):
         for _ in range(3):
             self.commit()
         self.assertTrue(self.world.group.coherent)
+
+    def test_by_chunks_of_the_configured_size(self) -> None:
+        self.begin(chunk_size=4 * KIB)
+        self.differ(0, 3)
+        self.link("connected")
+        self.refresh()
+        self.assertEqual({question.chunk for question in self.asked}, {4 * KIB})
+        self.answer_all()
+        (unit, _) = self.world.group.units
+        placed = [
+            entry[:2]
+            for one in unit.writelog.reader(unit.writelog.superblock.tail)
+            if one.header.kind == ENTRIES
+            for entry in entries(one.header, one.frame)
+        ]
+        self.assertEqual(placed, [(3 * CHUNK, 4 * KIB)])
+
+    def test_another_size_counts_for_what_is_not_yet_compared(self) -> None:
+        self.patch(compare, "COMPARE_SPAN_BYTES", MIB)
+        self.patch(compare, "COMPARE_SPANS_MAX", 1)
+        self.begin(size=4 * MIB, log=4 * MIB)
+        self.differ(0, 3)
+        self.differ(0, 63)
+        self.link("connected")
+        self.refresh()
+        self.successResultOf(self.world.group.set_live('{"chunk_size": "1M"}'))
+        self.answer_all()
+        self.assertEqual(self.sent(), [(0, 3), *((0, 48 + at) for at in range(16))])
 
     def test_it_is_the_default(self) -> None:
         self.begin()

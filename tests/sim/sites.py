@@ -138,6 +138,7 @@ class Sites:
                 compression=profile.compression,
                 verify_rate=profile.verify_rate,
                 verify_every=profile.verify_every,
+                chunk_size=4 * KIB,
             ),
             paths=tuple(
                 NetworkPath(f"10.{number}.0.1", f"10.{number}.0.2")

@@ -73,7 +73,6 @@ def installed(world: Clients, watching: bool = True) -> Iterator[None]:
         patch(committing_module, "UNMIRRORED_BYTES_MAX", 2 * profile.limit)
         patch(bitmap_module, "BITMAP_CHUNK_BYTES_MIN", 4 * KIB)
         patch(memory_module, "MEMORY_SETTLE_SECONDS", 0.2)
-        patch(compare_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
         patch(compare_module, "COMPARE_SPAN_BYTES", 8 * KIB)
         patch(fetching_module, "COMPARE_CHUNK_BYTES", 4 * KIB)
         patch(fetching_module, "COMPARE_SPAN_BYTES", 8 * KIB)
