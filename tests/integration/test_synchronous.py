@@ -282,6 +282,10 @@ class FileSystemTests(TestCase):
         self.write_synced(place / "new", data[::-1])
         (place / "new").rename(place / "renamed")
         self.sync_directory(place)
+        # Written carelessly, but mounted with care.
+        world.run(["mount", "-o", "remount,sync", str(place)])
+        (place / "mounted").write_bytes(data)
+        world.run(["mount", "-o", "remount,async", str(place)])
         # It returns as well; but nothing has made the file system write it.
         (place / "lazy").write_bytes(data)
         world.cut(("secondary",), 1, 0.0)
@@ -295,6 +299,7 @@ class FileSystemTests(TestCase):
         self.assertEqual((mirrored / "synced").read_bytes(), data)
         self.assertEqual((mirrored / "renamed").read_bytes(), data[::-1])
         self.assertFalse((mirrored / "new").exists())
+        self.assertEqual((mirrored / "mounted").read_bytes(), data)
         lazy = mirrored / "lazy"
         self.assertFalse(
             lazy.exists() and lazy.read_bytes() == data,
