@@ -168,7 +168,7 @@ TESTS: dict[int, tuple[str, ...]] = {
         "net.test_nbd.test_hung_up",
     ),
     20: (
-        "daemons.test_memory.test_what_is_said_is_so",
+        "daemons.test_protection.test_what_is_said_is_so",
         "daemons.test_child.test_who_moves_data_keeps_it",
         "groups.test_unapplied.test_one_bound_for_all",
         "net.test_nbd.test_budget_is_shared_and_returned",
