@@ -36,11 +36,14 @@ protection() { # CHILD ROOT: what the kernel itself has granted to a child, and 
 # The fake kernel of the unit tests promises what this one does.
 python "$REPOSITORY/tests/tools/nbdkernel.py" RealKernelTests 2>&1 | tail -n 1 >/run/contract &
 
-launchrmds --root "$LAB/secondary" &
-launchdriver --root "$primary" &
-launchpmds --root "$primary" &
+# What the commands say goes into a file: on a terminal they would draw how far they are, and a
+# machine that is emulated has better things to do.
+launchrmds --root "$LAB/secondary" >>/run/told 2>&1 &
+launchdriver --root "$primary" >>/run/told 2>&1 &
+launchpmds --root "$primary" >>/run/told 2>&1 &
 wait
-try qdslab start "$LAB"
+try qdslab start "$LAB" >>/run/told 2>&1
+cat /run/told
 tell "contract $(cat /run/contract)"
 tell "started $(uname -r)"
 
@@ -90,7 +93,7 @@ qdsdetach --root "$primary" || tell "failed qdsdetach"
 [ -e "$device" ] || [ -e "/sys/block/nbd0/pid" ] || tell "detached"
 tell "reconnected $(grep -c 'connected again' "$primary/var/qds0.keeper.log")"
 cat "$primary/var/qds0.keeper.log"
-qdsinfo --root "$primary" --wait drained --timeout 300 >/dev/null && tell "drained"
+qdsinfo --root "$primary" --wait drained --timeout 300 >/dev/null 2>&1 && tell "drained"
 
 data=$primary/devices/qds0.data
 mirror=$LAB/secondary/devices/qds0.mirror
