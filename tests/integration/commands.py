@@ -201,6 +201,8 @@ def _become(request: Any, streams: Sequence[int]) -> NoReturn:
         os.environ.update(environment)
         os.chdir(directory)
         sys.argv = list(arguments)
+        # As execve(2) names it: the audit log tells who asked.
+        Path("/proc/self/comm").write_text(Path(arguments[0]).name)
         module, _, function = entries()[Path(arguments[0]).name].partition(":")
         code = getattr(importlib.import_module(module), function)()
     except SystemExit as end:

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import CommandError, in_thread
+from tests.integration.lab import POLL_SECONDS, CommandError, in_thread
 from tests.integration.mistakes import DOCTOR, LIVE, OFFLINE, Bench, Mistake
 from tests.integration.world import World
 from tests.test_manpages import commands
@@ -19,6 +20,8 @@ COMMANDS = {
     *commands(),
     *("chmod", "chown", "df", "ls", "scp", "shred", "ss", "systemctl", "timedatectl", "useradd"),
 }
+#: Until a mistake made on running sites is all that is told.
+SETTLE_SECONDS = 20.0
 SMALL = ("--size", "8M", "--writelog", "8M", "--journal", "8M")
 
 
@@ -39,17 +42,26 @@ class MistakeTests(TestCase):
 
     timeout = 600
 
-    def look(self, world: World, mistake: Mistake) -> str:
+    def look(self, world: World, mistake: Mistake, live: bool) -> str:
         """Make a mistake, look as told, put it right; give what is missing."""
         bench = Bench(world)
         try:
             mistake.make(bench)
             if mistake.wait:
                 world.wait(mistake.wait, site=mistake.site)
-            name, *options = mistake.command
-            done = world.ask(mistake.site, name, *options)
+            # A link that was just lost is not yet known to be out of reach.
+            deadline = time.monotonic() + (SETTLE_SECONDS if live else 0.0)
+            while (missing := self.missing(world, bench, mistake)) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            return missing
         finally:
             bench.undo()
+
+    @staticmethod
+    def missing(world: World, bench: Bench, mistake: Mistake) -> str:
+        """Look; give what is missing."""
+        name, *options = mistake.command
+        done = world.ask(mistake.site, name, *options)
         output = done.stdout + done.stderr
         places = {"lab": str(world.directory), "port": bench.port}
         cause = [word.format(**places) for word in mistake.cause]
@@ -68,7 +80,7 @@ class MistakeTests(TestCase):
         missing = []
         for mistake in rows:
             if wanted in mistake.name:
-                missing.append(self.look(world, mistake))
+                missing.append(self.look(world, mistake, live))
                 if live:
                     self.mended(world, mistake)
         told = [one for one in missing if one]
