@@ -355,6 +355,8 @@ class RefusalTests(TestCase):
         mend("primary")
         for name in ("qdsdriver", "qdspmd"):
             os.kill(world.pid(name) or 0, signal.SIGHUP)
+        # A signal is taken up in its own time; until then qdsinfo would not wait.
+        self.again(world, 0)
         self.connected(world)
 
         # The right authority, another host's name.
