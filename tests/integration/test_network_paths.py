@@ -145,6 +145,8 @@ class CableTests(TestCase):
         ways = [f"{NETWORK}.{80 + cable}.1>{NETWORK}.{80 + cable}.2" for cable in (1, 2)]
         world.have_paths(*ways)
         world.start_in(near.name, far.name)
+        # A path that joins behind the refresh would have nothing to carry of it.
+        world.all_up()
         world.at("primary", "qdsrefresh", "--full")
         world.all_up()
         sent = [path["sent_bytes"] for path in world.wire()["paths"]]
