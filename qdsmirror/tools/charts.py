@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,7 +74,8 @@ def _joined(found: list[float | None], points: Sequence[Point], frame: Frame) ->
 def top(values: Sequence[float | None]) -> float:
     """Give the round number at which a scale ends."""
     most = max((value for value in values if value is not None), default=0.0)
-    if most <= 0:
+    # What a float does not hold in full is nothing: its power of ten may be zero.
+    if most < sys.float_info.min:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= most * (1 - 1e-9))

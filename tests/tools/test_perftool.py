@@ -169,7 +169,15 @@ class ChartTests(SynchronousTestCase):
         self.assertTrue(all(len(line) <= max(width, 19) for line in lines))
 
     def test_scales(self) -> None:
-        for most, end in ((0, 1), (0.03, 0.05), (1, 1), (1.01, 2), (60, 100), (199, 200)):
+        for most, end in (
+            (0, 1),
+            (5e-324, 1),
+            (0.03, 0.05),
+            (1, 1),
+            (1.01, 2),
+            (60, 100),
+            (199, 200),
+        ):
             self.assertEqual(charts.top([None, most]), end)
 
     def test_numbers(self) -> None:
