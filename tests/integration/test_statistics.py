@@ -65,13 +65,17 @@ class StatisticsCase(TestCase):
     timeout = 400
 
     def begin(self, *options: str, throttles: Sequence[str] = (), host: str = "") -> World:
-        """Start a lab that looks once a second, with throttles at the primary."""
+        """Start a lab that looks once a second, with throttles at the primary.
+
+        :param throttles: ``@BASE@`` in them is the lab's directory.
+        """
         world = World(self, "--size", "4M", "--journal", "8M", *options)
         world.create()
         intervals = "[tunables]\nperf_interval = 1 s\nthrottle_interval = 1 s\n"
         world.edit_both("[ldsus]", f"{intervals}[ldsus]")
         if throttles:
             text = "\n".join(["", "[throttles]", *throttles, ""])
+            text = text.replace("@BASE@", str(world.base))
             with open(world.config("primary"), "a") as file:
                 file.write(text)
         with open(world.primary / "etc" / "qds.cfg", "a") as file:
@@ -180,15 +184,18 @@ class PagingTests(StatisticsCase):
     def test_a_link_that_fails_and_returns(self) -> None:
         """One page, one all clear, though the process is killed in between; programs as allowed."""
         relay = MailRelay(self)
+        # Ready from the start: to take up another configuration ends the process that mails.
+        program = "exec /bin/sh @BASE@/page 'a b'"
         world = self.begin(
             "--writelog", "8M",
             throttles=[
-                self.throttle("lost", "lag T> 5", 'mail a@b.example "link lost"', self.page()),
+                self.throttle("lost", "lag T> 5", 'mail a@b.example "link lost"', program),
                 self.throttle("back", "lag T<= 5", 'mail pager "all clear"', 'console "all clear"'),
             ],
             host=f"mail_relay = 127.0.0.1:{relay.port}\nallow_exec = yes\n",
         )  # fmt: skip
-        self.script(world)
+        line = f'echo "$QDS_GROUP $QDS_THROTTLE $QDS_TEST" >>{world.base}/paged\n'
+        (world.base / "page").write_text(line)
         # Before the first evaluation nothing was so: all is clear now.
         world.until(lambda: relay.subjects() == ["dsgrp000: all clear"], "the first all clear")
         world.stop("secondary")
@@ -215,16 +222,6 @@ class PagingTests(StatisticsCase):
         self.assertEqual(len(self.paged(world)), 1)
         world.start("secondary")
         world.settle()
-
-    def page(self) -> str:
-        return "exec /bin/sh @SCRIPT@ 'a b'"
-
-    def script(self, world: World) -> None:
-        """Give the program its place, before its throttle fires."""
-        path = world.base / "page"
-        path.write_text(f'echo "$QDS_GROUP $QDS_THROTTLE $QDS_TEST" >>{world.base}/paged\n')
-        world.edit(world.config("primary"), "@SCRIPT@", str(path))
-        world.at("primary", "qdsconfigtool", "apply")
 
     def paged(self, world: World) -> list[str]:
         path = world.base / "paged"
