@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     look, broken = _look(cli.paths_of(arguments), arguments)
     if arguments.watch:
-        code = cli.report_all(broken, arguments.json)
+        cli.report_all(broken, arguments.json)
         interval = arguments.interval or INTERVAL_SECONDS_DEFAULT
         watch(look, max(interval, INTERVAL_SECONDS_MIN), arguments.json, broken=broken)
-        return code
+        return EXIT_OK
     if arguments.wait is not None:
         if broken:
             raise broken[0]
@@ -103,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.is_state is None and arguments.wait is None:
         info_view.show(groups)
     code = cli.report_all(broken, arguments.json)
-    if not code and arguments.is_state is not None and others(groups, arguments.is_state):
-        return EXIT_DEGRADED
-    return code
+    if arguments.is_state is None:
+        # What is asked for is the state of those that have one: that is reported.
+        return EXIT_OK
+    return code or (EXIT_DEGRADED if others(groups, arguments.is_state) else EXIT_OK)
 
 
 def schema_text() -> str:
