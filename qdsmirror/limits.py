@@ -375,6 +375,8 @@ MAIL_SECONDS_MAX = 60.0
 #: A mail that was not taken is tried again, so often in all, the first time after this, doubling.
 MAIL_ATTEMPTS = 5
 MAIL_RETRY_SECONDS = 10.0
+#: The end of the process that mails waits so long for those that the relay does not have yet.
+MAIL_END_SECONDS = 10.0
 ORDER_SECONDS_MAX = 20.0
 #: An action that keeps failing for the same reason is told again after this.
 FAILURE_AGAIN_SECONDS = 3600.0
@@ -457,6 +459,8 @@ assert CHILDREN_DEFAULT <= GROUPS_MAX
 assert CHILD_RESTART_SECONDS_MAX < CHILD_HEALTHY_SECONDS
 assert MEMORY_LOG_BYTES_MIN >= WRITELOG_BYTES_MIN + MEMORY_HEADER_BYTES
 assert MEMORY_DRAIN_SECONDS < STOP_SECONDS_MAX
+#: Who is being asked, and the log, may each take their time too; the rest is the disk's.
+assert MAIL_END_SECONDS + STATISTICS_ASK_SECONDS + LOG_END_SECONDS < STOP_SECONDS_MAX / 1.5
 #: JSON writes a character as up to 12 bytes.
 assert 12 * (REASON_CHARACTERS_MAX + DEVICE_PATH_BYTES_MAX) < CHANNEL_MESSAGE_BYTES_MAX
 assert PING_SECONDS * 2 < SILENT_PEER_SECONDS

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks, maybeDeferred
-from twisted.internet.task import deferLater
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks, maybeDeferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -35,6 +34,7 @@ from qdsmirror.limits import (
     EXEC_SECONDS_MAX,
     FAILURE_AGAIN_SECONDS,
     MAIL_ATTEMPTS,
+    MAIL_END_SECONDS,
     MAIL_RETRY_SECONDS,
     MAIL_SECONDS_MAX,
     ORDER_SECONDS_MAX,
@@ -45,13 +45,17 @@ from qdsmirror.net.mailing import compose, send_mail
 from qdsmirror.net.syslog import SOCKET, send_syslog
 from qdsmirror.paths import Paths
 
+#: Of mails that the relay has not taken when the process, or the group's statistics, must end.
+GIVEN_UP = "given up: the process is stopped"
+
 
 class Lane:
     """Things that are done one after another."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[], Any], Deferred[Any]]] = deque()
-        self._busy = False
+        self._running: Deferred[Any] | None = None
+        self._idle: list[Deferred[None]] = []
 
     def run(self, do: Callable[[], Any]) -> Deferred[Any]:
         """Do something when what was given before is done; fires with its result.
@@ -66,22 +70,37 @@ class Lane:
         self._go_on()
         return done
 
-    def drop(self) -> None:
-        """Forget what waits."""
-        self._waiting.clear()
+    def idle(self) -> Deferred[None]:
+        """Fire when nothing is being done, and nothing waits."""
+        idle: Deferred[None] = Deferred()
+        self._idle.append(idle)
+        self._go_on()
+        return idle
+
+    def give_up(self, why: str) -> None:
+        """End what is being done, and begin nothing that waits: all of it fails with this."""
+        while self._waiting:
+            self._waiting.popleft()[1].errback(QdsError(why))
+        if self._running is not None:
+            self._running.cancel()
 
     def _go_on(self) -> None:
-        if self._busy or not self._waiting:
+        if self._running is not None:
             return
-        self._busy = True
+        if not self._waiting:
+            idle, self._idle = self._idle, []
+            for one in idle:
+                one.callback(None)
+            return
         do, done = self._waiting.popleft()
+        self._running = running = maybeDeferred(do)
 
         def ended(result: Any) -> None:
-            self._busy = False
+            self._running = None
             done.callback(result)
             self._go_on()
 
-        maybeDeferred(do).addBoth(ended)
+        running.addBoth(ended)
 
 
 @dataclass
@@ -128,8 +147,8 @@ class Actions:
         self._wall = wall
         self._tell = tell
         self._mails = Lane()
-        #: Mails that the relay does not have yet.
-        self._unsent: list[tuple[Fired, Action]] = []
+        #: Fires when a mail that was not taken is to be tried again.
+        self._again: Deferred[None] | None = None
         self._ordered: set[tuple[str, str]] = set()
         self._owed: list[tuple[Fired, Action, str]] = []
         #: By throttle and action that failed last: when each message was told, monotonic seconds.
@@ -142,12 +161,21 @@ class Actions:
             EXEC: self._exec,
         }
 
-    def stop(self) -> None:
-        """Begin nothing more, and let no program go on."""
-        for fired, action in self._unsent:
-            self._failed(fired, action, QdsError("given up: the process is stopped"))
+    @inlineCallbacks
+    def stop(self) -> Any:
+        """Begin nothing more, and let no program go on; fires when mails are with the relay.
+
+        Their throttles have fired, and do not fire again for what they tell of: each has one more
+        attempt, and what the relay has not taken within MAIL_END_SECONDS in all is given up.
+        """
         self._stopped = True
-        self._mails.drop()
+        if self._again is not None:
+            self._again.callback(None)
+        sent = self._mails.idle()
+        timer = self._reactor.callLater(MAIL_END_SECONDS, self._mails.give_up, GIVEN_UP)
+        yield sent
+        if timer.active():
+            timer.cancel()
 
     def perform(self, fired: Fired, extended: Container[str]) -> None:
         """Do what a throttle says, in its order; what takes time goes on beside the rest.
@@ -226,15 +254,7 @@ class Actions:
     # -- mail -----------------------------------------------------------------------------------
 
     def _mail(self, fired: Fired, action: Action) -> None:
-        mail = (fired, action)
-        self._unsent.append(mail)
-
-        def ended(result: Any) -> Any:
-            self._unsent.remove(mail)
-            return result
-
-        sent = self._mails.run(partial(self._deliver, fired, action)).addBoth(ended)
-        self._report(fired, action, sent)
+        self._report(fired, action, self._mails.run(partial(self._deliver, fired, action)))
 
     @inlineCallbacks
     def _deliver(self, fired: Fired, action: Action) -> Any:
@@ -256,14 +276,24 @@ class Actions:
                     self._reactor, host.relay, sender, action.address, message, MAIL_SECONDS_MAX
                 )
             except QdsError:
-                if attempt + 1 == MAIL_ATTEMPTS:
+                if attempt + 1 == MAIL_ATTEMPTS or self._stopped:
                     raise
-                yield deferLater(self._reactor, MAIL_RETRY_SECONDS * 2**attempt)
-                if self._stopped:
-                    raise
+                yield self._pause(MAIL_RETRY_SECONDS * 2**attempt)
+            except CancelledError:
+                raise QdsError(GIVEN_UP) from None
             else:
                 return f"taken by {host.relay.host}"
         raise AssertionError
+
+    @inlineCallbacks
+    def _pause(self, seconds: float) -> Any:
+        """Wait before another attempt, unless there is no time for that."""
+        self._again = Deferred()
+        timer = self._reactor.callLater(seconds, self._again.callback, None)
+        yield self._again
+        self._again = None
+        if timer.active():
+            timer.cancel()
 
     # -- programs -------------------------------------------------------------------------------
 

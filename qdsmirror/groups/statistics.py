@@ -170,7 +170,13 @@ class StatisticsGroup:
             self.config, self._paths, self._reactor, means or Means(), machine.wall, tell
         )
         made = Throttling(self.config, machine.clock, self._actions, self._turn_knobs, tell)
-        rhythm = _Rhythm(self.config.tunables.throttle_interval, made.evaluate)
+
+        def evaluate(reading: Reading) -> None:
+            # What would fire now fires in a successor: it is not known to have fired.
+            if self._stopping is None:
+                made.evaluate(reading)
+
+        rhythm = _Rhythm(self.config.tunables.throttle_interval, evaluate)
         self._tuned["throttle_interval"] = rhythm
         self._rhythms.append(rhythm)
         return made
@@ -221,11 +227,11 @@ class StatisticsGroup:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
-        if self._actions is not None:
-            self._actions.stop()
+        ended = self._actions.stop() if self._actions is not None else succeed(None)
         if self._served:
             self._stopping = Deferred()
             yield self._stopping
+        yield ended
         yield self._tracking.stop(self._rows, self._events)
 
     def status(self) -> dict[str, Any]:

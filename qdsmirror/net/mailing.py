@@ -11,7 +11,7 @@ from email.policy import default
 from email.utils import formatdate, make_msgid
 from typing import Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThreadPool
 
 from qdsmirror.configvalues import Relay
@@ -43,12 +43,21 @@ def send_mail(
 ) -> Any:
     """Give a message to the relay; fires when that has it.
 
+    Cancelled, it ends the session with the relay.
+
     :param seconds: for the whole.
     :raises QdsError: the relay was not reached, refuses it, or did not answer in time.
+    :raises CancelledError: it was cancelled.
     """
     # On its first import Twisted's module asks the resolver for this host's name, and waits.
     smtp = yield deferToThreadPool(reactor, reactor.getThreadPool(), _load)
-    sent: Deferred[Any] = Deferred()
+
+    def cancel(_sent: Deferred[Any]) -> None:
+        # Else it would tell of the session's end, too.
+        factory.sendFinished = True
+        _give_up(factory, connector)
+
+    sent: Deferred[Any] = Deferred(cancel)
     factory = smtp.ESMTPSenderFactory(
         None,
         None,
@@ -69,6 +78,8 @@ def send_mail(
     timer = reactor.callLater(seconds, _give_up, factory, connector)
     try:
         yield sent
+    except CancelledError:
+        raise
     except Exception as error:  # noqa: BLE001 - Twisted's tree of errors, and the system's
         text = " ".join(str(error).split())
         raise QdsError(

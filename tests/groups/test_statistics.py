@@ -20,7 +20,7 @@ from qdsmirror.errors import DegradedError, QdsError, UnreachableError, UsageErr
 from qdsmirror.groups.actions import Means
 from qdsmirror.groups.statistics import Machine, StatisticsGroup
 from qdsmirror.groups.tracking import Tracking
-from qdsmirror.limits import FAILURE_AGAIN_SECONDS
+from qdsmirror.limits import FAILURE_AGAIN_SECONDS, MAIL_END_SECONDS
 from qdsmirror.net.asking import NobodyThereError
 from qdsmirror.net.control import Extend, Free, SetKnobs, Status
 from qdsmirror.paths import Paths
@@ -57,6 +57,10 @@ class StatisticsCase(SynchronousTestCase):
         self.syslog: list[str] = []
         self.mails: list[tuple[str, int, str, bytes]] = []
         self.mail_error: QdsError | None = None
+        #: What the relay answers, where it does not answer at once.
+        self.relays: list[Deferred[Any]] = []
+        self.cancelled: list[Deferred[Any]] = []
+        self.slow = False
         self.programs: list[tuple[tuple[str, ...], dict[str, str]]] = []
         self.program_error: QdsError | None = None
         self.master = 7
@@ -92,6 +96,9 @@ class StatisticsCase(SynchronousTestCase):
         self, _reactor: Any, relay: Any, sender: str, to: str, message: bytes, _: float
     ) -> Any:
         self.mails.append((relay.host, relay.port, to, message))
+        if self.slow:
+            self.relays.append(Deferred(self.cancelled.append))
+            return self.relays[-1]
         return fail(self.mail_error) if self.mail_error is not None else succeed(None)
 
     def program(self, argv: Any, variables: Any, _seconds: float, _given_up: Any) -> str:
@@ -703,15 +710,79 @@ class EndTests(StatisticsCase):
         self.assertEqual(self.events("done"), [])
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_a_mail_that_waits_for_its_next_attempt_is_given_up(self) -> None:
+    def pages(self) -> None:
+        """Have two mails fired, for a relay that lets one wait."""
+        self.host(HOST + "mail_relay = relay\n")
+        self.slow = True
+        self.begin(throttle("lag T> 0.1", 'mail a "b"', 'mail c "d"'))
+        self.assertEqual(len(self.mails), 1)
+
+    def test_the_relay_has_mails_before_the_end(self) -> None:
+        self.pages()
+        stopped = self.group.stop()
+        self.reactor.advance(MAIL_END_SECONDS / 2)
+        self.assertNoResult(stopped)
+        self.relays[0].callback(None)
+        self.assertEqual(len(self.mails), 2)
+        self.assertNoResult(stopped)
+        self.relays[1].callback(None)
+        self.successResultOf(stopped)
+        self.assertEqual(len(self.events("done")), 2)
+        self.assertEqual(self.events("failed"), [])
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_a_relay_that_does_not_answer_delays_the_end_for_a_while_only(self) -> None:
+        self.pages()
+        stopped = self.group.stop()
+        self.reactor.advance(MAIL_END_SECONDS - 0.1)
+        self.assertNoResult(stopped)
+        self.reactor.advance(0.1)
+        self.successResultOf(stopped)
+        self.assertEqual(len(self.mails), 1)
+        self.assertEqual(self.cancelled, self.relays)
+        first, second = self.events("failed")
+        for line, mail in ((first, 'mail c "d"'), (second, 'mail a "b"')):
+            self.assertIn(f"{mail}: given up: the process is stopped", line)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_a_relay_that_refuses_is_asked_once_more_at_the_end(self) -> None:
+        self.host(HOST + "mail_relay = relay\n")
+        self.mail_error = QdsError("refused")
+        self.begin(throttle("lag T> 0.1", 'mail a "b"', 'mail c "d"'))
+        self.assertEqual(len(self.mails), 1)
+        self.successResultOf(self.group.stop())
+        self.reactor.advance(1000.0)
+        self.assertEqual([one[2] for one in self.mails], ["a", "a", "c"])
+        self.assertEqual(len(self.events("failed")), 2)
+        for line in self.events("failed"):
+            self.assertTrue(line.endswith(": refused"), line)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_a_relay_that_is_back_has_what_waits_for_another_attempt(self) -> None:
         self.host(HOST + "mail_relay = relay\n")
         self.mail_error = QdsError("refused")
         self.begin(throttle("lag T> 0.1", 'mail a "b"'))
+        self.mail_error = None
         self.successResultOf(self.group.stop())
-        self.reactor.advance(1000.0)
+        self.assertEqual(len(self.events("done")), 1)
+        self.assertEqual(self.events("failed"), [])
+
+    def test_what_would_fire_at_the_end_fires_in_the_successor(self) -> None:
+        self.host(HOST + "mail_relay = relay\n")
+        page = throttle("lag T> 30", 'mail a "b"')
+        self.said["driver"]["lag"] = {"seconds": 0}
+        self.begin(page)
+        asked: Deferred[Any] = Deferred()
+        late, self.said["driver"] = {**self.said["driver"], "lag": {"seconds": 31}}, asked
+        self.pass_()
+        stopped = self.group.stop()
+        asked.callback(late)
+        self.successResultOf(stopped)
+        self.assertEqual((self.mails, self.events("fired")), ([], []))
+        self.said["driver"] = late
+        self.worker = ImmediateWorker()
+        self.begin(page)
         self.assertEqual(len(self.mails), 1)
-        self.assertEqual(len(self.events("failed")), 1)
-        self.assertIn("given up: the process is stopped", self.events("failed")[0])
 
 
 class ProgramTests(StatisticsCase):

@@ -11,7 +11,7 @@ from typing import Any
 
 import trustme
 from twisted.internet import reactor, ssl
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.protocol import Factory, Protocol
 from twisted.mail import smtp
 from twisted.trial.unittest import SynchronousTestCase, TestCase
@@ -99,6 +99,15 @@ class MailRelay:
         return lambda: Letter(self, str(user.dest))
 
 
+class Silent(Protocol):
+    """A relay that says nothing."""
+
+    lost = False
+
+    def connectionLost(self, reason: Any = None) -> None:  # noqa: N802
+        self.lost = True
+
+
 class MailCase(TestCase):
     timeout = 20
 
@@ -158,6 +167,28 @@ class MailTests(MailCase):
         self.addCleanup(port.stopListening)
         relay = Relay("127.0.0.1", port.getHost().port)
         await self.assertFailure(self.send(relay, 0.2), QdsError)
+
+    async def test_cancelled(self) -> None:
+        """Before its session and within it; that ends, and nothing else is told."""
+        silent: list[Silent] = []
+
+        class Remembering(Factory):
+            def buildProtocol(self, addr: Any) -> Silent:  # noqa: N802
+                silent.append(Silent())
+                return silent[-1]
+
+        port: Any = reactor.listenTCP(0, Remembering(), interface="127.0.0.1")  # type: ignore
+        self.addCleanup(port.stopListening)
+        relay = Relay("127.0.0.1", port.getHost().port)
+        sent = self.send(relay)
+        sent.cancel()
+        await self.assertFailure(sent, CancelledError)
+        self.assertEqual(silent, [])
+        sent = self.send(relay)
+        await until(lambda: any(one.connected for one in silent))
+        sent.cancel()
+        await self.assertFailure(sent, CancelledError)
+        await until(lambda: silent[0].lost)
 
 
 class ComposeTests(SynchronousTestCase):
