@@ -97,6 +97,8 @@ class PrimaryGroup:
         self.settings = LiveSettings(self, "pmd", self._go_by_settings)
         self._hold_back = HoldBack(self._reactor, self._send_more)
         self._retry = Retry(self._reactor, config.tunables.reconnect_max)
+        #: Somebody has acted since the attempt under way began.
+        self._outdated = False
         self._gsn: dict[str, int | None] = {"sent": None, "committed": None, "mirrored": None}
         self.link_state: dict[str, Any] = {"state": "stopped", "code": 0, "reason": "", "hint": ""}
 
@@ -191,9 +193,14 @@ class PrimaryGroup:
 
     async def _session(self, driver: PmdEnd) -> None:
         """Have one connection, from its making to its end, and the pause after it."""
+        self._outdated = False
         try:
             ended = await self._connect(driver)
         except REFUSALS as error:
+            if self._outdated:
+                # What it was refused for may be so no longer: to say so would mislead whoever
+                # has mended that and waits.
+                return
             awaits = isinstance(error, AwaitsRefreshError)
             said: dict[str, Any] = {
                 "diverged": isinstance(error, DivergedError) and not awaits,
@@ -271,11 +278,13 @@ class PrimaryGroup:
     def retry(self) -> None:
         """Do not wait any longer after a refusal: the operator says that something has changed."""
         self._retry.mended()
+        self._outdated = True
         if self.link_state["state"] == "refused":
             self.try_again()
 
     def try_again(self) -> None:
         """Try at once: what it was refused for may be so no longer."""
+        self._outdated = True
         if self.link_state["state"] == "refused":
             self._say("connecting", "")
         self._retry.wake()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from qdsmirror.errors import IdentityError
 from qdsmirror.groups.primary import PrimaryGroup
 from qdsmirror.groups.retry import Retry
 from qdsmirror.limits import REFUSED_RETRY_SECONDS, REFUSED_RETRY_SECONDS_MIN
@@ -22,6 +24,7 @@ class RefusedRetryTests(SynchronousTestCase):
     def group(self) -> Any:
         group = PrimaryGroup.__new__(PrimaryGroup)
         group._retry = Retry(Clock(), 1.0)
+        group._outdated = False
         group.link_state = {"state": "connecting"}
         return group
 
@@ -42,6 +45,37 @@ class RefusedRetryTests(SynchronousTestCase):
         # Also in the midst of an attempt, whose refusal then is of no long consequence.
         group.retry()
         self.assertEqual(self.pauses(group, 2), [1, 2])
+
+
+class OutdatedTests(SynchronousTestCase):
+    """An attempt that began before somebody has acted."""
+
+    def test_its_refusal_says_nothing(self) -> None:
+        clock = Clock()
+        group: Any = PrimaryGroup.__new__(PrimaryGroup)
+        group.name, group._driver, group._ways = "dsgrp000", None, mock.Mock()
+        group.config = mock.Mock()
+        group._retry = Retry(clock, 1.0)
+        for act in (group.retry, group.try_again, None):
+            for state in ("connecting", "refused"):
+                group.link_state = {"state": state, "reason": "", "code": 0, "hint": ""}
+
+                async def connect(_driver: Any, act: Any = act) -> Any:
+                    if act is not None:
+                        act()
+                    raise IdentityError("another secret", "mend it")
+
+                group._connect = connect
+                session = ensureDeferred(group._session(mock.Mock()))
+                if act is None:
+                    # As ever: it is told, and tried again after a pause.
+                    self.assertNoResult(session)
+                    self.assertEqual(group.link_state["state"], "refused")
+                    clock.advance(REFUSED_RETRY_SECONDS)
+                else:
+                    self.assertEqual(group.link_state["state"], "connecting")
+                self.successResultOf(session)
+                self.assertEqual(clock.getDelayedCalls(), [])
 
 
 class StoppedTests(SynchronousTestCase):
