@@ -23,8 +23,9 @@ from qdsmirror.errors import (
 from qdsmirror.paths import Paths
 from qdsmirror.tools.client import LAUNCHERS, ControlClient
 
-#: For one daemon's answer; they answer from memory.
-ASK_SECONDS = 2.0
+#: For one daemon's answer.  They answer from memory, but a busy machine may not let them at once;
+#: one that is taken for gone is a false alarm.
+ASK_SECONDS = 5.0
 
 Group = dict[str, Any]
 #: Asks the daemon behind a control socket for its status.
