@@ -116,7 +116,7 @@ TESTS: dict[int, tuple[str, ...]] = {
     ),
     9: (
         "storage.test_writelog.test_a_full_log_still_takes_control_frames",
-        "groups.test_bypass.test_a_break_leaves_room_for_what_must_follow",
+        "groups.test_wayout.test_a_break_leaves_room_for_what_must_follow",
     ),
     10: (
         "storage.test_device.test_shared_descriptor",

@@ -417,7 +417,7 @@ class Backfresh:
         self._states = {}
         if generations:
             try:
-                yield group.bypass.begin_generation(generations)
+                yield group.way_out.begin_generation(generations)
             except QdsError as error:
                 # A writelog has failed, and is gone past: the data devices are whole.
                 group.note_error(f"backfresh: its new generation: {error.message}")

@@ -2,10 +2,7 @@
 
 Entering (rules.md 11): framing stops; a break is framed; every frame is made durable, applied and
 synced; the dirty bitmaps are cleared, if the mirror was coherent; mode and ``applied`` are made
-durable everywhere; only then writes go past the writelog.  Leaving: the direct writes are synced;
-a new generation and a refresh are made durable everywhere; its first frame is a switch that names
-the generation before (rules.md 7).  What a crash interrupts is completed at the next start
-(:func:`qdsmirror.core.generations.settle`).
+durable everywhere; only then writes go past the writelog.  Leaving: :mod:`qdsmirror.groups.wayout`.
 """
 
 from __future__ import annotations
@@ -17,24 +14,20 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.logger import Logger
 
-from qdsmirror.core.frames import BREAK, HEADER_BYTES, SWITCH
-from qdsmirror.core.generations import Settled, grown
-from qdsmirror.core.records import Cursor, Generation
+from qdsmirror.core.frames import BREAK, HEADER_BYTES
+from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event
 from qdsmirror.errors import DegradedError, QdsError, UsageError
 from qdsmirror.limits import OVERFLOW_AGAIN_SECONDS, OVERFLOW_WAIT_SECONDS
 
 if TYPE_CHECKING:
     from qdsmirror.groups.driver import DriverGroup
-    from qdsmirror.groups.framing import UnitFrame
     from qdsmirror.groups.unit import DriverUnit
 
 OFF, ENTERING, ON, LEAVING = "off", "entering", "on", "leaving"
 
 #: Control frames that must still find room after a break: switch, begin and end of a refresh.
 _ROOM_AFTER_BREAK = 3
-#: Before leaving: the switch and the refresh's begin.
-_ROOM_TO_LEAVE = 2
 
 
 class Bypass:
@@ -68,7 +61,7 @@ class Bypass:
         """Be in bypass: it is durable."""
         self.state = dict(state)
         self._tried = False
-        self._become(ON)
+        self.become(ON)
 
     @property
     def reason(self) -> str:
@@ -116,7 +109,11 @@ class Bypass:
         self.poke()
         return fired
 
-    def _become(self, phase: str) -> None:
+    def become(self, phase: str) -> None:
+        """Be in another phase.
+
+        :param phase: OFF, ENTERING, ON or LEAVING.
+        """
         self.phase = phase
         self._group.answering.look()
         self.poke()
@@ -184,7 +181,11 @@ class Bypass:
 
     # -- entering -------------------------------------------------------------------------------
 
-    def _check_logs(self) -> None:
+    def check_logs(self) -> None:
+        """Refuse to go on where the writelogs cannot.
+
+        :raises DeviceFailedError: a device has failed.
+        """
         self._group.failures.check_logs("way into or out of bypass")
 
     def switch(self, to: str) -> Deferred[dict[str, Any]]:
@@ -200,7 +201,11 @@ class Bypass:
             raise UsageError(f"bypass cannot be {to}", hint="qdsbypass on, or qdsbypass off")
         return self._group.coherence.leave_bypass()
 
-    def _refuse_half_way(self) -> None:
+    def refuse_half_way(self) -> None:
+        """Refuse what cannot be on the way into or out of bypass.
+
+        :raises DegradedError: the group is on one.
+        """
         if self.phase in (ENTERING, LEAVING):
             name, number = self._group.name, self._group.number
             raise DegradedError(
@@ -215,9 +220,9 @@ class Bypass:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
-        self._refuse_half_way()
+        self.refuse_half_way()
         group.modes.refuse(Event.BYPASS_BEGUN, *group.backfresh.coming)
-        self._check_logs()
+        self.check_logs()
         yield self._enter(reason)
         return self.status()
 
@@ -244,7 +249,7 @@ class Bypass:
             # Over what stands in memory only, the bits stay.
             if group.coherent and not group.memory.used:
                 yield gatherResults([unit.direct.clear_dirty() for unit in group.units])
-                self._check_logs()
+                self.check_logs()
             yield group.checkpoints.record_everywhere(
                 bypass=state,
                 refresh=None,
@@ -288,7 +293,7 @@ class Bypass:
     def is_all_applied(self) -> bool:
         """Whether everything framed is durable, applied and synced, and the superblocks say so."""
         group = self._group
-        self._check_logs()
+        self.check_logs()
         group.failures.check_recorded()
         checkpoints = group.checkpoints
         if checkpoints.running or any(unit.has_frames for unit in group.units):
@@ -299,7 +304,7 @@ class Bypass:
         return False
 
     def _resume_framing(self) -> None:
-        self._become(OFF)
+        self.become(OFF)
         if self._group.refresh_job is not None:
             self._group.refresh_job.poke()
         for unit in self._group.units:
@@ -349,159 +354,15 @@ class Bypass:
         except QdsError as error:
             group.note_error(f"bypass cannot be left: {error.message}")
 
-    def next_generation(self) -> tuple[Generation, ...]:
-        """Give the list with the generation that leaving bypass begins.
-
-        :raises DegradedError: bypass cannot be left (yet), or is not on.
-        :raises DeviceFailedError: a device has failed.
-        """
-        group = self._group
-        self._check_may_leave()
-        generations = self._grown(os.urandom(16))
-        if generations is None:
-            raise DegradedError(
-                f"{group.name}: the secondary must first commit what was written before the "
-                "bypass: its writelogs have no room for another refresh",
-                hint=self._way_to_room(),
-            )
-        return generations
-
-    def _check_may_leave(self) -> None:
-        group = self._group
-        self._refuse_half_way()
-        group.modes.refuse(Event.BYPASS_ENDED)
-        self._check_logs()
-        group.failures.check_data("way out of bypass")
-
-    def _grown(self, ident: bytes) -> tuple[Generation, ...] | None:
-        """Give the list with another generation, unless there is no room for its beginning."""
-        group = self._group
-        log = group.units[0].writelog
-        if log.control_room(HEADER_BYTES + 16) < _ROOM_TO_LEAVE:
-            return None
-        upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
-        return grown(log.superblock.generations, Generation(ident, group.next_gsn), upto)
-
-    def _way_to_room(self) -> str:
-        group = self._group
-        back = "bring the secondary back; if it lost the history, "
-        if group.memory.used:
-            return f"{back}begin the writelogs in memory anew (killdriver, launchdriver)"
-        return f"{back}ask again once qdsinfo -g {group.number} says so"
-
-    @property
-    def holds_unsendable(self) -> bool:
-        """Whether full writelogs hold what the secondary, of another history, can never take."""
-        group = self._group
-        return (
-            self.phase == ON
-            and bool(group.pmd.link.get("diverged"))
-            and not group.coherence.tracked
-            and self._grown(b"") is None
-        )
-
-    @inlineCallbacks
-    def give_up_unsendable(self) -> Any:
-        """Let the writelogs be empty, durably: what fills them can never be sent.
-
-        All of it is on the data devices, synced, and the refresh that leads out looks at every
-        block.  A secondary that could have taken it is told to begin anew too, should it come back.
-
-        :raises QdsError: as for :meth:`next_generation`; or it cannot be recorded.
-        """
-        group = self._group
-        self._check_may_leave()
-        self.phase = LEAVING
-        try:
-            # What was worked out before must not be recorded behind it.
-            checkpoints = group.checkpoints
-            yield self.until(lambda: not (checkpoints.running or checkpoints.recording))
-            self._check_logs()
-            self.log.warn(
-                "{group}: what was to be sent before the bypass is given up: the secondary's "
-                "history is another one", group=group.name,
-            )  # fmt: skip
-            group.stand_at(
-                [
-                    Cursor(unit.applied_end, group.next_gsn, {unit.index: unit.applied_point})
-                    for unit in group.units
-                ]
-            )
-            group.pmd.renew()
-            yield checkpoints.record_everywhere(
-                coherent=False,
-                tracked=False,
-                reason=group.coherence.reason,
-                **checkpoints.each_cursor(),
-            )
-        finally:
-            self._become(ON)
-            for unit in group.units:
-                unit.direct.begin()
-
-    @inlineCallbacks
-    def leave(self, generations: tuple[Generation, ...], **changes: Any) -> Any:
-        """Leave bypass: fires when the new generation has begun, durably.
-
-        :param generations: see :meth:`next_generation`; no other call comes between.
-        :param changes: fields of the superblocks that change with it: those of the refresh.
-        """
-        group = self._group
-        self.phase = LEAVING
-        try:
-            yield self.until(self._is_all_written)
-            yield self.sync()
-            self._check_logs()
-            group.failures.check_data("way out of bypass")
-            yield group.checkpoints.record_everywhere(
-                bypass=None, generations=generations, **changes
-            )
-        except Exception:
-            self._become(ON)
-            for unit in group.units:
-                unit.direct.begin()
-            raise
-        yield self.begin_generation(generations)
-
-    def _is_all_written(self) -> bool:
-        """Whether every direct write is answered; one whose bits cannot be durable never is."""
-        self._check_logs()
-        return not any(unit.direct.busy for unit in self._group.units)
-
-    @inlineCallbacks
-    def begin_generation(self, generations: tuple[Generation, ...]) -> Any:
-        """Begin the newest of these with its switch; fires when that is durable.
-
-        :param generations: what the superblocks have by now.
-        """
-        group = self._group
-        self.state = None
-        group.generation = generations[-1].id
-        group.pmd.tell_generations([generation.id for generation in generations])
-        first = group.units[0]
-        mark: list[UnitFrame | None] = []
-        first.own_frames.when_free(
-            lambda: mark.append(first.own_frames.control(SWITCH, generations[-2].id))
-        )
-        # Until it is durable nothing else may be: a void range cannot begin a generation.
-        try:
-            yield self.until(lambda: self._is_durable(mark))
-        except QdsError:
-            # A writelog has failed, and so bypass is entered again.
-            self._become(OFF)
-            raise
-        self._ended_at = group.runtime.reactor.seconds()
-        for unit in group.units:
+    def ended(self) -> None:
+        """Learn that bypass is left: the new generation has begun, durably."""
+        self._ended_at = self._group.runtime.reactor.seconds()
+        for unit in self._group.units:
             unit.direct.release()
 
     def left(self) -> None:
         """Go back to the writelogs: the refresh stands that leads out."""
         self._resume_framing()
-
-    def _is_durable(self, mark: list[UnitFrame | None]) -> bool:
-        self._check_logs()
-        frame = mark[0] if mark else None
-        return frame is not None and frame.gsn_last <= self._group.durable_gsn
 
     def sync(self) -> Deferred[Any]:
         """Make every direct write durable."""

@@ -128,12 +128,12 @@ class Coherence:
         :raises DeviceFailedError: a device has failed.
         """
         group = self._group
-        if group.bypass.holds_unsendable:
+        if group.way_out.holds_unsendable:
             self._choose(kind)
-            yield group.bypass.give_up_unsendable()
-        generations = group.bypass.next_generation()
+            yield group.way_out.give_up_unsendable()
+        generations = group.way_out.next_generation()
         job = Refresh(group, self._choose(kind))
-        yield group.bypass.leave(generations, **self._marks(job))
+        yield group.way_out.leave(generations, **self._marks(job))
         self.job = job
         group.modes.happen(Event.BYPASS_ENDED, group.runtime.wall(), "bypass was left")
         job.begin()

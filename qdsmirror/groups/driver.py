@@ -40,6 +40,7 @@ from qdsmirror.groups.restart import open_devices, recover
 from qdsmirror.groups.runtime import Runtime
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.groups.verifying import Verifying
+from qdsmirror.groups.wayout import WayOut
 from qdsmirror.interfaces import IGroup
 from qdsmirror.paths import Paths
 from qdsmirror.storage.latch import FailureLatch
@@ -89,6 +90,7 @@ class DriverGroup:
         self.coherence = Coherence(self)
         self.checkpoints = Checkpoints(self)
         self.bypass = Bypass(self)
+        self.way_out = WayOut(self)
         self.backfresh = Backfresh(self)
         self.answering = Answering(self)
         self.pmd = Attachment(self)

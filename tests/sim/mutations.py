@@ -44,6 +44,7 @@ from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.groups.verify import Verify
 from qdsmirror.groups.verifying import Verifying
 from qdsmirror.groups.waiting import WaitingRequests
+from qdsmirror.groups.wayout import WayOut
 from qdsmirror.storage import journal as journal_module
 from qdsmirror.storage import logreader as logreader_module
 from qdsmirror.storage import recovery as recovery_module
@@ -412,7 +413,7 @@ def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
 
 @mutation("TAIL", seeds=200, first=70)
 def _what_could_be_sent_is_given_up(patch: Patch) -> None:
-    patch(Bypass, "holds_unsendable", property(lambda bypass: bypass.phase == ON))
+    patch(WayOut, "holds_unsendable", property(lambda way: way._bypass.phase == ON))
 
 
 @mutation("GENERATION", seeds=600, first=190)

@@ -485,7 +485,7 @@ class World(Clients):
         if group is None or group.bypass.phase != "on":
             return False
         try:
-            group.bypass.next_generation()
+            group.way_out.next_generation()
         except DegradedError:
             return True
         except QdsError:
