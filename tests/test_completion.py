@@ -78,7 +78,7 @@ class FilesTests(TestCase):
         for shell in ("bash", "zsh"):
             if shutil.which(shell) is not None:
                 file = str(COMPLETION / shell / "_qdsmirror")
-                done = subprocess.run([shell, "-n", file], capture_output=True, timeout=60)
+                done = subprocess.run([shell, "-n", file], capture_output=True, timeout=240)
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
                 checked += 1
         if not checked:
@@ -112,7 +112,7 @@ class BashTests(ShellTestCase):
             ["bash", "-c", BASH.format(completion=COMPLETION), "-", str(self.root), *words],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             env=environment,
         )
         self.assertEqual(done.stderr, "", words)
@@ -192,7 +192,7 @@ class ZshTests(ShellTestCase):
         environment = {**os.environ, "QDS_ROOT": str(self.root), "COMPLETION": str(COMPLETION)}
         environment |= {"TERM": "dumb", "HOME": str(self.root)}
         command = ["zsh", "-f", "-c", DRIVE, "-", line]
-        subprocess.run(command, capture_output=True, timeout=60, env=environment)
+        subprocess.run(command, capture_output=True, timeout=240, env=environment)
         return set((self.root / "offered").read_text().split("\n")) - {""}
 
     def test_what_is_offered(self) -> None:

@@ -208,7 +208,7 @@ class ImportRuleTests(TestCase):
             cwd=PACKAGE.parent,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
 

@@ -251,7 +251,7 @@ class FormTests(TestCase):
                 ["mandoc", "-T", "lint", "-W", "warning", path],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=240,
             )
             self.assertEqual((result.returncode, result.stdout), (0, ""), path.name)
 
@@ -265,7 +265,7 @@ class FormTests(TestCase):
                 env={"MANWIDTH": "80", "PATH": "/usr/bin:/bin", "MANPAGER": "cat", "LC_ALL": "C"},
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=240,
             )
             self.assertEqual((result.returncode, result.stderr), (0, ""), path.name)
             self.assertIn("NAME", re.sub(".\b", "", result.stdout), path.name)

@@ -223,6 +223,6 @@ class MetricsTests(SynchronousTestCase):
             ["promtool", "check", "metrics"],
             input=render(self.host.look()),
             capture_output=True,
-            timeout=60,
+            timeout=240,
         )
         self.assertEqual((checked.returncode, checked.stdout, checked.stderr), (0, b"", b""))

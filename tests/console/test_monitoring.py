@@ -31,7 +31,7 @@ TOPICS = ("Lags", "WritelogFilling", "WritelogFullSoon", "NotCoherent", "Refresh
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("promtool") is None:
         raise SkipTest("promtool is missing")
-    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=240)
 
 
 def metrics_in(text: str) -> set[str]:

@@ -63,7 +63,7 @@ class Handler:
 class ControlAuditTests(TestCase):
     """Commands over a real socket."""
 
-    timeout = 30
+    timeout = 300
 
     def setUp(self) -> None:
         self.root = Path(tempfile.mkdtemp(dir="/tmp"))
@@ -77,7 +77,7 @@ class ControlAuditTests(TestCase):
         self.addCleanup(self.server.stop)
 
     def call(self, command: str, **arguments: str) -> Deferred[Any]:
-        return deferToThread(ControlClient(self.root / "ctl", 10).call, command, **arguments)
+        return deferToThread(ControlClient(self.root / "ctl", 120).call, command, **arguments)
 
     async def test_done(self) -> None:
         await self.call("Bypass", to="on")
@@ -140,7 +140,7 @@ class FileTests(SynchronousTestCase):
 
     def write(self, **fields: Any) -> None:
         self.writer.record(fields)
-        self.assertTrue(self.writer.finish(30))
+        self.assertTrue(self.writer.finish(120))
 
     def test_mode_and_names(self) -> None:
         self.write(event="asked", uid=0, login_uid=os.getuid())
@@ -171,7 +171,7 @@ class FileTests(SynchronousTestCase):
         self.assertEqual(output.getvalue().count("nothing can be written into the audit log"), 1)
         self.path.rmdir()
         self.write(event="three")
-        self.writer.finish(30)
+        self.writer.finish(120)
         first, second = records(self.path)
         self.assertEqual((first["event"], second["event"]), ("three", "lost"))
         self.assertEqual(second["records"], 2)
@@ -189,7 +189,7 @@ class FileTests(SynchronousTestCase):
         )
         command = [sys.executable, "-c", program, str(self.path)]
         running = [subprocess.Popen(command) for _ in range(3)]
-        self.assertEqual([one.wait(60) for one in running], [0, 0, 0])
+        self.assertEqual([one.wait(240) for one in running], [0, 0, 0])
         self.assertEqual(len(records(self.path)), 150)
 
     def test_of_a_root_the_file_is_the_daemons(self) -> None:

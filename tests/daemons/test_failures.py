@@ -26,7 +26,7 @@ _WRITE, _FUA, _BLOCK = 1, 1, 4096
 
 def write_durably(path: str, export: str) -> int:
     """Write a block with FUA; give the NBD error that it is answered with, or 0."""
-    client = NbdClient.connect(path, export, 20)
+    client = NbdClient.connect(path, export, 240)
     with client._socket as connection:
         connection.sendall(struct.pack(">IHHQQI", 0x25609513, _FUA, _WRITE, 7, 0, _BLOCK))
         connection.sendall(bytes(_BLOCK))
@@ -40,7 +40,7 @@ def write_durably(path: str, export: str) -> int:
 
 
 class FailureTests(MasterCase):
-    timeout = 60
+    timeout = 300
 
     async def site(self) -> Any:
         """Real devices, and a master whose state files cannot be written."""

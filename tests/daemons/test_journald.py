@@ -43,7 +43,7 @@ class JournalCase(SynchronousTestCase):
         self.journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.addCleanup(self.journal.close)
         self.journal.bind(self.path)
-        self.journal.settimeout(30)
+        self.journal.settimeout(120)
         self.patch(journald, "SOCKET", self.path)
 
     def receive(self) -> dict[str, str]:
@@ -134,10 +134,10 @@ class JournalTests(JournalCase):
         os.unlink(self.path)
         self.log.info("one")
         self.log.info("two")
-        self.assertTrue(self.writer.finish(30))
+        self.assertTrue(self.writer.finish(120))
         again = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.addCleanup(again.close)
-        again.settimeout(30)
+        again.settimeout(120)
         again.bind(self.path)
         self.log.info("three")
         self.assertEqual(parse(again.recv(9999))["MESSAGE"], "three")
@@ -157,7 +157,7 @@ class StreamTests(JournalCase):
 
     def run_program(self, other: int) -> str:
         command = [sys.executable, "-c", self.PROGRAM, self.path, str(other)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         return done.stderr
 
     def test_a_stream_that_is_the_journals(self) -> None:

@@ -26,7 +26,7 @@ class LogWriterTests(SynchronousTestCase):
         """Read until this has come."""
         data = b""
         while enough not in data:
-            ready, _, _ = select.select((self.end,), (), (), 10)
+            ready, _, _ = select.select((self.end,), (), (), 120)
             self.assertTrue(ready, data[-200:])
             data += os.read(self.end, 1 << 16)
         return data.decode()
@@ -35,7 +35,7 @@ class LogWriterTests(SynchronousTestCase):
         writer = self.pipe()
         for number in range(20):
             writer.write(f"line {number}\n")
-        self.assertTrue(writer.finish())
+        self.assertTrue(writer.finish(120))
         self.assertEqual(self.read(b"19\n").splitlines(), [f"line {n}" for n in range(20)])
 
     def test_a_pipe_that_nobody_reads(self) -> None:
@@ -62,7 +62,7 @@ class LogWriterTests(SynchronousTestCase):
         self.addCleanup(os.close, write)
         writer = LogWriter(write)
         writer.write("lost\n")
-        self.assertTrue(writer.finish())
+        self.assertTrue(writer.finish(120))
         self.assertEqual(writer.dropped, 1)
 
     def test_a_descriptor_that_does_not_block(self) -> None:
@@ -85,7 +85,7 @@ class LogWriterTests(SynchronousTestCase):
             "logs.begin('rmd'); [Logger('qdsmirror').info('line{n}', n=n) for n in range(50)]"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=240
         )
         self.assertEqual(len(done.stderr.splitlines()), 50)
         self.assertTrue(done.stderr.endswith("line49\n"))
@@ -93,10 +93,10 @@ class LogWriterTests(SynchronousTestCase):
     def test_after_a_fork(self) -> None:
         writer = self.pipe()
         writer.write("parent\n")
-        self.assertTrue(writer.finish())
+        self.assertTrue(writer.finish(120))
         child = os.fork()
         if not child:
             writer.write("child\n")
-            os._exit(0 if writer.finish(5) else 1)
+            os._exit(0 if writer.finish(120) else 1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(self.read(b"child\n"), "parent\nchild\n")

@@ -30,7 +30,7 @@ from tests.daemons.world import CHILD, MASTER, WorldCase, alive, until
 def greeting(path: str) -> bytes:
     """Connect to a fake driver and read its greeting; waits as long as the backlog does."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(30)
+        client.settimeout(120)
         client.connect(path)
         return client.recv(100)
 

@@ -334,7 +334,7 @@ class OwnVigilTests(NotifyCase):
 class DaemonTests(WorldCase):
     """A master process with a service manager above it, and children that are processes too."""
 
-    timeout = 120
+    timeout = 300
 
     async def ended(self, process: Any, protocol: Ended) -> None:
         """Leave no process behind when the test has failed."""

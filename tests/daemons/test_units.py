@@ -33,7 +33,7 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
         raise SkipTest("systemd-analyze is missing")
     return subprocess.run(
-        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60
+        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=240
     )
 
 
@@ -126,6 +126,6 @@ class UnitTests(SynchronousTestCase):
         ours.write_text(text.replace("su qdsmirror qdsmirror", f"su {user} {group}"))
         ours.chmod(0o644)
         done = subprocess.run(
-            ["logrotate", "--debug", str(ours)], capture_output=True, text=True, timeout=60
+            ["logrotate", "--debug", str(ours)], capture_output=True, text=True, timeout=240
         )
         self.assertNotIn("error:", done.stderr)

@@ -19,7 +19,7 @@ Steps = Generator[Deferred[Any], Any, None]
 
 
 class VisitTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_a_session_goes_on(self) -> Steps:

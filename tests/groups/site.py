@@ -34,7 +34,7 @@ from tests.groups.world import FakeConnection
 
 reactor: Any = _reactor
 Steps = Generator[Deferred[Any], Any, Any]
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 MIB = 1 << 20
 
 

@@ -25,7 +25,7 @@ CHUNK = 64 << 10
 
 
 class BackfreshTestCase(TestCase):
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def begin_work(self, **more: Any) -> Steps:

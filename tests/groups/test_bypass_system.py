@@ -16,7 +16,7 @@ Steps = Generator[Deferred[Any], Any, None]
 
 
 class BypassTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     def sites(self, **more: Any) -> Sites:
         sites = Sites(self, writelog=512 * KIB, size=MIB, **more)

@@ -269,7 +269,7 @@ class DataDeviceTests(SynchronousTestCase):
 
 
 class MirrorDeviceTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_a_mirror_that_was_written_to_takes_nothing_but_a_refresh(self) -> Steps:

@@ -506,7 +506,7 @@ class Run:
 class SiteTests(TestCase):
     """Both sites: the log is extended while the link is down, and freed when it is back."""
 
-    timeout = 60
+    timeout = 300
 
     def make(self) -> Sites:
         sites = Sites(self, ldsus=1, writelog=512 * KIB)

@@ -17,7 +17,7 @@ Steps = Generator[Deferred[Any], Any, None]
 
 
 class LiveTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_at_every_daemon(self) -> Steps:

@@ -17,7 +17,7 @@ from tests.groups.site import MIB, Sites, Steps, reactor
 
 
 class PathTests(TestCase):
-    timeout = 120
+    timeout = 300
 
     @inlineCallbacks
     def start(self, **how: Any) -> Steps:

@@ -95,7 +95,7 @@ class HashingTests(SynchronousTestCase):
 class RelayTests(TestCase):
     """Both sites over TLS."""
 
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_asked_over_the_link(self) -> Steps:

@@ -19,7 +19,7 @@ BLOCK = 4096
 
 
 class ReplacedSecondaryTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     def blank(self, sites: Sites) -> None:
         sites.initialise_journal()

@@ -320,7 +320,7 @@ class SmartRefreshTests(SynchronousTestCase):
 class SitesTests(TestCase):
     """Both sites, with writes that go on."""
 
-    timeout = 120
+    timeout = 300
 
     def fill(self, sites: Sites, ldsu: int, content: bytes) -> None:
         (sites.base / f"data{ldsu}").write_bytes(content)

@@ -23,7 +23,7 @@ Steps = Generator[Deferred[Any], Any, None]
 class LinkTests(TestCase):
     """Nothing lost, nothing doubled, whatever happens to the link."""
 
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_writes_reach_the_mirror(self) -> Steps:
@@ -198,7 +198,7 @@ class LinkTests(TestCase):
 class RefreshTests(TestCase):
     """A full refresh between writes that go on."""
 
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def fill(self, sites: Sites) -> Steps:

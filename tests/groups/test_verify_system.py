@@ -58,7 +58,7 @@ class VerifySites(Sites):
 
 
 class VerifyTests(TestCase):
-    timeout = 60
+    timeout = 300
 
     @inlineCallbacks
     def test_an_equal_mirror_is_found_equal_while_writes_go_on(self) -> Steps:

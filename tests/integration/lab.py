@@ -24,14 +24,20 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.config import load_groups, load_host
 from qdsmirror.paths import Paths
+from qdsmirror.tools.client import ControlClient
 from qdsmirror.tools.status import collect_groups
 from tests.integration.commands import COMMANDS
 from tests.integration.schema import keep_to_schema
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = Path(__file__).with_name("quiet")
-COMMAND_SECONDS = 90.0
+#: How long anything may take that must happen: on a busy machine far longer than on an idle one,
+#: where all of it takes some seconds.
+WAIT_SECONDS = 120.0
+COMMAND_SECONDS = 240.0
 POLL_SECONDS = 0.05
+#: For a daemon's answer, which may be late; nobody takes silence for one here.
+ASK_SECONDS = 30.0
 #: Memory files where they are to be had: the tests are about processes, not about disks.
 _PLACES = ("/dev/shm", "/tmp")
 
@@ -56,6 +62,14 @@ def draw_seed(test: TestCase) -> int:
     seed = int(os.environ.get("QDS_SEED") or random.randrange(1 << 32))
     print(f"QDS_SEED={seed} {test.id()}", flush=True)
     return seed
+
+
+def ask_patiently(path: Path) -> dict[str, Any]:
+    """Ask a daemon for its status, however busy the machine is.
+
+    :raises UnreachableError: nobody answers there.
+    """
+    return ControlClient(path, ASK_SECONDS).call("Status")
 
 
 class LabFixture:
@@ -159,7 +173,7 @@ class LabFixture:
     def stop(self, *sites: str) -> None:
         self.tool("qdslab", "stop", str(self.directory), *sites)
 
-    def wait(self, state: str, seconds: float = 60.0, site: str = "primary") -> None:
+    def wait(self, state: str, seconds: float = WAIT_SECONDS, site: str = "primary") -> None:
         """Wait for a state of all groups."""
         self.tool(
             "qdsinfo", "--root", str(self.directory / site),
@@ -174,7 +188,7 @@ class LabFixture:
         """Give all groups as ``qdsinfo --json`` shows them, without a process for each look."""
         paths = Paths.of(self.directory / site)
         host = load_host(paths).name
-        found = collect_groups(paths, host, load_groups(paths))
+        found = collect_groups(paths, host, load_groups(paths), ask_patiently)
         keep_to_schema({"schema": 1, "host": host, "groups": found})
         return found
 
@@ -204,7 +218,7 @@ class LabFixture:
         os.kill(pid, number)
         return pid
 
-    def until(self, happened: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    def until(self, happened: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
         """Wait until something is true; give it."""
         deadline = time.monotonic() + seconds
         while not (found := happened()):
@@ -214,11 +228,19 @@ class LabFixture:
         return found
 
     def kill_all(self) -> None:
-        """Leave no process of this lab."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and self._is_ours(int(entry.name)):
+        """Leave no process of this lab, nor one that was made while the others were killed."""
+        deadline = time.monotonic() + ASK_SECONDS
+        while found := [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and self._is_ours(int(entry.name))
+        ]:
+            for pid in found:
                 with suppress(OSError):
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)
 
     # -- looking ------------------------------------------------------------------------------
 

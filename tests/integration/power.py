@@ -19,12 +19,12 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.errors import UnreachableError
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import console_script
+from tests.integration.lab import WAIT_SECONDS, console_script
 from tests.integration.order import Layout, check, numbers
 from tests.integration.world import SITES, World
 
 _READ_BYTES = 1 << 20
-_CONTROL_SECONDS = 30.0
+_CONTROL_SECONDS = WAIT_SECONDS
 #: So that something is under way when the power goes, and the disks' programs keep up with it.
 _WRITES_PER_SECOND = 800
 _MASTERS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
@@ -182,7 +182,7 @@ class Application:
     def end(self) -> dict[str, Any]:
         """Let the writer end in order; give its report."""
         assert self._writer is not None
-        output, errors = self._writer.communicate(timeout=60)
+        output, errors = self._writer.communicate(timeout=WAIT_SECONDS)
         told = f"{output}{errors}{self.world.logs()}"
         self.world.test.assertEqual(self._writer.returncode, 0, told)
         self._take_promises()

@@ -9,7 +9,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.errors import EXIT_DEGRADED, EXIT_USAGE, ProtocolError
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.world import World
 
 MIB = 1 << 20
@@ -19,7 +19,7 @@ KILLS = ("dsgrp000.driver", "dsgrp000.pmd", "dsgrp000.rmd")
 
 
 class BackfreshTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def lab(self, *options: str) -> World:
         self.source = random.Random(5)
@@ -212,7 +212,7 @@ fetching._overwrite = overwrite
         )
         world.until(lambda: world.info()["ldsus"][0]["closed"], "the LDSU to be closed")
         world.at("primary", "launchpmds")
-        output, errors = waiting.communicate(timeout=60)
+        output, errors = waiting.communicate(timeout=WAIT_SECONDS)
         self.assertEqual((waiting.returncode, errors), (0, ""), output)
         self.assertEqual(self.content(world), before)
         with self.connect(world) as client:

@@ -16,7 +16,7 @@ GROWTH_BYTES_MAX = 16 << 20
 
 
 class BypassTests(HistoryCase):
-    timeout = 400
+    timeout = 1200
     size = SIZE
 
     def resident(self, world: World) -> int:

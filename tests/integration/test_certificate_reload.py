@@ -15,7 +15,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror import pki
 from qdsmirror.core.clienthello import server_name_for
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.proxy import Proxy
 from tests.integration.test_link_faults import LinkWorld
 from tests.integration.world import SITES
@@ -78,7 +78,7 @@ class ReloadWorld(LinkWorld):
 
 
 class ReloadTests(TestCase):
-    timeout = 300
+    timeout = 1200
     statistics = False
 
     def begin(self) -> ReloadWorld:
@@ -123,7 +123,8 @@ class ReloadTests(TestCase):
         world.goes_on()
         self.assertEqual(world.unbroken(), before)
         world.cut()
-        done = world.ask("primary", "qdsinfo", "--wait", "connected", "--timeout", "60")
+        wait = ("qdsinfo", "--wait", "connected", "--timeout", str(WAIT_SECONDS))
+        done = world.ask("primary", *wait)
         self.assertEqual(done.returncode, IDENTITY, done.stderr)
         world.install("primary", world.directory / "pki")
         world.hang_up("qdspmd")

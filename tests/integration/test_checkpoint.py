@@ -20,7 +20,7 @@ BLOCK = 64 << 10
 
 
 class CheckpointTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def begin(self, *options: str) -> None:

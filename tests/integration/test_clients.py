@@ -15,7 +15,7 @@ SIZE = 24 << 20
 class ClientTests(TestCase):
     """Each client's reads are right, and what it wrote arrives at the mirror."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def start(self, *options: str) -> World:

@@ -17,7 +17,7 @@ UNITS = REPOSITORY / "conf" / "systemd"
 
 
 class ConfinementTests(TestCase):
-    timeout = 300
+    timeout = 1200
 
     @in_thread
     def test_system_calls(self) -> None:

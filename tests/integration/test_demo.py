@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class DemoTests(TestCase):
     """The demo as a newcomer runs it, off a terminal."""
 
-    timeout = 400
+    timeout = 1200
 
     def setUp(self) -> None:
         self.place = tempfile.mkdtemp(prefix="qd", dir="/tmp")
@@ -37,7 +37,7 @@ class DemoTests(TestCase):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
         )
 
     def running(self) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.world import World, need, need_root
 
 FAILED = 1
@@ -20,7 +20,7 @@ SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "3M")
 class RefusedDeviceTests(TestCase):
     """Named, with the exit code of the trouble, and no byte of any device is changed."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def create(self, *options: str) -> World:
@@ -58,7 +58,7 @@ class RefusedDeviceTests(TestCase):
         world.at("primary", "qdswlinit", "--yes")
         world.launch()
         before = mirror.read_bytes()
-        wait = ["qdsinfo", "--wait", "connected", "--timeout", "60"]
+        wait = ["qdsinfo", "--wait", "connected", "--timeout", str(WAIT_SECONDS)]
         for site in ("primary", "secondary"):
             done = world.ask(site, *wait)
             self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
@@ -170,7 +170,7 @@ class RefusedDeviceTests(TestCase):
 class UsedDeviceTests(TestCase):
     """Block devices, small logs, many LDSUs."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def load(self, world: World, name: str = "qds0", number: int = 0) -> None:
@@ -296,7 +296,7 @@ class UsedDeviceTests(TestCase):
             uri = world.uri(f"qds{index}", number)
             clients.append(world.start_program(["qemu-io", "-f", "raw", *options, uri]))
         for client in clients:
-            output, errors = client.communicate(timeout=60)
+            output, errors = client.communicate(timeout=WAIT_SECONDS)
             self.assertEqual(client.returncode, 0, output + errors)
         self.load(world, "qds4", 1)
         world.settle()

@@ -9,7 +9,7 @@ import subprocess
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import console_script, in_thread
+from tests.integration.lab import WAIT_SECONDS, console_script, in_thread
 from tests.integration.world import World, need, pattern_file
 
 SIZE = 8 << 20
@@ -20,7 +20,7 @@ LOOKS = 20
 
 
 class DurabilityTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def start(self, *options: str, durability: str = "flush") -> World:
         world = World(self, "--size", "8M", "--journal", "8M", *options)
@@ -158,7 +158,7 @@ class DurabilityTests(TestCase):
         self.assertLess(info["ldsus"][0]["writelog"]["used_bytes"], 2 << 20)
         world.start("secondary")
         try:
-            _, errors = writer.communicate(timeout=60)
+            _, errors = writer.communicate(timeout=WAIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.fail(f"the writer still waits\n{world.logs()}")
         self.assertEqual(writer.returncode, 0, errors)

@@ -9,7 +9,7 @@ import time
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import LabFixture, console_script, in_thread
+from tests.integration.lab import WAIT_SECONDS, LabFixture, console_script, in_thread
 from tests.integration.order import Layout, check
 
 SLOTS = 512
@@ -20,7 +20,7 @@ WRITES_PER_SECOND = "500"
 
 
 class ExtensionTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def start_lab(self, writelog: str, *options: str) -> LabFixture:
@@ -64,14 +64,14 @@ class ExtensionTests(TestCase):
             # A command takes so long to start.
             time.sleep(chosen.uniform(0.1, 0.5))
             victim = lab.kill("dsgrp000.driver")
-            program.communicate(timeout=60)
+            program.communicate(timeout=WAIT_SECONDS)
             lab.until(lambda v=victim: lab.pid("dsgrp000.driver") not in (None, v), "another")
             lab.wait("connected")
             states = self.pool(lab)
             self.assertEqual(set(states) - {"free", "chained", "leaving"}, set(), states)
             self.assertIsNone(writer.poll(), "the writer ended")
         self.free_all(lab)
-        output, errors = writer.communicate(timeout=60)
+        output, errors = writer.communicate(timeout=WAIT_SECONDS)
         self.assertEqual(writer.returncode, 0, f"{output}{errors}{lab.logs()}")
         report = json.loads(output)
         self.assertGreaterEqual(report["reconnects"], ROUNDS // 2)
@@ -104,7 +104,7 @@ class ExtensionTests(TestCase):
         lab.tool("qdswlscan", "--check", *root)
         lab.start()
         self.free_all(lab)
-        output, errors = writer.communicate(timeout=60)
+        output, errors = writer.communicate(timeout=WAIT_SECONDS)
         self.assertEqual(writer.returncode, 0, f"{output}{errors}{lab.logs()}")
         lab.wait("drained")
         lab.stop()

@@ -14,7 +14,7 @@ from typing import Any
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.power import PowerWorld
 
 BLOCK = 4096
@@ -85,7 +85,7 @@ FULL = Case(len(CASES), "writelog", "", {})
 
 
 class FaultTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def start(self) -> PowerWorld:
         world = PowerWorld(
@@ -262,7 +262,8 @@ class FaultTests(TestCase):
             self.assert_loud(world, case, case.site, BROKEN)
             return
         number = str(case.number)
-        world.at("primary", "qdsinfo", "-g", number, "--wait", "drained", "--timeout", "60")
+        wait = ("qdsinfo", "-g", number, "--wait", "drained", "--timeout", str(WAIT_SECONDS))
+        world.at("primary", *wait)
         data = world.device("primary", f"qds{number}.data").read_bytes()
         mirror = world.device("secondary", f"qds{number}.mirror").read_bytes()
         self.assertTrue(data == mirror, case)

@@ -40,7 +40,7 @@ ROWS = 40
 class FilesystemTests(TestCase):
     """ext4 through qdsattach."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def setUp(self) -> None:

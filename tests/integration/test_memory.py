@@ -86,7 +86,7 @@ class Footprint:
 
 
 class OutageTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     @in_thread
     def test_memory_is_bounded_through_overflow_bypass_and_return(self) -> None:

@@ -14,7 +14,7 @@ SIZE = 16 << 20
 
 
 class MemoryLogTests(HistoryCase):
-    timeout = 300
+    timeout = 1200
     statistics = False
     size = SIZE
 

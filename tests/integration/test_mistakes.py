@@ -40,7 +40,7 @@ def advised(output: str, command: tuple[str, ...]) -> list[tuple[str, str]]:
 class MistakeTests(TestCase):
     """One lab for each half of the table; every row that fails is told, with what was said."""
 
-    timeout = 600
+    timeout = 1200
 
     def look(self, world: World, mistake: Mistake, live: bool) -> str:
         """Make a mistake, look as told, put it right; give what is missing."""

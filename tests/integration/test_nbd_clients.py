@@ -103,7 +103,7 @@ print("done")
 class ClientTests(TestCase):
     """Each client does what it is made for, and the bytes are right."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def setUp(self) -> None:

@@ -47,7 +47,7 @@ class PathWorld(LinkWorld):
 
 
 class ProxyTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))
@@ -113,7 +113,7 @@ class ProxyTests(TestCase):
 
 
 class CableTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def connect(self) -> tuple[Space, Space]:
         """Make two namespaces with two narrow cables between them."""

@@ -26,7 +26,7 @@ PROMISES_MIN = 50
 
 
 class PowerTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     keeps: tuple[float, ...] = KEEPS

@@ -18,7 +18,7 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.core.states import Mode
 from qdsmirror.errors import EXIT_CONFIG, EXIT_INTERRUPTED
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import console_script, in_thread
+from tests.integration.lab import WAIT_SECONDS, console_script, in_thread
 from tests.integration.schema import keep_to_schema
 from tests.integration.world import World
 from tests.tools.terminal import on_terminal, screen
@@ -27,7 +27,7 @@ BLOCK = 4096
 
 
 class QdsinfoTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def look(self, *sites: str, states: tuple[str, ...] = ()) -> dict[str, Any]:
         """Run the command at each site; give the last one's group."""
@@ -167,7 +167,7 @@ class QdsinfoTests(TestCase):
             for _ in range(3):
                 keep_to_schema(json.loads(watch.stdout.readline()), closed=True)
             watch.send_signal(signal.SIGINT)
-            self.assertEqual(watch.wait(60), EXIT_INTERRUPTED)
+            self.assertEqual(watch.wait(WAIT_SECONDS), EXIT_INTERRUPTED)
         for columns in (80, 120):
             shown = on_terminal(
                 lambda: os.execve(command[0], command, {**world.environment(), **os.environ}),

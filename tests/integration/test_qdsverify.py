@@ -10,7 +10,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.world import World, need
 
 SIZE = 64 << 20
@@ -18,7 +18,7 @@ CHUNK = 64 << 10
 
 
 class VerifyCommandTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def start(self, *tunables: str) -> World:
@@ -84,7 +84,7 @@ class VerifyCommandTests(TestCase):
         self.assertEqual((mended["result"], mended["repaired_bytes"]), ("equal", 2 * CHUNK))
         self.assertIsNone(load.poll(), "fio has ended")
         load.terminate()
-        load.wait(30)
+        load.wait(WAIT_SECONDS)
         self.assert_equal(world)
 
     @in_thread
@@ -111,7 +111,7 @@ class VerifyCommandTests(TestCase):
             with world.until(lambda: NbdClient.connect(world.uri()), "the driver") as client:
                 for _ in range(20):
                     client.write(source.randrange(SIZE // 8192) * 4096, source.randbytes(4096))
-        command.join(100)
+        command.join(WAIT_SECONDS)
         self.assertEqual(ended[0].returncode, 4, ended[0].stderr)
         found = json.loads(ended[0].stdout)["groups"][0]
         self.assertEqual(found["id"], begun["id"])

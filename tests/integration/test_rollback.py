@@ -18,7 +18,7 @@ BLOCK = 64 << 10
 
 
 class RollbackTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def begin(self, *options: str) -> World:

@@ -14,7 +14,7 @@ from twisted.trial.unittest import TestCase
 from tests.daemons.test_auditing import records
 from tests.daemons.test_journald import parse
 from tests.daemons.test_notify import ServiceManager
-from tests.integration.lab import console_script, in_thread
+from tests.integration.lab import WAIT_SECONDS, console_script, in_thread
 from tests.integration.world import World
 
 #: Children are asked four times within it; a busy machine shall not make one look dead.
@@ -83,7 +83,7 @@ class Journal:
 
 
 class ServiceTests(TestCase):
-    timeout = 300
+    timeout = 1200
 
     @in_thread
     def test_of_three_daemons(self) -> None:
@@ -121,7 +121,7 @@ class ServiceTests(TestCase):
         for service in reversed(services):
             service.process.terminate()
             # twistd ends by the signal that has ended it; to a service manager that is a clean end.
-            self.assertEqual(service.process.wait(60), -signal.SIGTERM)
+            self.assertEqual(service.process.wait(WAIT_SECONDS), -signal.SIGTERM)
             self.assertIn("STOPPING=1", service.manager.receive())
 
     @in_thread
@@ -150,7 +150,7 @@ class ServiceTests(TestCase):
         world.until(lambda: journal.find("our own question was not"), "it to notice again")
         self.assertNotIn("WATCHDOG=1", service.manager.receive())
         service.process.terminate()
-        self.assertEqual(service.process.wait(60), -signal.SIGTERM)
+        self.assertEqual(service.process.wait(WAIT_SECONDS), -signal.SIGTERM)
         self.assertIn("STOPPING=1", service.manager.receive())
 
     def audited(self, world: World, journal: Journal) -> None:

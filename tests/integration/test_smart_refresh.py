@@ -16,7 +16,7 @@ PIECE = 64 << 10
 
 
 class SmartRefreshTests(TestCase):
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def start(self) -> World:

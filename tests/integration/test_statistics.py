@@ -62,7 +62,7 @@ class MailRelay:
 
 
 class StatisticsCase(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def begin(self, *options: str, throttles: Sequence[str] = (), host: str = "") -> World:
         """Start a lab that looks once a second, with throttles at the primary.

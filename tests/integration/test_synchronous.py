@@ -13,7 +13,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import draw_seed, in_thread
+from tests.integration.lab import WAIT_SECONDS, draw_seed, in_thread
 from tests.integration.power import PowerWorld, need_fuse
 from tests.integration.world import World, need, need_attached_ext4
 
@@ -49,7 +49,7 @@ class Write(Thread):
 class PowerTests(TestCase):
     """What was answered is on the secondary's platters in that moment."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def setUp(self) -> None:
@@ -114,7 +114,7 @@ class PowerTests(TestCase):
 
 
 class DaemonTests(TestCase):
-    timeout = 300
+    timeout = 1200
     statistics = False
 
     def start(self, mode: str, *more: str) -> World:
@@ -135,7 +135,7 @@ class DaemonTests(TestCase):
         return int(told["waiting"])
 
     def ended(self, write: Write) -> None:
-        write.join(30)
+        write.join(WAIT_SECONDS)
         self.assertTrue(write.ended)
 
     @in_thread
@@ -243,7 +243,7 @@ class DaemonTests(TestCase):
         threading.Thread(target=write, daemon=True).start()
         world.until(lambda: self.waiting(world) == 1, "the write to wait")
         world.stop("primary")
-        self.assertTrue(ended.wait(10), "neither an answer nor the connection's end")
+        self.assertTrue(ended.wait(WAIT_SECONDS), "neither an answer nor the connection's end")
         client.close()
         world.start()
         world.settle()
@@ -252,7 +252,7 @@ class DaemonTests(TestCase):
 class FileSystemTests(TestCase):
     """What a synchronous mirror has of files: see FILE SYSTEMS in qdsmirror-synchronous(7)."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def setUp(self) -> None:
@@ -276,7 +276,7 @@ class FileSystemTests(TestCase):
         world.until(lambda: world.info()["synchronous"]["waiting"], "the write to wait")
         self.assertFalse(write.ended)
         world.kill("dsgrp000.rmd", signal.SIGCONT)
-        write.join(60)
+        write.join(WAIT_SECONDS)
         self.assertTrue(write.ended)
         # Renamed into its place, as careful programs do.
         self.write_synced(place / "new", data[::-1])

@@ -11,7 +11,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.config import load_group
 from qdsmirror.paths import Paths
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.world import World, digests, need_attached_ext4
 
 OPTIONS = ("--size", "24M", "--writelog", "12M", "--journal", "12M")
@@ -36,7 +36,7 @@ journal_device = {old}/dsgrp000.journal
 
 
 class TakeoverTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def setUp(self) -> None:
         need_attached_ext4()
@@ -85,7 +85,7 @@ class TakeoverTests(TestCase):
         world.at("secondary", "qdsrefresh")
 
     def assert_reversed(self, world: World) -> None:
-        world.at("secondary", "qdsinfo", "--wait", "drained", "--timeout", "60")
+        world.at("secondary", "qdsinfo", "--wait", "drained", "--timeout", str(WAIT_SECONDS))
         data, mirror = (
             world.device("secondary", "qds0.mirror"),
             world.device("primary", "qds0.data"),

@@ -10,7 +10,7 @@ import subprocess
 
 from twisted.trial.unittest import TestCase
 
-from tests.integration.lab import LabFixture, console_script, in_thread
+from tests.integration.lab import WAIT_SECONDS, LabFixture, console_script, in_thread
 
 SLOTS = 512
 POOL = 3
@@ -38,7 +38,7 @@ THROTTLES = """
 
 
 class ThrottleTests(TestCase):
-    timeout = 300
+    timeout = 1200
 
     def start_lab(self, throttles: str, *options: str) -> LabFixture:
         lab = LabFixture(self, "--size", "2M", "--overflow", "bypass", *options)
@@ -57,7 +57,7 @@ class ThrottleTests(TestCase):
         return lab.start_program([*module, socket, "qds0", "--slots", str(SLOTS)])
 
     def finish(self, lab: LabFixture, writer: subprocess.Popen[str]) -> None:
-        output, errors = writer.communicate(timeout=60)
+        output, errors = writer.communicate(timeout=WAIT_SECONDS)
         self.assertEqual(writer.returncode, 0, f"{output}{errors}{lab.logs()}")
         self.assertGreater(json.loads(output)["writes"], 0)
 

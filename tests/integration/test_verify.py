@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import draw_seed, in_thread
+from tests.integration.lab import WAIT_SECONDS, draw_seed, in_thread
 from tests.integration.world import World, need
 
 VICTIMS = (
@@ -32,7 +32,7 @@ def _json(text: str) -> Any:
 
 
 class VerifyTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     @in_thread
     def test_fio_verifies_under_kills(self) -> None:
@@ -73,13 +73,13 @@ class VerifyTests(TestCase):
                 site, launch = LAUNCHERS[name]
                 world.at(site, launch)
         fio.terminate()
-        _, errors = fio.communicate(timeout=60)
+        _, errors = fio.communicate(timeout=WAIT_SECONDS)
         told = _json((world.base / "verified").read_text())["jobs"][0]
         self.assertEqual(told["error"], 0, f"{told}{errors}{world.logs()}")
         self.assertNotIn("verify", errors)
         # What is read is read to be verified.
         self.assertGreater(told["read"]["total_ios"], WRITES_PER_SECOND)
         client.terminate()
-        _, errors = client.communicate(timeout=30)
+        _, errors = client.communicate(timeout=WAIT_SECONDS)
         self.assertIn("error", errors, "the client never lost its connection")
         world.settle()

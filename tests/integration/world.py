@@ -20,11 +20,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import LabFixture, console_script
+from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, LabFixture, console_script
 
 SITES = ("primary", "secondary")
-#: A command that should end with an error does so soon; one that hangs shall not hold the suite.
-PROGRAM_SECONDS = 60.0
+#: One that hangs shall not hold the suite.
+PROGRAM_SECONDS = COMMAND_SECONDS
 STRAY_SECONDS = 10.0
 
 
@@ -211,7 +211,7 @@ class World(LabFixture):
             self.test.assertNotIn(bad, output)
         return output
 
-    def settle(self, seconds: float = 60.0) -> None:
+    def settle(self, seconds: float = WAIT_SECONDS) -> None:
         """Wait until everything is mirrored, and compare every mirror with its data device."""
         self.wait("drained", seconds)
         self.compare()

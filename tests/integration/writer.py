@@ -32,7 +32,7 @@ _WRITE, _FLUSH = 1, 3
 _FUA = 1
 _FLUSH_COOKIES = 1 << 62
 #: Nothing heard from the server for so long: it will not come back.
-STUCK_SECONDS = 40.0
+STUCK_SECONDS = 100.0
 RETRY_SECONDS = 0.05
 FUA_EVERY = 16
 FLUSH_EVERY = 64

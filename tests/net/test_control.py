@@ -56,7 +56,7 @@ class Handler:
 
 
 class ControlCase(TestCase):
-    timeout = 30
+    timeout = 300
 
     def setUp(self) -> None:
         self.directory = Path(tempfile.mkdtemp(dir="/tmp"))

@@ -109,7 +109,7 @@ class Silent(Protocol):
 
 
 class MailCase(TestCase):
-    timeout = 20
+    timeout = 300
 
     def relay(self, **how: bool) -> MailRelay:
         made = MailRelay(**how)

@@ -343,7 +343,7 @@ class ClockTests(SynchronousTestCase):
 class SocketTests(TestCase):
     """Over a real socket."""
 
-    timeout = 30
+    timeout = 300
 
     def setUp(self) -> None:
         self.export = MemoryExport(size=64 << 20)

@@ -45,7 +45,7 @@ class FakeReactor:
 
     def turn(self) -> None:
         """Wait for one call from a thread and make it."""
-        assert self.called.acquire(timeout=10)
+        assert self.called.acquire(timeout=60)
         function, arguments = self.calls.pop(0)
         function(*arguments)
 
@@ -271,11 +271,11 @@ class BatchTests(TestCase):
 
         def first() -> int:
             entered.set()
-            gate.wait(10)
+            gate.wait(60)
             return 0
 
         worker.run(first, lambda result, _: told.append(result))
-        self.assertTrue(entered.wait(10))
+        self.assertTrue(entered.wait(60))
         for number in range(1, 33):
             worker.run(lambda n=number: n, lambda result, _: told.append(result))
         gate.set()
@@ -294,7 +294,7 @@ class BatchTests(TestCase):
         meeting = threading.Barrier(3)
         told: list[int] = []
         for _ in range(3):
-            workers.run(lambda: meeting.wait(10), lambda result, _: told.append(result))
+            workers.run(lambda: meeting.wait(60), lambda result, _: told.append(result))
         while len(told) < 3:
             fake.turn()
         self.assertEqual(sorted(told), [0, 1, 2])
@@ -390,7 +390,7 @@ class AdaptingTests(TestCase):
     def test_never_overtakes_the_thread(self) -> None:
         gate = threading.Event()
         self.give(0.005, 0)
-        self.worker.run(lambda: gate.wait(10), lambda *_: self.told.append(1))
+        self.worker.run(lambda: gate.wait(60), lambda *_: self.told.append(1))
         self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
         self.assertFalse(self.worker.inline)
         self.give(0.0, 2)
@@ -404,7 +404,7 @@ class AdaptingTests(TestCase):
     def test_finished_but_untold_jobs_are_not_overtaken(self) -> None:
         self.give(0.005, 0)
         self.give(0.0, 1)
-        self.assertTrue(self.reactor.called.acquire(timeout=10))
+        self.assertTrue(self.reactor.called.acquire(timeout=60))
         self.reactor.called.release()
         self.clock.now += limits.INLINE_RETRY_SECONDS_MIN
         self.give(0.0, 2)

@@ -32,7 +32,7 @@ from qdsmirror.tools.attach_netlink import Export, KernelNbd
 FAMILY_NUMBER = 0x1C
 GROUP_NUMBER = 7
 SIZE = 1 << 20
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 120.0
 #: linux/nbd-netlink.h, written down a second time: what is sent is read by these.
 CONNECT, DISCONNECT, RECONFIGURE, LINK_DEAD, STATUS = 1, 2, 3, 4, 5
 INDEX, SIZE_BYTES, BLOCK_SIZE_BYTES, TIMEOUT, SERVER_FLAGS = 1, 2, 3, 4, 5

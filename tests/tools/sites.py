@@ -69,7 +69,7 @@ class FakeDaemon:
         if self._listener.fileno() < 0:
             return
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
+        self._thread.join(60)
         self._listener.close()
         os.unlink(self._path)
 

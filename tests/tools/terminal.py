@@ -18,7 +18,7 @@ ROWS = 50
 def on_terminal(
     work: Callable[[], object],
     columns: int,
-    seconds: float = 60.0,
+    seconds: float = 240.0,
     *,
     until: Callable[[str], bool] = lambda text: False,
     **environment: str,

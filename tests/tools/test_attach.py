@@ -152,7 +152,7 @@ class SelectionTests(TestCase):
 class DeviceTests(TestCase):
     """Real loop devices: what is done where the kernel has no NBD driver."""
 
-    timeout = 120
+    timeout = 300
 
     def setUp(self) -> None:
         if os.geteuid() != 0:
@@ -178,7 +178,7 @@ class DeviceTests(TestCase):
         command = ["nbdkit", "-f", "-U", str(self.socket), "-e", "qds0", "file", str(self.disk)]
         self.server = subprocess.Popen(command)
         self.addCleanup(self.stop, self.server)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self.is_served():
             self.assertTrue(time.monotonic() < deadline)
             time.sleep(0.01)
@@ -230,7 +230,7 @@ class DeviceTests(TestCase):
         )
         self.addCleanup(self.stop, writer)
         self.serve()
-        self.assertEqual(writer.wait(60), 0)
+        self.assertEqual(writer.wait(240), 0)
 
     def test_keeper_killed(self) -> None:
         """A dead keeper is noticed, cleared away and replaced."""

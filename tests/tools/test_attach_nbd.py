@@ -46,7 +46,7 @@ def set_environment(name: str, value: str | None) -> None:
 
 
 class NbdTestCase(TestCase):
-    timeout = 60
+    timeout = 300
 
     def setUp(self) -> None:
         self.paths = host_root(self)
@@ -305,7 +305,7 @@ class CommandTests(NbdTestCase):
         self.attach()
         command = [sys.executable, "-m", "tests.tools.fake_keeper", "--dead-timeout", "9"]
         command += [*self.paths.arguments(), "qds0", self.uri]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         self.assertEqual(done.returncode, 1, done.stderr)
         told = ampbox.decode_error(json.loads(done.stdout)["error"].encode())
         self.assertIn("already running", str(told))

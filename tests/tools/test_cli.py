@@ -157,7 +157,7 @@ class RunTests(CommandTestCase):
             assert process.stdout is not None
             process.stdout.close()
             process.stdout = None
-            _out, err = process.communicate(timeout=60)
+            _out, err = process.communicate(timeout=240)
         self.assertEqual((process.returncode, err), (1, b""))
 
     def test_help_and_version(self) -> None:

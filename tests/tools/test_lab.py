@@ -244,7 +244,7 @@ class CommandTests(TestCase):
 class LiveTests(TestCase):
     """Real daemons, in memory (tmpfs)."""
 
-    timeout = 180
+    timeout = 300
 
     def setUp(self) -> None:
         if not os.access("/dev/shm", os.W_OK):
@@ -269,7 +269,7 @@ class LiveTests(TestCase):
         def look() -> tuple[str, list[info.Group]]:
             return "primary", self.lab.groups("primary")
 
-        info.wait(look, "drained", 60)
+        info.wait(look, "drained", 240)
         for name in ("qds0", "qds1"):
             data = (self.lab.devices("primary") / f"{name}.data").read_bytes()
             mirror = (self.lab.devices("secondary") / f"{name}.mirror").read_bytes()

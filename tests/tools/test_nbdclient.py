@@ -34,7 +34,7 @@ class AddressTests(TestCase):
 class ClientTests(TestCase):
     """Every request."""
 
-    timeout = 60
+    timeout = 300
 
     def setUp(self) -> None:
         if shutil.which("nbdkit") is None:
