@@ -18,15 +18,15 @@ from twisted.trial.unittest import TestCase
 from qdsmirror.config import GroupConfig, load_group
 from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.tools.lab_sites import Lab
-from qdsmirror.tools.status import collect_groups
+from qdsmirror.tools.status import collect_groups, failure_of
 from tests.fakes import MemoryDevice
-from tests.integration.lab import POLL_SECONDS
+from tests.integration.lab import POLL_SECONDS, WAIT_SECONDS, ask_patiently
 from tests.integration.order import SLOT_BYTES
 from tests.integration.schema import keep_to_schema
 from tests.integration.world import World
 
 SLOTS = 128
-WRITER_SECONDS = 90.0
+WRITER_SECONDS = WAIT_SECONDS
 SMALL = ("--size", "2M", "--writelog", "16M", "--journal", "4M")
 
 
@@ -152,7 +152,7 @@ class Fleet(World):
                 self._configs[number, part] = load_group(paths, number)
             config = self._configs[number, part]
         host = self.ends(number)[part]
-        found = collect_groups(paths, host, [config])
+        found = collect_groups(paths, host, [config], ask_patiently)
         keep_to_schema({"schema": 1, "host": host, "groups": found})
         return found[0]
 
@@ -202,22 +202,27 @@ class Fleet(World):
         site = self.ends(number)[0]
         return self.tool(
             "qdsinfo", "--root", str(self.root(site)), "-g", str(number),
-            "--wait", state, "--timeout", "60", codes=codes,
+            "--wait", state, "--timeout", str(WAIT_SECONDS), codes=codes,
         )  # fmt: skip
 
     def refused(self, number: int, code: int, *reasons: str, part: int = 0) -> None:
         """Check that qdsinfo at one end names a group as failed, with this code and reasons."""
         site = self.ends(number)[part]
-        command = ("qdsinfo", "-g", str(number), "--wait", "connected", "--timeout", "60")
-        done = self.ask(site, *command)
+        # Whoever was at the other end of a daemon that was killed learns of it in its own time.
+        self.until(lambda: failure_of(self.group(number, part)), f"group {number} to be refused")
+        wait = ("--wait", "connected", "--timeout", str(WAIT_SECONDS))
+        done = self.ask(site, "qdsinfo", "-g", str(number), *wait)
         told = (site, number, done.returncode, done.stderr, self.logs())
         self.test.assertEqual(done.returncode, code, told)
-        shown = self.ask(site, "qdsinfo").stdout
         for reason in (f"dsgrp{number:03d}", *reasons):
             self.test.assertTrue(re.search(reason, done.stderr), (reason, told))
+
+        def shown(reason: str) -> list[str]:
+            lines = self.ask(site, "qdsinfo").stdout.splitlines()
+            return [line for line in lines if re.search(reason, line)]
+
         for reason in reasons:
-            lines = [line for line in shown.splitlines() if re.search(reason, line)]
-            self.test.assertTrue(lines, (reason, shown))
+            lines = self.until(lambda one=reason: shown(one), f"qdsinfo to tell {reason!r}")
             self.test.assertTrue(all(f"dsgrp{number:03d}" in line for line in lines), lines)
 
     # -- damage ---------------------------------------------------------------------------------
