@@ -11,7 +11,7 @@ import time
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import LabFixture, console_script, draw_seed, in_thread
+from tests.integration.lab import WAIT_SECONDS, LabFixture, console_script, draw_seed, in_thread
 from tests.integration.order import Layout, check
 
 SLOTS = 2048
@@ -33,7 +33,7 @@ QEMU_WRITES_PER_SECOND = 400
 
 
 class KillTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))
@@ -56,7 +56,7 @@ class KillTests(TestCase):
         )
 
     def end_writer(self, lab: LabFixture, writer: subprocess.Popen[str]) -> dict[str, int]:
-        output, errors = writer.communicate(timeout=60)
+        output, errors = writer.communicate(timeout=WAIT_SECONDS)
         self.assertEqual(writer.returncode, 0, f"{output}{errors}{lab.logs()}")
         return dict(json.loads(output))
 
@@ -68,10 +68,10 @@ class KillTests(TestCase):
             launch = {"qdsrmd": "launchrmds", "qdsdriver": "launchdriver", "qdspmd": "launchpmds"}
             lab.tool(launch[name], "--root", str(lab.directory / site))
 
-    def written(self, lab: LabFixture) -> int:
-        """Give the last GSN that is framed; 0 while no driver says so."""
+    def gsn(self, lab: LabFixture, which: str) -> int:
+        """Give a GSN, e.g. ``written``: the last that is framed; 0 while no driver says so."""
         gsn = lab.info()["gsn"]
-        return int(gsn["written"] or 0) if gsn else 0
+        return int(gsn[which] or 0) if gsn else 0
 
     def check_prefix(self, lab: LabFixture) -> int:
         """Kill the whole secondary, replay its journal, and check copies of the mirror devices."""
@@ -93,15 +93,21 @@ class KillTests(TestCase):
     def test_kills_in_turn_under_load(self) -> None:
         lab = self.start_lab()
         writer = self.start_writer(lab)
-        tops = []
+        tops: list[int] = []
+        seen = 0
         for count, name in enumerate(VICTIMS, 1):
             time.sleep(self.random.uniform(0.1, 0.6))
             self.kill(lab, name)
             self.assertIsNone(writer.poll(), "the writer ended")
             if count % CHECK_EVERY == 0:
                 lab.wait("connected")
+                # Only what was written since the last time can be seen to go forward.
+                lab.until(
+                    lambda seen=seen: self.gsn(lab, "committed") > seen, "more to be committed"
+                )
                 time.sleep(self.random.uniform(0.0, 0.5))
                 tops.append(self.check_prefix(lab))
+                seen = lab.until(lambda: self.gsn(lab, "written"), "the driver's word")
         report = self.end_writer(lab, writer)
         self.assertGreaterEqual(report["reconnects"], LDSUS)
         self.assertEqual(tops, sorted(set(tops)), "the mirror did not go forward")
@@ -122,7 +128,7 @@ class KillTests(TestCase):
             "file.server.type": "unix",
             "file.server.path": str(lab.primary / "run" / "dsgrp000.nbd"),
             "file.export": "qds1",
-            "file.reconnect-delay": "60",
+            "file.reconnect-delay": "300",
         }
         said = lab.directory / "qemu-io.out"
         client = lab.start_program(
@@ -133,13 +139,13 @@ class KillTests(TestCase):
         )
         model = bytearray(8 << 20)
         # What is framed by now is not the client's: it may be at its handshake still.
-        asked, written = 0, self.written(lab)
+        asked, written = 0, self.gsn(lab, "written")
 
         def goes_on() -> bool:
             """Ask for more writes than are done at once; tell whether some were framed since."""
             nonlocal asked
             assert client.stdin is not None
-            framed = self.written(lab)
+            framed = self.gsn(lab, "written")
             if asked - framed > QEMU_WRITES_PER_SECOND:
                 # Enough for a second; what waits too long would outlast the test.
                 return framed > written
@@ -152,7 +158,7 @@ class KillTests(TestCase):
                 client.stdin.write("".join(commands))
                 client.stdin.flush()
             except BrokenPipeError:
-                ended = client.wait(60)
+                ended = client.wait(WAIT_SECONDS)
                 self.fail(f"the client ended with {ended}: {said.read_text()}{lab.logs()}")
             asked += QEMU_BATCH
             return framed > written
@@ -162,10 +168,10 @@ class KillTests(TestCase):
             victim = lab.kill("dsgrp000.driver")
             lab.until(lambda v=victim: lab.pid("dsgrp000.driver") not in (None, v), "another")
             # It knows what was framed by the one that was killed.
-            written = lab.until(lambda: self.written(lab), "the driver to recover")
+            written = lab.until(lambda: self.gsn(lab, "written"), "the driver to recover")
         lab.until(goes_on, "the client to write again")
         self.assertIsNone(client.poll())
-        client.communicate("aio_flush\nflush\nquit\n", timeout=60)
+        client.communicate("aio_flush\nflush\nquit\n", timeout=WAIT_SECONDS)
         told = f"{said.read_text()}{lab.logs()}"
         self.assertEqual(client.returncode, 0, told)
         self.assertNotIn("aio_write failed", told)
