@@ -26,7 +26,7 @@ FAILED = 1
 class WayBackTests(TestCase):
     """As qdsmirror-architecture(7) says, after a kill -9 in between."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def start(self) -> PowerWorld:
@@ -114,7 +114,7 @@ class WayBackTests(TestCase):
 
         def is_committed() -> bool:
             gsn = self.status(world)["gsn"]
-            return bool(gsn["written"] == gsn["committed"])
+            return gsn["written"] is not None and gsn["written"] == gsn["committed"]
 
         world.until(is_committed, "everything to be committed")
         world.stop("primary")
@@ -162,7 +162,7 @@ class WayBackTests(TestCase):
                     if index == ldsu:
                         self.assertEqual(client.read(block * BLOCK, BLOCK), data, (ldsu, block))
         self.write(world, 0, 9, b"z")
-        world.at("primary", "qdsinfo", "-g", "0", "--wait", "coherent", "--timeout", "60")
+        world.wait("coherent")
         world.settle()
         told = self.status(world)
         self.assertEqual((told["state"], told["reason"]), ("connected", ""))
@@ -176,7 +176,7 @@ class ErrorFilterTests(TestCase):
     Of a block device what is written fails when it is synced, and with EIO; of a file, at once.
     """
 
-    timeout = 400
+    timeout = 1200
 
     def setUp(self) -> None:
         need_root()
@@ -242,8 +242,13 @@ class ErrorFilterTests(TestCase):
         self.assertIn(f"{self.device} failed", told["reason"])
         self.assertIn(os.strerror(errno.EIO), told["reason"])
         world.until(lambda: self.is_committed(world), "everything to be committed")
-        world.until(lambda: self.mirror(world, "qds0", 1) == b"b" * BLOCK, "it to be mirrored")
-        self.assertEqual(self.mirror(world, "qds1", 2), b"c" * BLOCK)
+        for name, block, byte in (("qds0", 1, b"b"), ("qds1", 2, b"c")):
+            world.until(
+                lambda name=name, block=block, byte=byte: (
+                    self.mirror(world, name, block) == byte * BLOCK
+                ),
+                f"{name} to be mirrored",
+            )
 
     @in_thread
     def test_writelog(self) -> None:
@@ -268,7 +273,7 @@ class ErrorFilterTests(TestCase):
 
     def is_committed(self, world: World) -> bool:
         gsn = world.info()["gsn"]
-        return bool(gsn and gsn["written"] == gsn["committed"])
+        return gsn["written"] is not None and gsn["written"] == gsn["committed"]
 
     def mirror(self, world: World, name: str, block: int) -> bytes:
         with open(world.device("secondary", f"{name}.mirror"), "rb") as file:
