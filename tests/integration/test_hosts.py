@@ -13,11 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import in_thread
+from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, in_thread
 from tests.integration.world import need, need_root
 
 PROGRAMS = Path(sys.executable).parent
@@ -83,7 +84,8 @@ class Host:
         """Run a command of ours on the host."""
         program = str(PROGRAMS / command[0])
         enter = ["nsenter", "-t", str(self.first.pid), "-m", "-n", program]
-        return subprocess.run([*enter, *command[1:]], input=data, capture_output=True, timeout=60)
+        return subprocess.run([*enter, *command[1:]], input=data, capture_output=True,
+                              timeout=COMMAND_SECONDS)  # fmt: skip
 
     def run(self, *command: str, data: bytes = b"") -> str:
         """Run a command of ours on the host; it must succeed."""
@@ -99,7 +101,7 @@ class Host:
 
 
 class HostsTests(TestCase):
-    timeout = 400
+    timeout = 1200
 
     def loop(self, directory: Path, name: str, size: int, *options: str) -> str:
         """Make a block device."""
@@ -149,7 +151,7 @@ class HostsTests(TestCase):
         self.secondary.run("launchrmds")
         for command in ("launchdriver", "launchpmds", "launchrefresh"):
             self.primary.run(command)
-        self.primary.run("qdsinfo", "--wait", "coherent", "--timeout", "50")
+        self.primary.run("qdsinfo", "--wait", "coherent", "--timeout", str(WAIT_SECONDS))
         self.write(0, 2 * MIB)
         self.check_outage()
         self.check_logs()
@@ -181,10 +183,13 @@ class HostsTests(TestCase):
         self.assertEqual(self.primary.ask("qdsinfo", "--is", "drained").returncode, 3)
         self.secondary.run("python3", "-c", "import os; "
                            "os.kill(int(open('/run/qdsmirror/qdsrmd.pid').read()), 9)")  # fmt: skip
-        self.assertIn("rmd not running", self.secondary.run("qdsinfo"))
+        # Its child follows it, and may answer until then.
+        deadline = time.monotonic() + WAIT_SECONDS
+        while "rmd not running" not in (shown := self.secondary.run("qdsinfo")):
+            self.assertLess(time.monotonic(), deadline, shown)
         self.primary.ip("link", "set", self.primary.link, "up")
         self.secondary.run("launchrmds")
-        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "50")
+        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", str(WAIT_SECONDS))
         self.assertIn("already running", self.secondary.run("launchrmds"))
 
     def check_logs(self) -> None:
@@ -200,7 +205,7 @@ class HostsTests(TestCase):
     def take_over(self) -> None:
         """Lose the primary; make the mirror an ordinary disk."""
         self.write(6 * MIB, MIB)
-        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", "50")
+        self.primary.run("qdsinfo", "--wait", "drained", "--timeout", str(WAIT_SECONDS))
         self.primary.ip("link", "set", self.primary.link, "down")
         self.assertIn("dsgrp000: its rmd runs", self.secondary.ask("qdsrmdreco").stderr.decode())
         self.secondary.run("killrmds")
