@@ -28,7 +28,7 @@ from qdsmirror.net import handshake_primary
 from qdsmirror.net.handshake import PrimaryHandshake, PrimaryOffer, UnitOffer
 from qdsmirror.net.tls import client_options
 from qdsmirror.paths import Paths
-from tests.integration.lab import in_thread
+from tests.integration.lab import WAIT_SECONDS, in_thread
 from tests.integration.world import SITES, World, attempts
 from tests.net.tlsworld import authority, issue
 
@@ -43,6 +43,7 @@ TRIES_MAX = 3
 #: A link refused for some seconds is back within about as long again.
 MENDED_SECONDS = 40.0
 DEGRADED = 3
+WAIT_CONNECTED = ("--wait", "connected", "--timeout", str(WAIT_SECONDS))
 
 
 def swapped(text: str, first: str, second: str) -> str:
@@ -57,7 +58,7 @@ SMALL = ("--size", "2M", "--writelog", "2M", "--journal", "3M")
 class RefusalTests(TestCase):
     """Each wrong thing, on either side."""
 
-    timeout = 400
+    timeout = 1200
     statistics = False
 
     def refused(
@@ -69,8 +70,14 @@ class RefusalTests(TestCase):
         """
         reasons = {"primary": reason, "secondary": at_secondary or reason}
         for site, reason in reasons.items():
-            done = world.ask(site, "qdsinfo", "-g", str(number), "--wait", "connected",
-                             "--timeout", "60")  # fmt: skip
+            wait = ("qdsinfo", "-g", str(number), *WAIT_CONNECTED)
+            # That a session is over is known in its own time: until then it is connected.
+            done = world.until(
+                lambda site=site, wait=wait: next(
+                    (done for done in [world.ask(site, *wait)] if done.returncode), None
+                ),
+                f"dsgrp{number:03d} to be refused at the {site}",
+            )
             told = (site, number, done.returncode, done.stderr, world.logs())
             self.assertEqual(done.returncode, code, told)
             self.assertIn(reason, done.stderr, told)
@@ -132,7 +139,7 @@ class RefusalTests(TestCase):
 
     def connected(self, world: World, number: int = 0) -> None:
         for site in SITES:
-            world.at(site, "qdsinfo", "-g", str(number), "--wait", "connected", "--timeout", "60")
+            world.at(site, "qdsinfo", "-g", str(number), *WAIT_CONNECTED)
 
     def again(self, world: World, *numbers: int) -> None:
         """Refused groups are connected by the primary's own next attempts."""
@@ -417,7 +424,7 @@ class RefusalTests(TestCase):
         ):
             self.assertRaises(ssl.SSLError, connection.recv, 1)
         world.until(lambda: "showed no certificate" in world.log("qdsrmd"), "the reason in the log")
-        done = world.ask("secondary", "qdsinfo", "--wait", "connected", "--timeout", "30")
+        done = world.ask("secondary", "qdsinfo", *WAIT_CONNECTED)
         self.assertEqual(done.returncode, IDENTITY, done.stderr)
 
     @in_thread
@@ -477,9 +484,7 @@ class RefusalTests(TestCase):
         error = yield self.assertFailure(attempt(0), MismatchError)
         self.assertIn("protocol version", error.message)
         versions.restore()
-        done = yield deferToThread(
-            world.ask, "secondary", "qdsinfo", "--wait", "connected", "--timeout", "30"
-        )
+        done = yield deferToThread(world.ask, "secondary", "qdsinfo", *WAIT_CONNECTED)
         self.assertEqual(done.returncode, CONFIGURATION, done.stderr)
         self.assertIn("protocol version", done.stderr)
         world.logged("qdsrmd", "99")
