@@ -31,6 +31,8 @@ KINDS = {
     "HOST": "host",
     "LDSU": "ldsu",
 }
+#: Words that stand for names in the group files.
+NAMED = {"THROTTLE.value=": "throttle", "THROTTLE.limit=": "throttle"}
 
 
 class Option(NamedTuple):
@@ -127,7 +129,7 @@ def _value(action: argparse.Action) -> tuple[str, ...] | None:
     if action.nargs == 0:
         return None
     words = action.choices or getattr(action, "completes", ())
-    kinds = [f"={word}" for word in words]
+    kinds = list(dict.fromkeys(NAMED.get(word, f"={word}") for word in words))
     if action.dest == "numbers":
         kinds.append("group")
     elif not action.choices and action.metavar in KINDS:
@@ -162,6 +164,22 @@ _qdsmirror_ldsus() {
         inside && /^[ \t]*\[\[[^[]/ { gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, ""); print }'
 }
 
+# The numbers of throttles that qdsset turns.
+_qdsmirror_throttles() {
+    cat "$(_qdsmirror_etc "$1")"/dsgrp[0-9][0-9][0-9].cfg 2>/dev/null | awk '
+        function say(key) { if (!(key in said)) print key; said[key] }
+        /^[ \t]*\[[^[]/ { inside = /^[ \t]*\[[ \t]*throttles[ \t]*\]/; name = "" }
+        inside && /^[ \t]*\[\[[^[]/ {
+            name = $0
+            gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, "", name)
+            if (name ~ /["\047]/) name = ""
+            if (name) say(name ".value=")
+        }
+        name && !/^[ \t]*#/ && /(^|=|["\047])[ \t]*limit[ \t]+([0-9]|off)/ {
+            say(name ".limit=")
+        }'
+}
+
 # Offer for the word $1 what is of the kinds $3...; the root is $2.
 _qdsmirror_offer() {
     local word=$1 root=$2 kind
@@ -171,6 +189,13 @@ _qdsmirror_offer() {
             =*) COMPREPLY+=($(compgen -W "${kind#=}" -- "$word")) ;;
             group) COMPREPLY+=($(compgen -W "$(_qdsmirror_groups "$root")" -- "$word")) ;;
             ldsu) COMPREPLY+=($(compgen -W "$(_qdsmirror_ldsus "$root")" -- "$word")) ;;
+            throttle)
+                local each
+                while read -r each; do
+                    printf -v each %q "$each"
+                    if [[ $each == "$word"* ]]; then COMPREPLY+=("$each"); fi
+                done < <(_qdsmirror_throttles "$root")
+                ;;
             host) COMPREPLY+=($(compgen -A hostname -- "$word")) ;;
             dir | file)
                 local option=-f IFS=$'\n'
@@ -288,6 +313,27 @@ _qdsmirror_ldsus() {
     compadd -a ldsus
 }
 
+# The numbers of throttles that qdsset turns.
+_qdsmirror_throttles() {
+    local -a files numbers
+    files=($(_qdsmirror_etc)/dsgrp[0-9][0-9][0-9].cfg(N))
+    (( $#files )) || return 1
+    numbers=(${(f)"$(awk '
+        function say(key) { if (!(key in said)) print key; said[key] }
+        /^[ \t]*\[[^[]/ { inside = /^[ \t]*\[[ \t]*throttles[ \t]*\]/; name = "" }
+        inside && /^[ \t]*\[\[[^[]/ {
+            name = $0
+            gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, "", name)
+            if (name ~ /["\047]/) name = ""
+            if (name) say(name ".value=")
+        }
+        name && !/^[ \t]*#/ && /(^|=|["\047])[ \t]*limit[ \t]+([0-9]|off)/ {
+            say(name ".limit=")
+        }
+    ' $files)"})
+    compadd -S '' -a numbers
+}
+
 # Offer the words $1...; one that ends with = goes on.
 _qdsmirror_words() {
     local word
@@ -313,6 +359,7 @@ _qdsmirror() {
 _ZSH = {
     "group": "_qdsmirror_groups",
     "ldsu": "_qdsmirror_ldsus",
+    "throttle": "_qdsmirror_throttles",
     "file": "_files",
     "dir": "_files -/",
     "host": "_hosts",

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPLETION = ROOT / "completion"
-GROUP = """
+GROUP = '''
 [primary]
 host = a
 [ldsus]
@@ -24,7 +24,18 @@ host = a
 [throttles]
   [[office]]
   test = netkbps > 200
-"""
+  # actions = limit 3
+  actions = sleep inc 5
+  [[ on weekends ]]   # slowly
+  actions = """
+    syslog "as the limit is"
+    limit 250
+  """
+  [[once]]
+  actions = limit off
+[other]
+  [[onions]]
+'''
 BASH = """
 cd "$1" && . {completion}/bash/_qdsmirror
 compopt() {{ :; }}
@@ -144,6 +155,8 @@ class BashTests(ShellTestCase):
             ("qdsbypass --json on m", ["mail"]),
             ("qdscheckpoint ", sorted([*ldsus, "list", "off", "on"])),
             ("qdsset on_d", ["on_disconnect="]),
+            ("qdsset of", ["office.value="]),
+            ("qdsset on_disconnect=async once.", ["once.limit=", "once.value="]),
             ("qdslab ", ["create", "destroy", "start", "status", "stop"]),
             ("qdslab --json st", ["start", "status", "stop"]),
             ("qdslab start a", ["a folder"]),
@@ -160,6 +173,14 @@ class BashTests(ShellTestCase):
                 self.assertNotIn("-h", found)
             else:
                 self.assertEqual(found, expected, words)
+
+    def test_throttles(self) -> None:
+        """Names with spaces as the shell takes them."""
+        weekends = ["on\\ weekends.limit=", "on\\ weekends.value="]
+        self.assertEqual(self.offered("qdsset", "on\\ w"), weekends)
+        found = self.offered("qdsset", "on")
+        wanted = ["on_disconnect=", "on_overflow=", "once.limit=", "once.value=", *weekends]
+        self.assertEqual(found, sorted(wanted))
 
     def test_root(self) -> None:
         """What ``--root`` says counts before the environment."""
@@ -209,6 +230,8 @@ class ZshTests(ShellTestCase):
             ("qdscheckpoint o", {"off", "on"}),
             ("qdscheckpoint off a", {"accounts"}),
             ("qdsset on_d", {"on_disconnect="}),
+            ("qdsset of", {"office.value="}),
+            ("qdsset on\\ w", {"on\\ weekends.limit=", "on\\ weekends.value="}),
             ("qdslab st", {"start", "status", "stop"}),
             ("qdslab start dir s", {"secondary"}),
             ("qdslab create --mo", {"--mode"}),

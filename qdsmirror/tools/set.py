@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_selection(
         made,
         "KEY=VALUE, as in dsgrp.cfg(5), or an LDSU: only the groups with these",
-        [f"{name}=" for name in SETTINGS],
+        [f"{name}=" for name in (*SETTINGS, *THROTTLE_KEYS)],
     )
     return made
 
