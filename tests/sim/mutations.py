@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -71,6 +73,7 @@ class Mutation:
     :ivar first: the first of them: one that is known to see it soon.
     :ivar sequence: one whose crash states are examined before the seeds are run.
     :ivar schedule: the order in which its work is done.
+    :ivar needs: a fault without which it is not seen: seeds that do not draw it are passed over.
     """
 
     name: str
@@ -80,6 +83,16 @@ class Mutation:
     sequence: tuple[str, ...] = ()
     first: int = 0
     schedule: int = 0
+    needs: str = ""
+
+    def chosen(self) -> Iterator[int]:
+        """Give the seeds to be run."""
+        drawn = (seed for seed in count(self.first) if not self.needs or self._draws(seed))
+        return islice(drawn, self.seeds)
+
+    def _draws(self, seed: int) -> bool:
+        profile = profile_module.Profile.draw(Random(seed), Random(f"operation of {seed}"))
+        return bool(profile.faults.get(self.needs))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -101,10 +114,11 @@ def mutation(
     sequence: tuple[str, ...] = (),
     first: int = 0,
     schedule: int = 0,
+    needs: str = "",
 ) -> Callable[[Callable[[Patch], None]], Any]:
     def keep(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         name = apply.__name__.strip("_").replace("_", " ")
-        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence, first, schedule))
+        MUTATIONS.append(Mutation(name, breaks, apply, seeds, sequence, first, schedule, needs))
         return apply
 
     return keep
@@ -157,7 +171,7 @@ def _announce_before_durable(patch: Patch) -> None:
     patch(DriverUnit, "_was_appended", _wrapped(DriverUnit, "_was_appended", after=appended))
 
 
-@mutation("DURABLE")
+@mutation("DURABLE", first=2)
 def _flush_without_sync(patch: Patch) -> None:
     def flush(_syncing: Any, request: Any) -> None:
         request.connection.answer([request])
@@ -177,7 +191,7 @@ def _fua_answered_from_the_cache(patch: Patch) -> None:
     patch(DriverUnit, "_was_appended", was_appended)
 
 
-@mutation("LOUD", seeds=600, first=146)
+@mutation("LOUD", seeds=300, first=235, needs="error")
 def _failed_sync_taken_for_good(patch: Patch) -> None:
     real = Syncing._committed
 
@@ -247,7 +261,7 @@ def _one_superblock_slot_only(patch: Patch) -> None:
     patch(Writelog, "write_superblock", write_superblock)
 
 
-@mutation("RECOVER")
+@mutation("RECOVER", first=3)
 def _scan_without_sync(patch: Patch) -> None:
     real = Writelog.open.__func__  # type: ignore[attr-defined]
 
@@ -258,7 +272,7 @@ def _scan_without_sync(patch: Patch) -> None:
     patch(Writelog, "open", classmethod(open_log))
 
 
-@mutation("RECOVER")
+@mutation("RECOVER", first=9)
 def _body_checksum_not_checked(patch: Patch) -> None:
     patch(logreader_module, "check_body", lambda _header, _frame: None)
 
@@ -273,7 +287,7 @@ def _remains_of_lost_records_not_cleared(patch: Patch) -> None:
     patch(Writelog, "clear_end", lambda _self, _end: None)
 
 
-@mutation("RECOVER", seeds=300, first=50)
+@mutation("RECOVER", seeds=300, first=88)
 def _void_ranges_not_recorded(patch: Patch) -> None:
     real = restart_module.judge
     patch(restart_module, "judge", lambda opened: Recovery(real(opened).next_gsn, ()))
@@ -304,7 +318,7 @@ def _space_used_again_before_that_is_durable(patch: Patch) -> None:
     patch(DriverUnit, "committed", _wrapped(DriverUnit, "committed", after=free))
 
 
-@mutation("COHERENT", seeds=200, first=91)
+@mutation("COHERENT", seeds=200, first=139)
 def _no_reserve_for_control_frames(patch: Patch) -> None:
     patch(Writelog, "_reserve", property(lambda _self: 0))
 
@@ -367,7 +381,7 @@ def _dirty_bits_not_synced(patch: Patch) -> None:
     patch(direct_module, "write_blocks", write_blocks)
 
 
-@mutation("DURABLE", seeds=400, first=163)
+@mutation("DURABLE", seeds=300, first=267)
 def _bypass_before_everything_is_applied(patch: Patch) -> None:
     patch(Bypass, "is_all_applied", lambda _self: True)
 
@@ -387,7 +401,7 @@ def _compared_with_a_mirror_that_lags(patch: Patch) -> None:
     patch(Refresh, "_may_compare", lambda refresh: refresh.group.pmd.is_connected)
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=2)
 def _blocks_count_as_equal_without_a_look(patch: Patch) -> None:
     patch(Comparison, "_differs", lambda *_: None)
 
@@ -397,12 +411,12 @@ def _bypass_left_without_a_sync(patch: Patch) -> None:
     patch(Bypass, "sync", lambda _self: succeed(None))
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=2)
 def _marks_forgotten_at_the_start(patch: Patch) -> None:
     patch(restart_module, "load_bitmap", lambda _device, superblock: (empty_bitmap(superblock), ""))
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=2)
 def _marks_cleared_before_the_mirror_has_them(patch: Patch) -> None:
     def clear(bypass: Any, *_: Any) -> None:
         for unit in bypass._group.units:
@@ -416,7 +430,7 @@ def _what_could_be_sent_is_given_up(patch: Patch) -> None:
     patch(WayOut, "holds_unsendable", property(lambda way: way._bypass.phase == ON))
 
 
-@mutation("GENERATION", seeds=600, first=190)
+@mutation("GENERATION", seeds=400, first=347)
 def _switch_not_completed_at_the_start(patch: Patch) -> None:
     patch(restart_module, "awaits_switch", lambda *_: False)
 
@@ -432,7 +446,7 @@ def _answered_before_the_secondary_has_it(patch: Patch) -> None:
     patch(Answering, "give", give)
 
 
-@mutation("SYNC")
+@mutation("SYNC", first=3)
 def _answered_when_sent(patch: Patch) -> None:
     real = Attachment.said_committed
 
@@ -470,7 +484,7 @@ def _one_entry_too_many(patch: Patch) -> None:
     patch(Answering, "_promised", property(promised))
 
 
-@mutation("SYNC", seeds=400)
+@mutation("SYNC", seeds=400, first=3)
 def _entries_of_before_a_crash_not_counted(patch: Patch) -> None:
     def begin(answering: Any) -> None:
         answering._numbers.committed = answering._numbers.framed
@@ -481,7 +495,7 @@ def _entries_of_before_a_crash_not_counted(patch: Patch) -> None:
     patch(Answering, "begin", _wrapped(Answering, "begin", after=begin))
 
 
-@mutation("SYNC", seeds=400, first=34)
+@mutation("SYNC", seeds=400, first=40)
 def _skipped_by_a_new_history_taken_for_committed(patch: Patch) -> None:
     patch(Answering, "skip", lambda _self: None)
 
@@ -526,7 +540,7 @@ def _sent_before_the_data_device_is_synced(patch: Patch) -> None:
     patch(MemorySyncing, "_begin", _wrapped(MemorySyncing, "_begin", before=early))
 
 
-@mutation("NO-HIDDEN", seeds=200)
+@mutation("NO-HIDDEN", seeds=200, first=5)
 def _bits_cleared_before_the_secondary_has_it(patch: Patch) -> None:
     _in_memory(patch)
 
@@ -575,7 +589,7 @@ def _resume_by_number_without_proof(patch: Patch) -> None:
     patch(OutUnit, "_proven", lambda _self, cursor, _point: cursor)
 
 
-@mutation("PREFIX", seeds=300, first=76)
+@mutation("PREFIX", seeds=300, first=98)
 def _frames_of_the_last_session_kept(patch: Patch) -> None:
     real = Committing.forget
 
@@ -587,7 +601,7 @@ def _frames_of_the_last_session_kept(patch: Patch) -> None:
     patch(Committing, "forget", forget)
 
 
-@mutation("PREFIX", seeds=200)
+@mutation("PREFIX", seeds=200, first=2)
 def _frames_that_look_older_not_taken(patch: Patch) -> None:
     real = Committing.take
 
@@ -600,7 +614,7 @@ def _frames_that_look_older_not_taken(patch: Patch) -> None:
     patch(Committing, "take", take)
 
 
-@mutation("PREFIX", seeds=200)
+@mutation("PREFIX", seeds=200, first=2)
 def _frames_of_several_paths_taken_as_they_come(patch: Patch) -> None:
     def take(reorder: Any) -> Any:
         return reorder._waiting.pop(next(iter(reorder._waiting)))[1] if len(reorder) else None
@@ -608,7 +622,7 @@ def _frames_of_several_paths_taken_as_they_come(patch: Patch) -> None:
     patch(Reorder, "take", take)
 
 
-@mutation("PREFIX", seeds=200)
+@mutation("PREFIX", seeds=200, first=2)
 def _frames_taken_twice(patch: Patch) -> None:
     real = Reorder.put
 
@@ -620,7 +634,7 @@ def _frames_taken_twice(patch: Patch) -> None:
     patch(Reorder, "put", put)
 
 
-@mutation("PREFIX", seeds=200, first=166)
+@mutation("PREFIX", seeds=200, first=221, needs="cut path")
 def _what_a_lost_path_had_is_not_sent_again(patch: Patch) -> None:
     patch(Band, "_again", lambda *_: None)
 
@@ -761,7 +775,7 @@ def _checkpoint_of_a_history_that_is_being_replaced(patch: Patch) -> None:
     patch(Mirroring, "begin_anew", begin_anew)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=8, needs="rollback")
 def _before_images_behind_the_overwrite(patch: Patch) -> None:
     real = Mirror.apply
 
@@ -786,7 +800,7 @@ def _before_images_not_synced(patch: Patch) -> None:
     patch(BeforeImages, "_write", write)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=8, needs="rollback")
 def _before_images_retaken_by_a_replay(patch: Patch) -> None:
     def load(images: Any) -> None:
         if not images._loaded and images.period is not None:
@@ -796,7 +810,7 @@ def _before_images_retaken_by_a_replay(patch: Patch) -> None:
     patch(BeforeImages, "load", load)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=2, needs="rollback")
 def _rolled_back_history_goes_on(patch: Patch) -> None:
     real = rollback_module.Generation
 
@@ -823,7 +837,7 @@ def _coherent_while_it_is_refreshed(patch: Patch) -> None:
     patch(Mirror, "mark_incoherent", mark_incoherent)
 
 
-@mutation("COHERENT", seeds=200)
+@mutation("COHERENT", seeds=200, first=2)
 def _end_of_refresh_without_sync(patch: Patch) -> None:
     real = Mirror._mark_coherent
 
@@ -836,7 +850,7 @@ def _end_of_refresh_without_sync(patch: Patch) -> None:
     patch(Mirror, "_mark_coherent", mark_coherent)
 
 
-@mutation("COHERENT", seeds=200, first=13)
+@mutation("COHERENT", seeds=200, first=19)
 def _chunk_read_without_what_is_pending(patch: Patch) -> None:
     patch(DriverUnit, "lock", lambda *_: None)
     patch(DriverUnit, "unlock", lambda *_: None)
@@ -853,7 +867,7 @@ def _hashes_compared_in_a_replay(patch: Patch) -> None:
     patch(Mirror, "replay", _wrapped(Mirror, "replay", before=sure))
 
 
-@mutation("COHERENT", first=21)
+@mutation("COHERENT", first=42, needs="verify")
 def _hash_appended_without_the_lock(patch: Patch) -> None:
     def found(_verify: Any, unit: Any, *_: Any) -> None:
         unit.unlock()
@@ -861,7 +875,7 @@ def _hash_appended_without_the_lock(patch: Patch) -> None:
     patch(Verify, "_found_hole", _wrapped(Verify, "_found_hole", after=found))
 
 
-@mutation("COHERENT", first=15)
+@mutation("COHERENT", first=38, needs="verify")
 def _hashes_compared_before_the_writes_are_applied(patch: Patch) -> None:
     real = Mirror.apply
 
@@ -871,7 +885,7 @@ def _hashes_compared_before_the_writes_are_applied(patch: Patch) -> None:
     patch(Mirror, "apply", apply)
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=2)
 def _difference_counted_before_it_is_durable(patch: Patch) -> None:
     def differs(_verifying: Any, _unit: Any, _ranges: Any, then: Any) -> None:
         then()
@@ -882,12 +896,12 @@ def _difference_counted_before_it_is_durable(patch: Patch) -> None:
 # -- backfresh ------------------------------------------------------------------------------------
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=9, needs="backfresh")
 def _blocks_overwritten_before_it_is_durable(patch: Patch) -> None:
     patch(Backfresh, "_record_beginning", lambda *_: succeed(None))
 
 
-@mutation("COHERENT")
+@mutation("COHERENT", first=9, needs="backfresh")
 def _fetched_recorded_before_it_is_synced(patch: Patch) -> None:
     patch(Backfresh, "_sync", lambda _: succeed(None))
 
@@ -897,7 +911,7 @@ def _backfresh_ends_before_it_is_synced(patch: Patch) -> None:
     patch(Bypass, "sync", lambda _self: succeed(None))
 
 
-@mutation("COHERENT", seeds=200, first=32)
+@mutation("COHERENT", seeds=200, first=198, needs="backfresh")
 def _what_is_given_up_is_sent(patch: Patch) -> None:
     patch(Attachment, "hold", lambda *_: None)
 

@@ -363,9 +363,13 @@ class End:
         slow_until = self.wire.slow_until
         if slow_until and self.process.seconds() < slow_until:
             return False
-        if self._coming and self.reading:
+        # (As in _coming; this is asked of every end after every step.)
+        if self._aborted:
             return True
-        if self._aborted or (self.hears_end and not self._coming):
+        if self.peer is not None and self.peer.out:
+            if self.reading:
+                return True
+        elif self.hears_end:
             return True
         return self._closing and not (self.out and self.peer is not None and not self.peer.deaf)
 

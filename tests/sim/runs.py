@@ -102,7 +102,7 @@ def _seen(mutation: Mutation, base: Path, counts: Counter[str]) -> bool:
             counts["sequences"] += 1
             if result["violations"]:
                 return True
-        for seed in range(mutation.first, mutation.first + mutation.seeds):
+        for seed in mutation.chosen():
             counts["seeds"] += 1
             if run_seed(seed, base):
                 return True
