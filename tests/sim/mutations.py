@@ -35,6 +35,7 @@ from qdsmirror.groups.checkpoint import Checkpoints
 from qdsmirror.groups.committing import Committing
 from qdsmirror.groups.compare import Comparison
 from qdsmirror.groups.direct import answer_all
+from qdsmirror.groups.failures import Failures
 from qdsmirror.groups.memory import Cover, MemoryLogs, MemorySyncing
 from qdsmirror.groups.mirroring import Mirroring
 from qdsmirror.groups.outbound import Outbound, OutUnit
@@ -42,6 +43,7 @@ from qdsmirror.groups.refresh import Refresh
 from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.groups.session import Session
 from qdsmirror.groups.syncing import Syncing
+from qdsmirror.groups.unapplied import Unapplied
 from qdsmirror.groups.unit import DriverUnit
 from qdsmirror.groups.verify import Verify
 from qdsmirror.groups.verifying import Verifying
@@ -199,6 +201,20 @@ def _failed_sync_taken_for_good(patch: Patch) -> None:
         real(syncing, count, result, None)
 
     patch(Syncing, "_committed", committed)
+
+
+@mutation("TAIL", first=61)
+def _written_past_a_failed_log_before_that_is_recorded(patch: Patch) -> None:
+    def record(failures: Any, wanted: Any, **_: Any) -> Any:
+        failures.recorded = wanted
+        return succeed(True)
+
+    patch(Failures, "_record", record)
+
+
+@mutation("BOUND")
+def _framed_however_much_is_unapplied(patch: Patch) -> None:
+    patch(Unapplied, "has_room", lambda *_: True)
 
 
 @mutation("LOUD")
