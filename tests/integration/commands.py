@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,12 +103,14 @@ class Commands:
         """Wait for the pid and the exit code; kill what takes too long, whose code is ``None``."""
         deadline = time.monotonic() + seconds
         words = b""
-        pid, late = 0, False
+        pid, late, killed = 0, False, False
         while words.count(b"\n") < 2:
             left = max(0.0, deadline - time.monotonic())
-            if not late and not select.select([reader], [], [], left)[0]:
-                late = True
-                if pid:
+            late = late or not select.select([reader], [], [], left)[0]
+            # (Time may be up before the server has had any to fork.)
+            if late and pid and not killed:
+                killed = True
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             data = os.read(reader, 100)
             if not data:
