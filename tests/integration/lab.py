@@ -227,6 +227,15 @@ class LabFixture:
             time.sleep(POLL_SECONDS)
         return found
 
+    def kill_together(self, *names: str) -> None:
+        """Kill daemons that all run, none of which shall end by itself because another has."""
+        pids = [self.until(lambda name=name: self.pid(name), f"{name} to run") for name in names]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, number)
+        for name, pid in zip(names, pids, strict=True):
+            self.until(lambda pid=pid: not self._is_ours(pid), f"the end of {name}")
+
     def kill_all(self) -> None:
         """Leave no process of this lab, nor one that was made while the others were killed."""
         deadline = time.monotonic() + ASK_SECONDS

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 
 from twisted.trial.unittest import TestCase
 
+from qdsmirror.config import load_group
 from qdsmirror.errors import EXIT_BROKEN, EXIT_DEGRADED, EXIT_USAGE
+from qdsmirror.paths import Paths
 from qdsmirror.tools.nbdclient import NbdClient
 from tests.integration.lab import in_thread
+from tests.integration.proxy import Proxy
 from tests.integration.world import World
 
 SIZE = 32 << 20
 BLOCK = 64 << 10
+#: Of each piece of 64 KiB: a refresh takes half a minute then.
+DELAY_SECONDS = 0.05
 
 
 class RollbackTests(TestCase):
@@ -27,6 +31,9 @@ class RollbackTests(TestCase):
             self, "--size", "32M", "--ldsus", "2", "--journal", "96M", *options
         )
         world.create()
+        port = load_group(Paths.of(world.primary), 0).port
+        self.proxy = Proxy(self, port)
+        world.edit(world.config("primary"), f"port = {port}", f"port = {self.proxy.port}")
         world.start()
         return world
 
@@ -54,6 +61,7 @@ class RollbackTests(TestCase):
         """Let a refresh change the mirror, and kill both sites in the middle of it."""
         world = self.world
         world.start("secondary")
+        self.go_slowly()
         world.at("primary", "launchrefresh", "--full")
         self.write_some(20)
 
@@ -62,9 +70,16 @@ class RollbackTests(TestCase):
             return bool(kept and kept["used_bytes"] > 1 << 20)
 
         world.until(is_under_way, "the refresh to change the mirror")
-        for name in ("qdspmd", "dsgrp000.pmd", "qdsrmd", "dsgrp000.rmd"):
-            world.kill(name, signal.SIGKILL)
-        world.until(lambda: world.pid("dsgrp000.rmd") is None, "the rmd's end")
+        self.kill_the_link()
+
+    def go_slowly(self) -> None:
+        """Have what is sent take its time: it passes through this process, as the kills do."""
+        self.proxy.delay = DELAY_SECONDS
+
+    def kill_the_link(self) -> None:
+        """Kill both ends of it, in the middle of what they do."""
+        self.world.kill_together("qdspmd", "dsgrp000.pmd", "qdsrmd", "dsgrp000.rmd")
+        self.proxy.delay = 0.0
 
     @in_thread
     def test_back_to_the_last_coherent_state_and_mended(self) -> None:
@@ -110,6 +125,7 @@ class RollbackTests(TestCase):
         world.at("primary", "qdsrefresh", "--full")
         self.change_behind_the_mirror()
         world.start("secondary")
+        self.go_slowly()
         world.at("primary", "launchrefresh", "--full")
 
         def is_given_up() -> bool:
@@ -118,9 +134,7 @@ class RollbackTests(TestCase):
 
         world.until(is_given_up, "rolling back to be given up")
         self.assertIn("cannot be rolled back any more", str(world.info("secondary")["errors"]))
-        for name in ("qdspmd", "dsgrp000.pmd", "qdsrmd", "dsgrp000.rmd"):
-            world.kill(name, signal.SIGKILL)
-        world.until(lambda: world.pid("dsgrp000.rmd") is None, "the rmd's end")
+        self.kill_the_link()
         refused = world.ask("secondary", "qdsrmdreco", "--rollback", "--yes")
         self.assertEqual(refused.returncode, EXIT_BROKEN)
         self.assertIn("used up", refused.stderr)
