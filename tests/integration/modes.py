@@ -210,12 +210,6 @@ class Modes(World):
         else:
             self.until(lambda: self.pid(name) not in (None, victim), f"another {name}")
 
-    def insist_at(self, site: str, command: str) -> None:
-        """Launch daemons: while their killed ones are not quite gone, that may fail."""
-        self.until(
-            lambda: self.ask(site, command).returncode == DONE, f"{command} to be done", 60.0
-        )
-
     @contextmanager
     def no_link(self, mode: str = REFUSE) -> Iterator[None]:
         """Have no link to the secondary for a while."""
@@ -470,6 +464,7 @@ def applied(modes: Modes) -> None:
         lines.insert(lines.index("[tunables]") + 1, f"metadata_entries = {value}")
         file.write_text("\n".join(lines) + "\n")
         modes.at(site, "qdsconfigtool", "apply")
+        modes.taken_up(site)
 
 
 def checkpoint(modes: Modes) -> None:

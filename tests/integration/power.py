@@ -27,7 +27,6 @@ _READ_BYTES = 1 << 20
 _CONTROL_SECONDS = WAIT_SECONDS
 #: So that something is under way when the power goes, and the disks' programs keep up with it.
 _WRITES_PER_SECOND = 800
-_MASTERS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
 
 
 def need_fuse() -> None:

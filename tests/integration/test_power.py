@@ -144,8 +144,12 @@ class PowerTests(TestCase):
         self.assertGreater(world.cut(("secondary",), 1, 0.0), 0)
         world.power_on("secondary")
         world.at("secondary", "launchrmds")
-        world.until(lambda: world.info()["pmd"]["state"] == "refused", "the refusal")
-        self.assertIn("lost", world.info()["reason"])
+
+        def refused() -> bool:
+            info = world.info()
+            return info["pmd"]["state"] == "refused" and "lost" in info["reason"]
+
+        world.until(refused, "the refusal")
         self.assertGreater(world.cut(("primary",), 1, 0.0), 0)
         application.die()
         world.power_on("primary")

@@ -20,9 +20,17 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SkipTest, TestCase
 
-from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, LabFixture, console_script
+from qdsmirror.paths import Paths
+from tests.integration.lab import (
+    COMMAND_SECONDS,
+    WAIT_SECONDS,
+    LabFixture,
+    ask_patiently,
+    console_script,
+)
 
 SITES = ("primary", "secondary")
+MASTERS = {"primary": ("qdsdriver", "qdspmd"), "secondary": ("qdsrmd",)}
 #: One that hangs shall not hold the suite.
 PROGRAM_SECONDS = COMMAND_SECONDS
 STRAY_SECONDS = 10.0
@@ -115,14 +123,35 @@ class World(LabFixture):
             inside = ["ip", "netns", "exec", space, console_script(command)]
             self.run([*inside, "--root", str(self.directory / site)])
 
-    def ask(self, site: str, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def ask(
+        self, site: str, command: str, *arguments: str, seconds: float = PROGRAM_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         """Run one of our commands on a site, whatever its exit code."""
         root = str(self.directory / site)
-        return self.ended(console_script(command), "--root", root, *arguments)
+        return self.ended(console_script(command), "--root", root, *arguments, seconds=seconds)
 
     def at(self, site: str, command: str, *arguments: str) -> str:
         """Run one of our commands on a site; it must succeed."""
         return self.tool(command, "--root", str(self.directory / site), *arguments)
+
+    def insist_at(self, site: str, command: str) -> None:
+        """Launch daemons: while their killed ones are not quite gone, that may fail."""
+        self.until(lambda: not self.ask(site, command).returncode, f"{command} to be done")
+
+    def taken_up(self, site: str) -> None:
+        """Wait until the groups of a site go by the files that ``apply`` has just taken up.
+
+        It answers when each group's process was told so; until that reads it, its group is there
+        as it was.
+        """
+        paths = Paths.of(self.directory / site)
+        masters = [paths.control_socket(name) for name in MASTERS[site]]
+
+        def run() -> bool:
+            told = [ask_patiently(path)["groups"] for path in masters]
+            return all(group["state"] == "running" for groups in told for group in groups)
+
+        self.until(run, f"the groups of {site} to run")
 
     def launch(self) -> None:
         """Start all daemons without waiting for the groups to be connected."""
