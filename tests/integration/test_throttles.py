@@ -13,6 +13,8 @@ from twisted.trial.unittest import TestCase
 from tests.integration.lab import WAIT_SECONDS, LabFixture, console_script, in_thread
 
 SLOTS = 512
+#: A log of 64 MiB lasts for many evaluations, whatever a process has to wait for its turn.
+WRITES_PER_SECOND = 1000
 POOL = 3
 THROTTLES = """
 [throttles]
@@ -54,7 +56,8 @@ class ThrottleTests(TestCase):
         """Have an application write without end."""
         module = [console_script("python"), "-m", "tests.integration.writer"]
         socket = str(lab.primary / "run" / "dsgrp000.nbd")
-        return lab.start_program([*module, socket, "qds0", "--slots", str(SLOTS)])
+        options = ["--slots", str(SLOTS), "--rate", str(WRITES_PER_SECOND)]
+        return lab.start_program([*module, socket, "qds0", *options])
 
     def finish(self, lab: LabFixture, writer: subprocess.Popen[str]) -> None:
         output, errors = writer.communicate(timeout=WAIT_SECONDS)
@@ -80,16 +83,16 @@ class ThrottleTests(TestCase):
 
         lab.stop("secondary")
         writer = self.write(lab)
-        lab.until(lambda: chained(1), "the first extension", 60)
+        lab.until(lambda: chained(1), "the first extension")
         victim = lab.kill("dsgrp000.driver")
         lab.until(lambda: lab.pid("dsgrp000.driver") not in (None, victim), "another driver")
-        lab.until(lambda: chained(2), "the second extension", 120)
+        lab.until(lambda: chained(2), "the second extension", 2 * WAIT_SECONDS)
         self.finish(lab, writer)
         lab.until(lambda: "the mirror is late" in self.events(lab), "the page")
         victim = lab.kill("dsgrp000.driver")
         lab.start("secondary")
         lab.wait("drained")
-        lab.until(lambda: chained(0), "all to be free again", 60)
+        lab.until(lambda: chained(0), "all to be free again")
         lab.until(lambda: "the mirror is on time" in self.events(lab).rpartition("late")[2],
                   "the all-clear")  # fmt: skip
         lab.stop()
@@ -104,7 +107,7 @@ class ThrottleTests(TestCase):
         path = lab.primary / "etc" / "dsgrp000.cfg"
         text = path.read_text()
         writer = self.write(lab)
-        lab.until(lambda: lab.info()["lag"]["seconds"] > 2, "the limit to be felt", 60)
+        lab.until(lambda: lab.info()["lag"]["seconds"] > 2, "the limit to be felt")
         self.finish(lab, writer)
         self.set_while_it_runs(lab)
         path.write_text(text.replace("limit 50", "limit off"))

@@ -36,6 +36,8 @@ STUCK_SECONDS = 100.0
 RETRY_SECONDS = 0.05
 FUA_EVERY = 16
 FLUSH_EVERY = 64
+#: At a rate, what was not written in time is made up for as far as this: an outage's is not.
+BURST_SECONDS = 0.1
 
 
 class Connection:
@@ -121,10 +123,9 @@ class Writer:
     ) -> None:
         self.layout = Layout(len(exports), slots)
         self.depth = depth
-        self.first = first
         self.number = first - 1
         self.rate = rate
-        self.started = time.monotonic()
+        self.next = time.monotonic()
         self.promises = promises
         self.always = always
         self.flushes = 0
@@ -145,6 +146,8 @@ class Writer:
         device, slot = self.layout.place(number)
         data = payload(number, self.unanswered)
         self.number = number
+        if self.rate:
+            self.next += 1 / self.rate
         self.unanswered.add(number)
         flags = _FUA if number % FUA_EVERY == 0 else 0
         self.connections[device].ask(_WRITE, number, slot * SLOT_BYTES, data, flags)
@@ -179,8 +182,9 @@ class Writer:
         """Give how long it is until the next write may be issued at this rate."""
         if not self.rate:
             return 0.0
-        at = self.started + (self.number + 1 - self.first) / self.rate
-        return max(0.0, at - time.monotonic())
+        now = time.monotonic()
+        self.next = max(self.next, now - BURST_SECONDS)
+        return max(0.0, self.next - now)
 
     def hear(self, wait: float = 0.0) -> None:
         """Take what the server says, or make new connections.
