@@ -30,6 +30,8 @@ class ReloadWorld(LinkWorld):
 
     def __init__(self, test: TestCase) -> None:
         super().__init__(test)
+        # A session that goes on must not end because a process had to wait for its turn.
+        self.customised = None
         self.proxy = Proxy(test, self.port())
         self.edit(self.config("primary"), f"port = {self.port()}", f"port = {self.proxy.port}")
 
@@ -123,6 +125,8 @@ class ReloadTests(TestCase):
         world.goes_on()
         self.assertEqual(world.unbroken(), before)
         world.cut()
+        # The driver learns of it after the pmd.
+        world.until(lambda: world.info()["state"] == "accumulating", "the loss to be known")
         wait = ("qdsinfo", "--wait", "connected", "--timeout", str(WAIT_SECONDS))
         done = world.ask("primary", *wait)
         self.assertEqual(done.returncode, IDENTITY, done.stderr)

@@ -17,10 +17,20 @@ CUTS = 12
 NETWORK = "10.77"
 #: Of each cable, bytes (10^6) per second.
 RATE = 20
+#: A path that hangs is given up soon, but none whose process has to wait for its turn.
+SOON = """
+from qdsmirror import limits
+limits.PING_SECONDS = 1.0
+limits.SILENT_PEER_SECONDS = 10.0
+"""
 
 
 class PathWorld(LinkWorld):
     """A lab with a writer whose group has several paths."""
+
+    def __init__(self, test: TestCase) -> None:
+        super().__init__(test)
+        self.customise(SOON)
 
     def have_paths(self, *paths: str, compression: str = "none") -> None:
         """Give the primary its paths, and a compression."""
@@ -106,7 +116,7 @@ class ProxyTests(TestCase):
             world.goes_on()
             world.kill(name)
             if name == "qdspmd":
-                world.at("primary", "launchpmds")
+                world.insist_at("primary", "launchpmds")
             world.goes_on()
             world.all_up()
         world.end()
