@@ -12,6 +12,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import TestCase
 
+from qdsmirror.core.evaluation import State
 from qdsmirror.core.samples import GroupSample, parse
 from qdsmirror.tools.nbdclient import NbdClient
 from tests.integration.lab import in_thread
@@ -109,6 +110,17 @@ class StatisticsCase(TestCase):
         world.until(lambda: self.rows(site)[-1:] != before, "another row")
         return self.rows(site)[-1]
 
+    def row_says(self, world: World, site: Path, state: str) -> GroupSample:
+        """Wait for another row, of a state: the next may have been read for before that came."""
+        before = self.rows(site)[-1:]
+
+        def said() -> GroupSample | None:
+            row = self.rows(site)[-1:]
+            return row[0] if row != before and row[0].state == state else None
+
+        found: GroupSample = world.until(said, f"another row with {state}")
+        return found
+
     def write(self, world: World, count: int, first: int = 0, size: int = 64 * KIB) -> None:
         with NbdClient.connect(world.uri()) as client:
             for number in range(first, first + count):
@@ -121,7 +133,7 @@ class ProcessTests(StatisticsCase):
     def test_rows_and_events_whatever_dies(self) -> None:
         world = self.begin("--writelog", "8M")
         for site in (world.primary, world.secondary):
-            self.assertEqual(self.next_row(world, site).state, "connected")
+            self.row_says(world, site, "connected")
         self.write(world, 16)
         world.until(lambda: self.moved(world.primary) >= 1024, "what was sent in the rows")
         world.until(lambda: self.moved(world.secondary) >= 1024, "what has arrived in the rows")
@@ -137,28 +149,31 @@ class ProcessTests(StatisticsCase):
 
         # The pmd is down: rows go on, and say that nothing is sent.
         world.at("primary", "killpmds")
-        self.next_row(world, world.primary)
-        row = self.next_row(world, world.primary)
-        self.assertEqual((row.state, row.netkbps, row.pctcpu), ("accumulating", 0.0, 0.0))
+        self.row_says(world, world.primary, "accumulating")
+        row = self.row_says(world, world.primary, "accumulating")
+        self.assertEqual((row.netkbps, row.pctcpu), (0.0, 0.0))
         self.write(world, 4)
         world.until(lambda: self.rows(world.primary)[-1].ldsus[0].waiting, "entries that wait")
         world.at("primary", "launchpmds")
         world.wait("drained")
-        self.next_row(world, world.primary)
+        modes = ["accumulating", "connected"]
+        world.until(lambda: self.modes(world)[-2:] == modes, "the events")
 
         # The driver too: what it has told nobody yet is lost with it.
         victim = world.kill("dsgrp000.driver")
         world.until(lambda: world.pid("dsgrp000.driver") not in (None, victim), "another driver")
         world.wait("drained")
-        self.next_row(world, world.primary)
-        self.assertEqual(self.rows(world.primary)[-1].state, "connected")
-        told = [one.split()[1] for one in self.events(world.primary, "mode")]
-        tail = [one for one in told if one != "setup"][-4:]
-        self.assertEqual(tail, ["accumulating", "connected"] * 2, told)
+        self.row_says(world, world.primary, "connected")
+        world.until(lambda: self.modes(world)[-4:] == modes * 2, "the events")
         self.show(world)
         world.stop()
         self.assertEqual(list((world.primary / "run").iterdir()), [])
         world.compare()
+
+    def modes(self, world: World) -> list[str]:
+        """Give the modes that the events tell of, less those while no driver ran."""
+        told = [one.split()[1] for one in self.events(world.primary, "mode")]
+        return [one for one in told if one != "setup"]
 
     def moved(self, site: Path) -> float:
         """Give the KB of data that the rows amount to."""
@@ -202,6 +217,8 @@ class PagingTests(StatisticsCase):
         self.write(world, 4)
         world.until(lambda: "dsgrp000: link lost" in relay.subjects(), "the page")
         world.until(lambda: self.paged(world) == ["dsgrp000 lost lag T> 5"], "the program")
+        # A process that is killed before it has noted that it fired does so again.
+        world.until(lambda: self.noted(world, "lag T> 5"), "the note")
         victim = world.kill("dsgrp000.stats")
         world.until(lambda: world.pid("dsgrp000.stats") not in (None, victim), "another process")
         self.next_row(world, world.primary)
@@ -209,6 +226,8 @@ class PagingTests(StatisticsCase):
         world.until(lambda: relay.subjects().count("dsgrp000: all clear") == 2, "the all clear")
         names = ["all clear", "link lost", "all clear"]
         self.assertEqual(relay.subjects(), [f"dsgrp000: {one}" for one in names])
+        # A mail may be there before the events are written.
+        world.until(lambda: len(self.events(world.primary, "console")) >= 2, "both texts")
         self.assertEqual(self.events(world.primary, "console"), ["console all clear"] * 2)
         self.assertEqual(len(self.events(world.primary, "fired")), 3)
 
@@ -222,6 +241,12 @@ class PagingTests(StatisticsCase):
         self.assertEqual(len(self.paged(world)), 1)
         world.start("secondary")
         world.settle()
+
+    def noted(self, world: World, test: str) -> bool:
+        """Tell whether a successor of the process would know that a throttle's test was true."""
+        kept = json.loads((world.primary / "run" / "dsgrp000.stats.json").read_text())
+        true_of = State.from_json(kept["throttles"]).true_of
+        return any(one.endswith(test) and subjects for one, subjects in true_of.items())
 
     def paged(self, world: World) -> list[str]:
         path = world.base / "paged"
@@ -247,18 +272,24 @@ class ExtensionTests(StatisticsCase):
             number += 4
             before = self.next_row(world, world.primary)
             self.assertNotEqual(before.state, "bypass")
-        (unit,) = world.info()["ldsus"]
-        chained = len(unit["writelog"]["extensions"])
-        self.assertGreaterEqual(chained, 1)
+            (unit,) = world.info()["ldsus"]
+            if unit["writelog"]["used_ratio"] > 0.65:
+                # The next evaluation comes before the log is full, save on a busy machine.
+                world.until(lambda: self.chained(world), "the first extension")
+        self.assertGreaterEqual(self.chained(world), 1)
         victim = world.kill("dsgrp000.driver")
         world.until(lambda: world.pid("dsgrp000.driver") not in (None, victim), "another driver")
         world.at("primary", "launchpmds")
         world.wait("drained")
         world.until(lambda: self.states(world) == ["free", "free"], "the pool to be free again")
-        done = self.events(world.primary, "done")
-        self.assertGreaterEqual(sum('"full" extend: qds0: ' in one for one in done), 1, done)
-        self.assertGreaterEqual(sum('"empty" free: qds0: ' in one for one in done), 1, done)
+        for done in ('"full" extend: qds0: ', '"empty" free: qds0: '):
+            # The pool may be free before who asked for that has noted it.
+            world.until(lambda text=done: text in str(self.events(world.primary, "done")), done)
         world.settle()
+
+    def chained(self, world: World) -> int:
+        (unit,) = world.info()["ldsus"]
+        return len(unit["writelog"]["extensions"])
 
     def states(self, world: World) -> list[str]:
         return [one["state"] for one in world.info()["pool"]["devices"]]
