@@ -12,7 +12,7 @@ import signal
 
 from twisted.trial.unittest import TestCase
 
-from qdsmirror.errors import EXIT_BROKEN, EXIT_CONFIG, EXIT_IDENTITY
+from qdsmirror.errors import EXIT_BROKEN, EXIT_CONFIG, EXIT_IDENTITY, EXIT_OK
 from tests.integration.fleet import Fleet, Watch
 from tests.integration.lab import in_thread
 
@@ -131,7 +131,7 @@ class OneToManyTests(TestCase):
         self.assertEqual(done.returncode, EXIT_CONFIG, done.stderr)
         self.assertIn(str(config), done.stdout)
         done = fleet.ask("primary", "qdsinfo")
-        self.assertEqual(done.returncode, EXIT_CONFIG, done.stderr)
+        self.assertEqual(done.returncode, EXIT_OK, done.stderr)
         self.assertIn(f"{config}:", done.stderr)
         self.assertIn("ldsus.qds0.data_device", done.stderr)
 

@@ -16,7 +16,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.core.states import Mode
-from qdsmirror.errors import EXIT_CONFIG, EXIT_INTERRUPTED
+from qdsmirror.errors import EXIT_INTERRUPTED, EXIT_OK
 from qdsmirror.tools.nbdclient import NbdClient
 from tests.integration.lab import WAIT_SECONDS, console_script, in_thread
 from tests.integration.schema import keep_to_schema
@@ -189,7 +189,7 @@ class QdsinfoTests(TestCase):
         done = self.world.ask("primary", "qdsinfo", "--json")
         told = json.loads(done.stdout)
         keep_to_schema(told, closed=True)
-        self.assertEqual((done.returncode, len(told["groups"])), (EXIT_CONFIG, 1))
+        self.assertEqual((done.returncode, len(told["groups"])), (EXIT_OK, 1))
         self.assertEqual(told["error"]["code"], "configuration")
         (root / "etc" / "dsgrp000.cfg").write_text("")
         told = json.loads(self.world.ask("primary", "qdsinfo", "--json").stdout)
