@@ -212,6 +212,11 @@ class LabFixture:
             return str(self.directory) in Path(f"/proc/{pid}/cmdline").read_text()
         return False
 
+    def children(self, role: str) -> list[int]:
+        """Give the pids of all children of a role, with pid file or still without."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [pid for pid in filter(self._is_ours, pids) if _is_child(pid, role)]
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to a daemon; one that is being relaunched is waited for."""
         pid = self.until(lambda: self.pid(name), f"{name} to run")
@@ -266,6 +271,13 @@ class LabFixture:
                 said = [s for s in log.read_text().splitlines() if " connection " not in s]
                 told += f"--- {log}\n" + "\n".join(said[-lines:]) + "\n"
         return told
+
+
+def _is_child(pid: int, role: str) -> bool:
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return "qdsmirror.daemons.child" in words and role in words
+    return False
 
 
 def console_script(name: str) -> str:
