@@ -45,6 +45,8 @@ BROKEN: dict[int, tuple[str, ...]] = {
         "before images behind the overwrite",
         "before images not synced",
         "before images retaken by a replay",
+        "restored without a sync",
+        "usable before it is restored",
     ),
     16: ("dead device exempt before that is recorded",),
     17: (

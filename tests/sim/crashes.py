@@ -32,6 +32,7 @@ from qdsmirror.storage import superblock as superblock_module
 from qdsmirror.storage.extension import open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
+from qdsmirror.storage.rollback import roll_back
 from tests.fakes import Unsynced
 from tests.sim.disk import Disk, Memory
 from tests.sim.history import SECTOR, Violation
@@ -358,11 +359,43 @@ class Recoverer:
         return content
 
     def _recover_mirror(self, moment: Moment, disks: dict[str, Disk]) -> Any:
+        if not self.script.profile.before_bytes:
+            return self._replay_mirror(moment, disks)
+        # The rmd may have been started before, and may be started behind it.
+        if self.again.randrange(2):
+            self._replay_mirror(moment, disks)
+        self._roll_back(disks)
+        self._replay_mirror(moment, disks)
+        self._roll_back(disks)
+        return self._mirrors(disks)
+
+    def _roll_back(self, disks: dict[str, Disk]) -> None:
+        """COHERENT: wherever a refresh, or a rollback, was interrupted: it can be rolled back."""
+        process, runtime = self.script._process("recovery", Instant, disks)
+        mirror = Mirror.open(self.script.config, runtime.open_device)
+        if not mirror.journal.superblock.coherent:
+            roll_back(mirror)
+            model = self.script.model
+            model.rolled.add(mirror.journal.superblock.generation)
+            model.check_rolled_back(self._mirrors(disks))
+            self.counts["rolled back"] += 1
+        process.kill()
+
+    def _mirrors(self, disks: dict[str, Disk]) -> list[bytes]:
+        return [bytes(disks[ldsu.mirror_device].durable) for ldsu in self.script.config.ldsus]
+
+    def _replay_mirror(self, moment: Moment, disks: dict[str, Disk]) -> Any:
         script = self.script
         process, runtime = script._process("recovery", Instant, disks)
         mirror = Mirror.open(script.config, runtime.open_device)
         mirror.replay()
-        contents = [bytes(disks[ldsu.mirror_device].durable) for ldsu in script.config.ldsus]
+        contents = self._mirrors(disks)
+        if mirror.journal.superblock.generation in script.model.rolled:
+            self.counts["replayed behind a rollback"] += 1
+            if mirror.journal.superblock.coherent:
+                script.model.check_rolled_back(contents)
+            process.kill()
+            return contents
         # What a checkpoint holds back is in the journal.
         journaled = mirror.reached.gsn - 1
         if journaled < moment.acked:

@@ -141,6 +141,10 @@ def _wrapped(owner: Any, name: str, before: Any = None, after: Any = None) -> An
     return method
 
 
+#: Ends with a refresh that is interrupted for good, behind which the mirrors are rolled back.
+_HALF_REFRESHED = ("with before-images", "trim", "bypass on", "half a refresh")
+
+
 def _ignore(_result: Any, _error: BaseException | None) -> None:
     """Take the end of a job."""
 
@@ -840,6 +844,25 @@ def _rolled_back_history_goes_on(patch: Patch) -> None:
 
     patch(BeforeImages, "check", _wrapped(BeforeImages, "check", before=check))
     patch(rollback_module, "Generation", same)
+
+
+@mutation("COHERENT", seeds=0, sequence=_HALF_REFRESHED)
+def _restored_without_a_sync(patch: Patch) -> None:
+    real = BeforeImages.restore
+
+    def restore(images: Any) -> int:
+        with mock.patch.object(SimDevice, "fdatasync", lambda _device: None):
+            return real(images)
+
+    patch(BeforeImages, "restore", restore)
+
+
+@mutation("COHERENT", seeds=0, sequence=_HALF_REFRESHED)
+def _usable_before_it_is_restored(patch: Patch) -> None:
+    def restore(images: Any) -> None:
+        images._log.update(both=True, coherent=True)
+
+    patch(BeforeImages, "restore", _wrapped(BeforeImages, "restore", before=restore))
 
 
 @mutation("COHERENT", seeds=200)

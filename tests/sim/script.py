@@ -31,6 +31,8 @@ _DATA_BYTES = 32 * KIB
 _LEAVE_OFF = 0.15
 #: A backfresh that may begin is over by then.
 _BACKFRESH_SECONDS = 1.0
+#: A refresh that may begin has changed a mirror by then.
+_REFRESH_SECONDS = 1.0
 
 PROFILE = Profile(
     steps=0,
@@ -60,6 +62,10 @@ PROFILE = Profile(
     faults={},
 )
 MEMORY_PROFILE = replace(PROFILE, memory=True, log=MEMORY_LOG_BYTES_MIN)
+_IMAGES = {"journal": 400 * KIB, "before_bytes": 192 * KIB}
+#: So little is under way at once that a refresh is not over in a moment.
+_SLOWLY = {"window": 8 * KIB, "limit": 16 * KIB, "buffer": 8 * KIB}
+IMAGES_PROFILE = replace(PROFILE, **_IMAGES, **_SLOWLY)
 
 
 # -- operations: what a sequence is made of ---------------------------------------------------
@@ -213,6 +219,17 @@ def _mark(world: Script) -> None:
     world.change_group("mark", "m")
 
 
+def _half_refresh(world: Script) -> None:
+    """A refresh in which something is written, and the link lost when mirrors were changed."""
+    world.refresh_half()
+
+
+def _roll_back(world: Script) -> None:
+    """The rmd is killed; qdsrmdreco --rollback gives the refresh up."""
+    world.kill("rmd")
+    world.roll_back_once(interruptible=False)
+
+
 def _stale_copy(world: Script) -> None:
     """A client asks, loses its connection, and asks for something later on another one; what it
     has asked on the first is read after that is answered."""
@@ -290,6 +307,11 @@ LET_GO = "let go"
 _BESIDE_HOLD = ("write", "write to another", "refresh")
 _ALSO_BESIDE_HOLD = ("trim", "ack", "bypass on", "wrap")
 
+#: Before the others: the secondary keeps before-images, so that its mirrors can be rolled back.
+WITH_IMAGES = "with before-images"
+HALF_REFRESH, ROLL_BACK = "half a refresh", "roll back"
+_BEFORE_ROLLBACK = ("write", "trim", "bypass on")
+
 STALE_COPY = "stale copy"
 _BESIDE_STALE = ("flush", "bypass on", "refresh")
 _ALSO_BESIDE_STALE = ("write", "power cut")
@@ -329,6 +351,9 @@ def _families() -> Iterator[tuple[str, ...]]:
         yield names
         yield (*names, LET_GO)
     yield from _around((STALE_COPY,), _BESIDE_STALE, _ALSO_BESIDE_STALE)
+    for end in ((HALF_REFRESH,), (HALF_REFRESH, ROLL_BACK)):
+        for names in itertools.product(_BEFORE_ROLLBACK, repeat=2):
+            yield (WITH_IMAGES, *names, *end)
 
 
 def _around(
@@ -368,7 +393,12 @@ _ONLY_THERE = {
     **_HOLDS,
     LET_GO: _let_go,
     STALE_COPY: _stale_copy,
+    HALF_REFRESH: _half_refresh,
+    ROLL_BACK: _roll_back,
 }
+
+#: By what comes before all others.
+_PROFILES = {IN_MEMORY: MEMORY_PROFILE, WITH_IMAGES: IMAGES_PROFILE}
 
 
 # -- one sequence -------------------------------------------------------------------------------
@@ -415,9 +445,9 @@ class Script(World):
     """
 
     def __init__(self, base: Path, names: tuple[str, ...], schedule: int) -> None:
-        in_memory = names[0] == IN_MEMORY
-        super().__init__(1, base, MEMORY_PROFILE if in_memory else PROFILE)
-        self.names = names[in_memory:]
+        profile = _PROFILES.get(names[0])
+        super().__init__(1, base, profile or PROFILE)
+        self.names = names[1:] if profile else names
         self._order = Random(schedule) if schedule else None
         self.done = 0
         self.moments: list[Moment] = []
@@ -502,10 +532,26 @@ class Script(World):
 
     def fetch_something(self) -> None:
         """Begin a backfresh, and leave it when it has overwritten something, if it comes so far."""
-        fetched = self.model.counts.get("blocks fetched", 0)
+        counts = self.model.counts
+        fetched = counts.get("blocks fetched", 0)
         self.change_group("begin_backfresh", "discard", "")
-        end = self.clock.seconds() + _BACKFRESH_SECONDS
-        while self.clock.seconds() < end and self.model.counts.get("blocks fetched", 0) == fetched:
+        self._until(lambda: counts.get("blocks fetched", 0) > fetched, _BACKFRESH_SECONDS)
+
+    def refresh_half(self) -> None:
+        """Begin a refresh, write something, and lose the link when mirrors were changed."""
+        self.settle(0.1)
+        self.change_group("refresh", "full")
+        self.client_asks(0, nbd.CMD_WRITE, 12 * KIB, 1024)
+        self._until(lambda: self.model.usable is not None, _REFRESH_SECONDS)
+        counts = self.model.counts
+        written = counts.get("mirror writes", 0)
+        self._until(lambda: counts.get("mirror writes", 0) > written, _REFRESH_SECONDS)
+        self.lose_link()
+
+    def _until(self, happened: Callable[[], bool], seconds: float) -> None:
+        """Go on, step by step, until something is so, or time is up."""
+        end = self.clock.seconds() + seconds
+        while self.clock.seconds() < end and not happened():
             doable = self._doable()
             if doable:
                 doable[0][1]()

@@ -31,6 +31,7 @@ class CrashTests(SynchronousTestCase):
         every = sum(len(OPERATIONS) ** length for length in range(1, LENGTH_MAX))
         self.assertGreater(counts["sequences"], every + len(PLAIN) ** LENGTH_MAX)
         self.assertGreaterEqual(len(states), STATES_MIN)
+        self.assertGreater(counts["rolled back"], 0)
 
     def test_a_crash_while_the_end_of_a_backfresh_is_completed(self) -> None:
         """One superblock says that it has ended: until all do, none may be without that word."""
