@@ -422,7 +422,7 @@ STATUS_TEXT_CHARACTERS_MAX = 240
 #: A launch command waits so long for its daemon and that one's groups ...
 LAUNCH_SECONDS_MAX = 60.0
 #: ... and so long for a group whose start failed and is tried again.
-LAUNCH_RETRY_SECONDS_MAX = 5.0
+LAUNCH_RETRY_SECONDS_MAX = 10.0
 #: Messages between a master and a child: length, how many may wait, descriptors in one.
 CHANNEL_MESSAGE_BYTES_MAX = 64 * KIB
 CHANNEL_MESSAGES_MAX = 1024
@@ -457,6 +457,8 @@ assert SEND_BUFFER_BYTES <= SEND_WINDOW_BYTES_MIN <= SEND_WINDOW_BYTES <= SEND_W
 assert RECONNECT_SECONDS_MIN <= RECONNECT_MAX_SECONDS_MIN <= RECONNECT_SECONDS_MAX
 assert CHILDREN_DEFAULT <= GROUPS_MAX
 assert CHILD_RESTART_SECONDS_MAX < CHILD_HEALTHY_SECONDS
+# A launch sees the next try of a group whose trouble is over, and that it starts.
+assert 2 * CHILD_RESTART_SECONDS_MAX <= LAUNCH_RETRY_SECONDS_MAX < LAUNCH_SECONDS_MAX
 assert MEMORY_LOG_BYTES_MIN >= WRITELOG_BYTES_MIN + MEMORY_HEADER_BYTES
 assert MEMORY_DRAIN_SECONDS < STOP_SECONDS_MAX
 #: Who is being asked, and the log, may each take their time too; the rest is the disk's.
