@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,22 @@ class ServiceManager:
         self._socket.bind(address)
         self._socket.setblocking(False)
         self.told: deque[str] = deque()
+        self._lock = threading.RLock()
 
     def receive(self) -> list[str]:
         """Give all lines that have come so far; they stay in ``told``."""
-        while True:
-            try:
-                self.told += self._socket.recv(4096).decode().splitlines()
-            except BlockingIOError:
-                return list(self.told)
+        with self._lock:
+            while True:
+                try:
+                    self.told += self._socket.recv(4096).decode().splitlines()
+                except BlockingIOError:
+                    return list(self.told)
 
     def take(self) -> list[str]:
         """Give the lines that have come since the last time."""
-        lines = self.receive()
-        self.told.clear()
+        with self._lock:
+            lines = self.receive()
+            self.told.clear()
         return lines
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 from typing import Any
 
 from twisted.trial.unittest import TestCase
@@ -14,7 +15,7 @@ from twisted.trial.unittest import TestCase
 from tests.daemons.test_auditing import records
 from tests.daemons.test_journald import parse
 from tests.daemons.test_notify import ServiceManager
-from tests.integration.lab import WAIT_SECONDS, console_script, in_thread
+from tests.integration.lab import POLL_SECONDS, WAIT_SECONDS, console_script, in_thread
 from tests.integration.world import World
 
 #: Children are asked four times within it; a busy machine shall not make one look dead.
@@ -44,6 +45,19 @@ class Service:
         self.process = subprocess.Popen(command, env=environment, stderr=write, cwd="/")
         os.close(write)
         world.test.addCleanup(self.end)
+        self._over = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        world.test.addCleanup(self._end_reading)
+
+    def _read(self) -> None:
+        """Read on, as service managers do: a socket holds few messages, others are lost."""
+        while not self._over.wait(POLL_SECONDS):
+            self.manager.receive()
+
+    def _end_reading(self) -> None:
+        self._over.set()
+        self._reader.join()
 
     def end(self) -> None:
         if self.process.poll() is None:
