@@ -22,7 +22,7 @@ from twisted.internet.threads import deferToThread
 from qdsmirror import limits
 from qdsmirror.daemons.routing import ALERT_UNRECOGNIZED_NAME
 from qdsmirror.pidfile import running_pid
-from qdsmirror.tools import launch
+from qdsmirror.tools import launch, progress
 from tests.daemons.test_rmd import exchange, free_port, hello
 from tests.daemons.world import MASTER, REPOSITORY, WorldCase, alive
 
@@ -38,6 +38,8 @@ class LaunchCase(WorldCase):
         for name in ("data0", "log0"):
             (self.world.root / name).write_bytes(b"\0" * 4096)
         self.patch(launch, "_command", self.fake_command)
+        # How long it takes is a matter of the machine: nothing is told of that.
+        self.patch(progress, "LINE_SECONDS", 1e6)
         self.addCleanup(self.kill_rest)
 
     def fake_command(self, daemon: Any, paths: Any, *options: str) -> list[str]:
