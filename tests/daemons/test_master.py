@@ -68,7 +68,7 @@ class MasterCase(WorldCase):
         await until(lambda: self.states(master) == dict.fromkeys(numbers, "running"))
 
     async def call(self, name: str, command: str) -> dict[str, Any]:
-        client = ControlClient(self.world.paths.control_socket(name))
+        client = ControlClient(self.world.paths.control_socket(name), 60)
         answer: dict[str, Any] = await deferToThread(client.call, command)
         return answer
 

@@ -20,20 +20,20 @@ class ProgramTests(SynchronousTestCase):
         self.base = Path(tempfile.mkdtemp(dir="/tmp", prefix="qdsp"))
         self.addCleanup(shutil.rmtree, self.base)
 
-    def shell(self, script: str, seconds: float = 20.0) -> str:
+    def shell(self, script: str, seconds: float = 120.0) -> str:
         return run_program(["/bin/sh", "-c", script], {"QDS_GROUP": "dsgrp000"}, seconds)
 
-    def fails(self, script: str, seconds: float = 20.0) -> str:
+    def fails(self, script: str, seconds: float = 120.0) -> str:
         return self.assertRaises(QdsError, self.shell, script, seconds).message
 
     def test_arguments_are_no_shells(self) -> None:
-        self.assertEqual(run_program(["/bin/echo", "a b", "$HOME;", "`id`"], {}, 20.0),
+        self.assertEqual(run_program(["/bin/echo", "a b", "$HOME;", "`id`"], {}, 120.0),
                          "a b $HOME; `id`")  # fmt: skip
 
     def test_its_environment_is_clean(self) -> None:
         os.environ["SECRET_OF_OURS"] = "x"
         self.addCleanup(os.environ.pop, "SECRET_OF_OURS")
-        said = run_program(["/usr/bin/env"], {"QDS_GROUP": "dsgrp000"}, 20.0).split()
+        said = run_program(["/usr/bin/env"], {"QDS_GROUP": "dsgrp000"}, 120.0).split()
         self.assertEqual(
             sorted(said),
             ["LANG=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "QDS_GROUP=dsgrp000"],
@@ -59,10 +59,14 @@ class ProgramTests(SynchronousTestCase):
 
     def test_it_is_killed_with_what_it_has_started(self) -> None:
         file = self.base / "pid"
-        begun = time.monotonic()
-        text = self.fails(f"sleep 300 & echo $! > {file}; wait", 0.5)
-        self.assertIn("took longer than 0.5 s; killed", text)
-        self.assertLess(time.monotonic() - begun, 10)
+        # A busy machine may need longer until it has started anything.
+        for seconds in (0.5, 5, 50):
+            begun = time.monotonic()
+            text = self.fails(f"sleep 300 & echo $! > {file}; wait", seconds)
+            self.assertIn(f"took longer than {seconds} s; killed", text)
+            self.assertLess(time.monotonic() - begun, 200)
+            if file.exists() and file.read_text():
+                break
         pid = int(file.read_text())
         while Path(f"/proc/{pid}/stat").exists():
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -80,11 +84,11 @@ class ProgramTests(SynchronousTestCase):
             lambda: time.monotonic() > begun + 0.2,
         )  # fmt: skip
         self.assertIn("is killed at our end", error.message)
-        self.assertLess(time.monotonic() - begun, 10)
+        self.assertLess(time.monotonic() - begun, 200)
 
     def test_what_it_leaves_behind_is_not_waited_for(self) -> None:
         file = self.base / "pid"
         begun = time.monotonic()
         self.assertEqual(self.shell(f"sleep 300 & echo $! > {file}; echo done"), "done")
-        self.assertLess(time.monotonic() - begun, 10)
+        self.assertLess(time.monotonic() - begun, 200)
         os.kill(int(file.read_text()), signal.SIGKILL)

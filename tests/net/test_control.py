@@ -67,7 +67,7 @@ class ControlCase(TestCase):
         self.server.start()
         self.addCleanup(self.server.stop)
 
-    def call(self, command: str, timeout_seconds: float = 5, **arguments: str) -> Deferred[Any]:
+    def call(self, command: str, timeout_seconds: float = 60, **arguments: str) -> Deferred[Any]:
         client = ControlClient(self.path, timeout_seconds)
         return deferToThread(client.call, command, **arguments)
 

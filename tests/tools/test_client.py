@@ -38,7 +38,7 @@ class MisbehaviourTests(SynchronousTestCase):
         self.addCleanup(thread.join)
 
     def call(self) -> object:
-        return ControlClient(self.path, 5).call("Refresh", kind="full")
+        return ControlClient(self.path, 60).call("Refresh", kind="full")
 
     def test_request_and_answer_in_pieces(self) -> None:
         box = {b"_answer": b"1", **ampbox.spread(b"json", b'{"text":"' + b"x" * 70_000 + b'"}')}

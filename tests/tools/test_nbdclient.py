@@ -48,11 +48,16 @@ class ClientTests(TestCase):
         server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.addCleanup(server.wait)
         self.addCleanup(server.terminate)
-        deadline = time.monotonic() + 20
-        while not self.socket.exists():
+        deadline = time.monotonic() + 120
+        while not self.is_served():
             self.assertTrue(server.poll() is None and time.monotonic() < deadline)
             time.sleep(0.01)
         self.disk = disk
+
+    def is_served(self) -> bool:
+        # The socket is there before anybody listens.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            return connection.connect_ex(str(self.socket)) == 0
 
     def test_requests(self) -> None:
         with NbdClient.connect(f"nbd+unix:///qds0?socket={self.socket}") as client:
