@@ -14,6 +14,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.core.evaluation import State
 from qdsmirror.core.samples import GroupSample, parse
+from qdsmirror.paths import Paths
 from qdsmirror.tools.nbdclient import NbdClient
 from tests.integration.lab import in_thread
 from tests.integration.world import World
@@ -25,11 +26,14 @@ class MailRelay:
     """A relay that takes every mail.
 
     :ivar letters: what it was given, the texts.
+    :ivar asked: set once somebody has one for it; ``answers``: while it is not set, that one waits.
     """
 
     def __init__(self, test: TestCase) -> None:
         self.letters: list[str] = []
-        letters = self.letters
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
+        letters, asked, answers = self.letters, self.asked, self.answers
 
         class Session(socketserver.StreamRequestHandler):
             def handle(self) -> None:
@@ -37,6 +41,8 @@ class MailRelay:
                 while line := self.rfile.readline():
                     word = line.decode().upper().split()[0] if line.strip() else ""
                     if word == "DATA":
+                        asked.set()
+                        answers.wait(60)
                         self.say("354 go on")
                         text = b"".join(iter(self.rfile.readline, b".\r\n"))
                         letters.append(text.decode())
@@ -199,7 +205,7 @@ class PagingTests(StatisticsCase):
     def test_a_link_that_fails_and_returns(self) -> None:
         """One page, one all clear, though the process is killed in between; programs as allowed."""
         relay = MailRelay(self)
-        # Ready from the start: to take up another configuration ends the process that mails.
+        # Ready from the start: to take up another configuration ends programs that run.
         program = "exec /bin/sh @BASE@/page 'a b'"
         world = self.begin(
             "--writelog", "8M",
@@ -247,6 +253,30 @@ class PagingTests(StatisticsCase):
         kept = json.loads((world.primary / "run" / "dsgrp000.stats.json").read_text())
         true_of = State.from_json(kept["throttles"]).true_of
         return any(one.endswith(test) and subjects for one, subjects in true_of.items())
+
+    @in_thread
+    def test_a_page_under_way_when_another_configuration_is_taken_up(self) -> None:
+        """It reaches the relay, which is slow; and it is not fired again."""
+        relay = MailRelay(self)
+        relay.answers.clear()
+        self.addCleanup(relay.answers.set)
+        throttle = self.throttle("page", "lag T>= 0", 'mail a@b.example "here"', 'mail c "there"')
+        world = self.begin(throttles=[throttle], host=f"mail_relay = 127.0.0.1:{relay.port}\n")
+        world.until(relay.asked.is_set, "the first mail")
+        world.edit(world.config("primary"), "perf_interval = 1 s", "perf_interval = 2 s")
+        told = json.loads(world.at("primary", "qdsconfigtool", "apply", "--json"))
+        self.assertEqual(told["daemons"]["qdsdriver"]["retuned"], [0])
+        control = Paths.of(world.primary).control_socket("dsgrp000.stats")
+        world.until(lambda: not control.exists(), "the end of those statistics")
+        relay.answers.set()
+        world.until(lambda: len(relay.letters) == 2, "both mails")
+        for _ in range(2):
+            self.next_row(world, world.primary)
+        self.assertEqual(relay.subjects(), ["dsgrp000: here", "dsgrp000: there"])
+        self.assertEqual(len(self.events(world.primary, "fired")), 1)
+        self.assertEqual(len(self.events(world.primary, "done")), 2)
+        self.assertEqual(self.events(world.primary, "failed"), [])
+        world.stop()
 
     def paged(self, world: World) -> list[str]:
         path = world.base / "paged"
