@@ -24,6 +24,7 @@ from twisted.trial.unittest import TestCase
 
 from qdsmirror.config import load_groups, load_host
 from qdsmirror.paths import Paths
+from qdsmirror.pidfile import running_pid
 from qdsmirror.tools.client import ControlClient
 from qdsmirror.tools.status import collect_groups
 from tests.integration.commands import COMMANDS
@@ -200,28 +201,47 @@ class LabFixture:
         return site / "run" / f"{name}.pid"
 
     def pid(self, name: str) -> int | None:
-        """Give the pid of a daemon that runs, by its pid file's name."""
-        with suppress(OSError, ValueError):
-            pid = int(self.pid_file(name).read_text())
-            if self._is_ours(pid):
-                return pid
-        return None
+        """Give the pid of a daemon that runs, by its pid file's name.
+
+        One that was killed runs until it holds nothing any more, which is after the kernel has
+        forgotten its command line.
+        """
+        return running_pid(self.pid_file(name))
 
     def _is_ours(self, pid: int) -> bool:
         with suppress(OSError):
             return str(self.directory) in Path(f"/proc/{pid}/cmdline").read_text()
         return False
 
-    def children(self, role: str) -> list[int]:
-        """Give the pids of all children of a role, with pid file or still without."""
-        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [pid for pid in filter(self._is_ours, pids) if _is_child(pid, role)]
+    def daemons(self, site: str) -> list[int]:
+        """Give the pids of a site's masters and children, with pid file or still without."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                command = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+                if str(self.directory / site) in command and "qdsmirror.daemons." in command:
+                    found.append(int(entry.name))
+        return found
+
+    def until_gone(self, site: str) -> None:
+        """Wait until no daemon of a site is left, nor holds anything on its way out."""
+
+        def gone() -> bool:
+            held = map(running_pid, (self.directory / site / "run").glob("*.pid"))
+            return not self.daemons(site) and not any(held)
+
+        self.until(gone, f"the end of {site}")
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to a daemon; one that is being relaunched is waited for."""
-        pid = self.until(lambda: self.pid(name), f"{name} to run")
+        pid: int = self.until(lambda: self._living(name), f"{name} to run")
         os.kill(pid, number)
         return pid
+
+    def _living(self, name: str) -> int | None:
+        """Give the pid of a daemon that is not about to end."""
+        pid = self.pid(name)
+        return pid if pid is not None and self._is_ours(pid) else None
 
     def until(self, happened: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
         """Wait until something is true; give it."""
@@ -234,25 +254,30 @@ class LabFixture:
 
     def kill_together(self, *names: str) -> None:
         """Kill daemons that all run, none of which shall end by itself because another has."""
-        pids = [self.until(lambda name=name: self.pid(name), f"{name} to run") for name in names]
+        pids = [
+            self.until(lambda name=name: self._living(name), f"{name} to run") for name in names
+        ]
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:
                 os.kill(pid, number)
-        for name, pid in zip(names, pids, strict=True):
-            self.until(lambda pid=pid: not self._is_ours(pid), f"the end of {name}")
+        for name in names:
+            self.until(lambda name=name: self.pid(name) is None, f"the end of {name}")
 
     def kill_all(self) -> None:
-        """Leave no process of this lab, nor one that was made while the others were killed."""
+        """Leave no process of this lab, nor one that was made while the others were killed.
+
+        What they held is free then.
+        """
         deadline = time.monotonic() + ASK_SECONDS
-        while found := [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and self._is_ours(int(entry.name))
-        ]:
-            for pid in found:
+        killed: set[int] = set()
+        while time.monotonic() < deadline:
+            found = [int(one.name) for one in Path("/proc").iterdir() if one.name.isdigit()]
+            ours = {pid for pid in found if self._is_ours(pid)}
+            for pid in ours:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
+            killed |= ours
+            if not ours and all(map(_has_ended, killed)):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -273,11 +298,13 @@ class LabFixture:
         return told
 
 
-def _is_child(pid: int, role: str) -> bool:
-    with suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        return "qdsmirror.daemons.child" in words and role in words
-    return False
+def _has_ended(pid: int) -> bool:
+    """Tell whether a process holds nothing any more: it, and all its threads, are gone."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) <= 1
+    except OSError:
+        return True
 
 
 def console_script(name: str) -> str:

@@ -104,19 +104,8 @@ class PowerWorld(World):
             server.communicate()
             self.run(["umount", "--lazy", str(self._mount_point(site))])
         for site in sites:
-            self.until(lambda site=site: not self.daemons(site), f"the end of {site}")
+            self.until_gone(site)
         return unsynced
-
-    def daemons(self, site: str) -> list[int]:
-        """Give the pids of a site's masters and children."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    command = (entry / "cmdline").read_text()
-                    if str(self.directory / site) in command and "tests.integration" not in command:
-                        found.append(int(entry.name))
-        return found
 
     def launch_driver(self) -> None:
         """Start the primary's driver alone, after a cut."""

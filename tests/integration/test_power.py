@@ -69,7 +69,7 @@ class PowerTests(TestCase):
             world.power_on("secondary")
         else:
             world.kill("qdsrmd")
-            world.until(lambda: not world.daemons("secondary"), "the rmd's child to end")
+            world.until_gone("secondary")
         mirrors = world.recovered_mirrors()
         application.check_prefix(mirrors)
         world.power_on("primary")
