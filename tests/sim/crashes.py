@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from blake3 import blake3
@@ -33,7 +33,7 @@ from qdsmirror.storage.extension import open_pool
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.recovery import judge, open_units, replay
 from qdsmirror.storage.rollback import roll_back
-from tests.fakes import Unsynced
+from tests.fakes import Choice, Unsynced, nothing
 from tests.sim.disk import Disk, Memory
 from tests.sim.history import SECTOR, Violation
 from tests.sim.process import Process
@@ -142,6 +142,40 @@ def _platters(kept: Kept, there: _There) -> bytes | bytearray:
 # -- recovery -----------------------------------------------------------------------------------
 
 
+class Found(Disk):
+    """A disk as a start finds it; its content is copied when that is written to, which is seldom.
+
+    :param content: is left as it is.
+    """
+
+    def __init__(self, path: str, content: bytes | bytearray) -> None:
+        super().__init__(path, 0)
+        self.size = len(content)
+        self.durable = self.seen = cast(bytearray, content)
+        self._copied_seen = self._copied_durable = False
+
+    def write(self, offset: int, data: bytes) -> None:
+        if not self._copied_seen:
+            self.seen, self._copied_seen = bytearray(self.seen), True
+        super().write(offset, data)
+
+    def sync(self) -> None:
+        if self.unsynced and not self._copied_durable:
+            self.durable, self._copied_durable = bytearray(self.durable), True
+        super().sync()
+
+    def drop_cache(self) -> None:
+        if self._copied_seen:
+            super().drop_cache()
+
+    def shared(self) -> int:
+        self._copied_seen = True
+        return super().shared()
+
+    def power_cut(self, choose: Choice = nothing) -> None:
+        raise AssertionError("its power goes by an image of what is there")
+
+
 class Instant(Process):
     """A process whose jobs are done at once."""
 
@@ -223,7 +257,7 @@ class Recoverer:
 
     def recover(self, moment: Moment, content: Image) -> None:
         """Recover; now and then twice, and with a crash in the middle."""
-        disks = {path: Disk(path, len(data), data) for path, data in content.items()}
+        disks: dict[str, Disk] = {path: Found(path, data) for path, data in content.items()}
         writes = self._recording(disks)
         first = self._once(moment, disks)
         if self.again.randrange(_TWICE):
@@ -254,7 +288,7 @@ class Recoverer:
                 continue
             self.states.add(key)
             self.counts["states within a recovery"] += 1
-            again = {path: Disk(path, len(data), data) for path, data in disks.items()}
+            again: dict[str, Disk] = {path: Found(path, data) for path, data in disks.items()}
             found = self._once(moment, again)
             if found != first:
                 raise Violation(
