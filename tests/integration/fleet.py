@@ -20,13 +20,15 @@ from qdsmirror.storage.superblock import read_superblock
 from qdsmirror.tools.lab_sites import Lab
 from qdsmirror.tools.status import collect_groups, failure_of
 from tests.fakes import MemoryDevice
-from tests.integration.lab import POLL_SECONDS, WAIT_SECONDS, ask_patiently
+from tests.integration.lab import WAIT_SECONDS, ask_patiently
 from tests.integration.order import SLOT_BYTES
 from tests.integration.schema import keep_to_schema
 from tests.integration.world import World
 
 SLOTS = 128
 WRITER_SECONDS = WAIT_SECONDS
+#: Between two looks at groups that must not suffer.
+WATCH_SECONDS = 0.25
 SMALL = ("--size", "2M", "--writelog", "16M", "--journal", "4M")
 
 
@@ -95,7 +97,7 @@ class Watch:
         }  # fmt: skip
 
     def _look(self) -> None:
-        while not self._over.wait(POLL_SECONDS):
+        while not self._over.wait(WATCH_SECONDS):
             self.looks += 1
             seen = self._seen()
             if seen != self._first and _NO_ANSWER in str(seen):
@@ -164,7 +166,7 @@ class Fleet(World):
 
     # -- writers and watchers -------------------------------------------------------------------
 
-    def write(self, *numbers: int, rate: float = 60.0) -> None:
+    def write(self, *numbers: int, rate: float = 30.0) -> None:
         """Begin to write to groups (to all), and wait until it goes."""
         for number in numbers or self.numbers():
             self.writings[number] = Writing(self, number, rate)

@@ -20,6 +20,7 @@ KILLS = ("dsgrp000.driver", "dsgrp000.pmd", "dsgrp000.rmd")
 
 class BackfreshTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def lab(self, *options: str) -> World:
         self.source = random.Random(5)

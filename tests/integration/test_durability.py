@@ -21,6 +21,7 @@ LOOKS = 20
 
 class DurabilityTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def start(self, *options: str, durability: str = "flush") -> World:
         world = World(self, "--size", "8M", "--journal", "8M", *options)

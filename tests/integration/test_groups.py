@@ -23,6 +23,7 @@ class OneToManyTests(TestCase):
     """A primary with groups to two secondaries: groups 0 and 2 to one, 1 and 3 to the other."""
 
     timeout = 1200
+    statistics = False
 
     def begin(self, children: int | None = None) -> Fleet:
         fleet = Fleet(self, "--groups", "4", "--ldsus", "2", "--secondaries", "2")
@@ -197,6 +198,7 @@ class CrossedTests(TestCase):
     """Each host is primary of one group and secondary of the other."""
 
     timeout = 1200
+    statistics = False
 
     @in_thread
     def test_both_parts_on_each_host(self) -> None:

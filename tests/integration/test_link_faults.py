@@ -89,6 +89,7 @@ class LinkWorld(World):
 
 class ProxyTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))
@@ -190,6 +191,7 @@ class Space:
 
 class CableTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def connect(self) -> tuple[Space, Space]:
         need_root()

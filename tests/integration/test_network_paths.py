@@ -58,6 +58,7 @@ class PathWorld(LinkWorld):
 
 class ProxyTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def setUp(self) -> None:
         self.random = random.Random(draw_seed(self))
@@ -124,6 +125,7 @@ class ProxyTests(TestCase):
 
 class CableTests(TestCase):
     timeout = 1200
+    statistics = False
 
     def connect(self) -> tuple[Space, Space]:
         """Make two namespaces with two narrow cables between them."""
