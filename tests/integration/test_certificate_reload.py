@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -64,7 +63,7 @@ class ReloadWorld(LinkWorld):
             return self.log(daemon).count("configuration applied")
 
         before = applied()
-        os.kill(self.pid(daemon) or 0, signal.SIGHUP)
+        self.kill(daemon, signal.SIGHUP)
         self.until(lambda: applied() > before, f"{daemon} to apply")
 
     def unbroken(self) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 
@@ -46,7 +45,7 @@ class ConfinementTests(TestCase):
         for role in ("driver", "pmd", "rmd"):
             world.kill(f"dsgrp000.{role}")
         for daemon in ("qdsrmd", "qdsdriver", "qdspmd"):
-            os.kill(world.pid(daemon) or 0, signal.SIGHUP)
+            world.kill(daemon, signal.SIGHUP)
         world.goes_on()
         world.stop()
         for daemon in ("qdsrmd", "qdsdriver", "qdspmd"):

@@ -368,7 +368,7 @@ class RefusalTests(TestCase):
         self.no_storm(world, 0)
         mend("primary")
         for name in ("qdsdriver", "qdspmd"):
-            os.kill(world.pid(name) or 0, signal.SIGHUP)
+            world.kill(name, signal.SIGHUP)
         # A signal is taken up in its own time; until then qdsinfo would not wait.
         self.again(world, 0)
         self.connected(world)
