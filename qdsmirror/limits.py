@@ -420,7 +420,7 @@ UNANSWERED_AT_START_MAX = 8
 #: What systemctl shows of a daemon.
 STATUS_TEXT_CHARACTERS_MAX = 240
 #: A launch command waits so long for its daemon and that one's groups ...
-LAUNCH_SECONDS_MAX = 60.0
+LAUNCH_SECONDS_MAX = 120.0
 #: ... and so long for a group whose start failed and is tried again.
 LAUNCH_RETRY_SECONDS_MAX = 10.0
 #: Messages between a master and a child: length, how many may wait, descriptors in one.
@@ -429,7 +429,7 @@ CHANNEL_MESSAGES_MAX = 1024
 CHANNEL_DESCRIPTORS_MAX = 4
 #: Lines of the log that may wait for it; and how long an ending process waits for them.
 LOG_QUEUE_BYTES = 256 * KIB
-LOG_END_SECONDS = 1.0
+LOG_END_SECONDS = 3.0
 #: An entry's longest field: a datagram must fit the socket's buffer (208 KiB by default).
 LOG_ENTRY_BYTES_MAX = 64 * KIB
 #: Of a text in the audit log.

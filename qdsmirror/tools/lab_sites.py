@@ -49,7 +49,7 @@ _PORTS = range(10240, 32768)
 _PORT_TRIES = 100
 _POLL_SECONDS = 0.1
 #: A start gives up when nothing has moved for so long.
-STUCK_SECONDS = 60.0
+STUCK_SECONDS = 120.0
 _MARK = "lab.json"
 #: Of the bitmap device of a writelog in memory.
 _BITMAP_BYTES = MIB

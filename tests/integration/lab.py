@@ -35,7 +35,7 @@ QUIET = Path(__file__).with_name("quiet")
 #: How long anything may take that must happen: on a busy machine far longer than on an idle one,
 #: where all of it takes some seconds.
 WAIT_SECONDS = 120.0
-COMMAND_SECONDS = 240.0
+COMMAND_SECONDS = 600.0
 POLL_SECONDS = 0.05
 #: For a daemon's answer, which may be late; nobody takes silence for one here.
 ASK_SECONDS = 30.0
