@@ -19,7 +19,7 @@ from pathlib import Path
 from twisted.trial.unittest import SkipTest, TestCase
 
 from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, in_thread
-from tests.integration.world import need, need_root
+from tests.integration.world import FORGET_MOUNTS, need, need_root
 
 PROGRAMS = Path(sys.executable).parent
 NETWORK = "10.77.75"
@@ -55,13 +55,14 @@ class Host:
         test.addCleanup(shutil.rmtree, files)
         addresses = [f"{NETWORK}.{place} {name}" for place, name in enumerate(names, start=1)]
         (files / "hosts").write_text("\n".join(["127.0.0.1 localhost", *addresses, ""]))
-        script = "mount -t tmpfs run /run"
+        script = f"{FORGET_MOUNTS} mount -t tmpfs run /run"
         for place in ("/etc/opt", "/var/opt"):
             own = directory / f"host{number}" / place.replace("/", "_")
             own.mkdir(parents=True)
             script += f" && mount --bind {own} {place}"
         self.first = subprocess.Popen(
-            ["ip", "netns", "exec", self.space, "sh", "-c", f"{script} && echo up && exec cat"],
+            ["ip", "netns", "exec", self.space, "sh", "-c", f"{script} && echo up && exec cat"]
+            + ["sh", str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
