@@ -96,7 +96,7 @@ class BackfreshTests(TestCase):
         world.wait("connected")
         self.assertFalse(world.info()["coherent"])
         world.at("primary", "qdsrefresh")
-        world.compare()
+        world.settle()
 
     #: Blocks are overwritten one by one, with time between, until the test says otherwise.
     SLOW = """\
@@ -209,7 +209,9 @@ fetching._overwrite = overwrite
         world.at("primary", "killpmds")
         world.start("secondary")
         waiting = world.start_program(
-            [*self.command("qdsbackfresh"), "--root", str(world.primary), "--discard", "--yes"]
+            [*self.command("qdsbackfresh"), "--root", str(world.primary)]
+            # What it does meanwhile is told every ten seconds, but not among JSON.
+            + ["--discard", "--yes", "--json"]
         )
         world.until(lambda: world.info()["ldsus"][0]["closed"], "the LDSU to be closed")
         world.at("primary", "launchpmds")
