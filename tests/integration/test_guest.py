@@ -20,9 +20,9 @@ from tests.integration.world import need
 
 #: Two idle processors take 2 minutes; busy ones may take much longer.
 MACHINE_SECONDS = 1100.0
-FILES = [str(number) for number in range(10, 34)]
-KILL_AT = ("f13", "f22")
-OPTIONS = ("--size", "24M", "--writelog", "8M", "--journal", "12M")
+FILES = [str(number) for number in range(10, 28)]
+KILL_AT = ("f13", "f20")
+OPTIONS = ("--size", "16M", "--writelog", "8M", "--journal", "12M")
 
 
 class GuestTests(TestCase):

@@ -38,16 +38,13 @@ python "$REPOSITORY/tests/tools/nbdkernel.py" RealKernelTests 2>&1 | tail -n 1 >
 
 # What the commands say goes into a file: on a terminal they would draw how far they are, and a
 # machine that is emulated has better things to do.
-launchrmds --root "$LAB/secondary" >>/run/told 2>&1 &
-launchdriver --root "$primary" >>/run/told 2>&1 &
-launchpmds --root "$primary" >>/run/told 2>&1 &
-wait
 try qdslab start "$LAB" >>/run/told 2>&1
+wait
 cat /run/told
 tell "contract $(cat /run/contract)"
 tell "started $(uname -r)"
 
-qdsattach --root "$primary" || tell "failed qdsattach"
+qdsattach --root "$primary" >/run/told 2>&1 || tell "failed qdsattach: $(cat /run/told)"
 device=$primary/dev/qds0
 tell "device $(readlink "$device")"
 mkfs.ext4 -q "$device" && mkdir $place && mount -t ext4 "$device" $place && tell "mounted"
@@ -95,7 +92,7 @@ tell "refused $(cat "$primary"/var/qds*.log | grep -c 'not all that protects')"
 
 sync
 umount $place && tell "unmounted"
-qdsdetach --root "$primary" || tell "failed qdsdetach"
+qdsdetach --root "$primary" >/run/told 2>&1 || tell "failed qdsdetach: $(cat /run/told)"
 [ -e "$device" ] || [ -e "/sys/block/nbd0/pid" ] || tell "detached"
 tell "reconnected $(grep -c 'connected again' "$primary/var/qds0.keeper.log")"
 cat "$primary/var/qds0.keeper.log"
