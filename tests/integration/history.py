@@ -8,6 +8,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.tools.nbdclient import NbdClient
+from tests.integration.lab import COMMAND_SECONDS
 from tests.integration.world import World
 
 BLOCK = 64 << 10
@@ -26,7 +27,10 @@ class HistoryCase(TestCase):
         self.history: list[tuple[int, bytes]] = []
 
     def connect(self, world: World) -> NbdClient:
-        client: Any = world.until(lambda: NbdClient.connect(world.uri()), "the driver to serve")
+        client: Any = world.until(
+            lambda: NbdClient.connect(world.uri(), timeout_seconds=COMMAND_SECONDS),
+            "the driver to serve",
+        )
         assert isinstance(client, NbdClient)
         return client
 

@@ -19,7 +19,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from qdsmirror.errors import UnreachableError
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import WAIT_SECONDS, console_script
+from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, console_script
 from tests.integration.order import Layout, check, numbers
 from tests.integration.world import SITES, World
 
@@ -127,7 +127,7 @@ class PowerWorld(World):
 
         def served() -> NbdClient | None:
             with suppress(UnreachableError):
-                return NbdClient.connect(self.uri(name, number))
+                return NbdClient.connect(self.uri(name, number), timeout_seconds=COMMAND_SECONDS)
             return None
 
         return self.until(served, "the driver to serve")  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from typing import Any
 from twisted.trial.unittest import TestCase
 
 from qdsmirror.tools.nbdclient import NbdClient
-from tests.integration.lab import WAIT_SECONDS, draw_seed, in_thread
+from tests.integration.lab import COMMAND_SECONDS, WAIT_SECONDS, draw_seed, in_thread
 from tests.integration.power import PowerWorld, need_fuse
 from tests.integration.world import World, need, need_attached_ext4
 
@@ -29,14 +29,26 @@ class Thread(threading.Thread):
     def __init__(self, job: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self._job = job
+        self.error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
-        self._job()
+        try:
+            self._job()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
+            self.error = error
 
     @property
     def ended(self) -> bool:
         return not self.is_alive()
+
+    def end_well(self) -> None:
+        """Wait until it is done.
+
+        :raises AssertionError: it is not, or has failed.
+        """
+        self.join(WAIT_SECONDS)
+        assert self.ended and self.error is None, self.error
 
 
 class Write(Thread):
@@ -126,17 +138,14 @@ class DaemonTests(TestCase):
         return world
 
     def connect(self, world: World) -> NbdClient:
-        client = NbdClient.connect(world.uri())
+        # What has to wait for the secondary waits long on a busy machine.
+        client = NbdClient.connect(world.uri(), timeout_seconds=COMMAND_SECONDS)
         self.addCleanup(client.close)
         return client
 
     def waiting(self, world: World) -> int:
         told: dict[str, Any] = world.info()["synchronous"]
         return int(told["waiting"])
-
-    def ended(self, write: Write) -> None:
-        write.join(WAIT_SECONDS)
-        self.assertTrue(write.ended)
 
     @in_thread
     def test_writes_wait_while_the_secondary_is_away(self) -> None:
@@ -156,7 +165,7 @@ class DaemonTests(TestCase):
         self.assertEqual(reader.read(BLOCK, BLOCK), b"b" * BLOCK)
         self.assertFalse(write.ended)
         world.start("secondary")
-        self.ended(write)
+        write.end_well()
         client.flush()
         world.settle()
 
@@ -199,13 +208,13 @@ class DaemonTests(TestCase):
         write = Write(client, 4 * BLOCK, b"e" * BLOCK)
         world.until(lambda: self.waiting(world) == 1, "the fifth to wait")
         world.at("primary", "qdsset", "near_sync_entries=6")
-        self.ended(write)
+        write.end_well()
         client.write(5 * BLOCK, b"f" * BLOCK)
         write = Write(client, 6 * BLOCK, b"g" * BLOCK)
         world.until(lambda: self.waiting(world) == 1, "the seventh to wait")
         self.assertEqual(world.info()["settings"], {"near_sync_entries": 6})
         world.start("secondary")
-        self.ended(write)
+        write.end_well()
         world.settle()
 
     @in_thread
@@ -216,14 +225,14 @@ class DaemonTests(TestCase):
         write = Write(client, 0, b"a" * BLOCK)
         world.until(lambda: self.waiting(world) == 1, "the write to wait")
         world.at("primary", "qdsset", "operation=async")
-        self.ended(write)
+        write.end_well()
         client.write(BLOCK, b"b" * BLOCK)
         world.at("primary", "qdsset", "operation=sync")
         write = Write(client, 2 * BLOCK, b"c" * BLOCK)
         world.until(lambda: self.waiting(world) == 1, "the write to wait")
         self.assertFalse(world.info()["synchronous"]["kept"])
         world.start("secondary")
-        self.ended(write)
+        write.end_well()
         world.wait("synchronous")
         world.settle()
 
@@ -231,7 +240,7 @@ class DaemonTests(TestCase):
     def test_a_stop_leaves_what_waits_to_the_client(self) -> None:
         world = self.start("sync")
         world.stop("secondary")
-        client = NbdClient.connect(world.uri())
+        client = NbdClient.connect(world.uri(), timeout_seconds=COMMAND_SECONDS)
         ended = threading.Event()
 
         def write() -> None:
@@ -276,8 +285,7 @@ class FileSystemTests(TestCase):
         world.until(lambda: world.info()["synchronous"]["waiting"], "the write to wait")
         self.assertFalse(write.ended)
         world.kill("dsgrp000.rmd", signal.SIGCONT)
-        write.join(WAIT_SECONDS)
-        self.assertTrue(write.ended)
+        write.end_well()
         # Renamed into its place, as careful programs do.
         self.write_synced(place / "new", data[::-1])
         (place / "new").rename(place / "renamed")
@@ -308,7 +316,7 @@ class FileSystemTests(TestCase):
         world.unmount(mirrored)
         world.start("secondary")
         world.wait("synchronous")
-        os.sync()
+        world.run(["sync", "--file-system", str(place)])
         world.unmount(place)
         world.at("primary", "qdsdetach")
         world.settle()
