@@ -24,7 +24,7 @@ VICTIMS = (
 CHECK_EVERY = 5
 BLOCK = 4096
 #: So that there is something under way whenever a daemon ends, and time for that to happen.
-WRITES_PER_SECOND = 800
+WRITES_PER_SECOND = 400
 #: The driver is killed so often under a QEMU client ...
 QEMU_KILLS = 3
 #: ... that never has nothing to do: it is given more than it may write by the next look.
