@@ -200,6 +200,7 @@ class PrimaryGroup:
             if self._outdated:
                 # What it was refused for may be so no longer: to say so would mislead whoever
                 # has mended that and waits.
+                self._retry.go_on()
                 return
             awaits = isinstance(error, AwaitsRefreshError)
             said: dict[str, Any] = {

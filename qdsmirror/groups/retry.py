@@ -58,8 +58,7 @@ class Retry:
         :param refused: what the last attempt ended with.
         :raises CancelledError: there is none.
         """
-        if self._stopped:
-            raise CancelledError
+        self.go_on()
         seconds = self.refused_seconds() if refused else self._plain_seconds()
         self._sleep = Deferred()
         call = self._reactor.callLater(seconds, self.wake)
@@ -69,6 +68,14 @@ class Retry:
             self._sleep = None
             if call.active():
                 call.cancel()
+
+    def go_on(self) -> None:
+        """Let the next attempt follow without a pause.
+
+        :raises CancelledError: there is none.
+        """
+        if self._stopped:
+            raise CancelledError
 
     def stop(self) -> None:
         """Let no attempt follow: one that is under way may end with an error of its own."""

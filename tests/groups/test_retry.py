@@ -86,3 +86,21 @@ class StoppedTests(SynchronousTestCase):
         retry.stop()
         self.failureResultOf(ensureDeferred(retry.pause()), CancelledError)
         self.assertEqual(clock.getDelayedCalls(), [])
+
+    def test_nor_one_that_was_to_follow_at_once(self) -> None:
+        """Somebody acts while an attempt is under way, and the pmd stops before it is refused."""
+        clock = Clock()
+        group: Any = PrimaryGroup.__new__(PrimaryGroup)
+        group.name, group._driver, group._ways = "dsgrp000", None, mock.Mock()
+        group.link_state = {"state": "connecting", "reason": "", "code": 0, "hint": ""}
+        group._retry = Retry(clock, 1.0)
+
+        async def connect(_driver: Any) -> Any:
+            group.retry()
+            group._retry.stop()
+            raise IdentityError("another secret", "mend it")
+
+        group._connect = connect
+        session = ensureDeferred(group._session(mock.Mock()))
+        self.failureResultOf(session, CancelledError)
+        self.assertEqual(clock.getDelayedCalls(), [])
