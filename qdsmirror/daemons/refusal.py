@@ -46,11 +46,12 @@ def refusal_of(host: str, group: str, reason: str, code: int) -> QdsError:
     :param code: the exit code that goes with it, errors.py; any but 4, 10 and 12 is one that the
         primary tries again after soon.
     """
+    mend = f"mend it on {host}, then run `qdsconfigtool apply` there and here"
+    if code not in _KINDS:
+        # Perhaps its child was only killed.
+        mend = f"{host} tries again by itself; if that does not help: {mend}"
     kind = _KINDS.get(code, QdsError)
-    return kind(
-        f"{host} cannot serve {group}: {reason}",
-        hint=f"mend it on {host}, then run `qdsconfigtool apply` there and here",
-    )
+    return kind(f"{host} cannot serve {group}: {reason}", hint=mend)
 
 
 @implementer(IRemoteAuthority)

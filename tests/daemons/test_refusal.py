@@ -55,6 +55,8 @@ class RefusalTests(HandshakeTestCase):
             self.assertIs(type(told), kind)
             self.assertEqual(told.message, f"beta cannot serve dsgrp000: {REASON}")
             self.assertIn("qdsconfigtool apply", told.hint)
+            # What is no matter of configuration may pass: the child was killed, say.
+            self.assertEqual("by itself" in told.hint, kind is QdsError)
 
     def test_not_to_one_without_the_secret(self) -> None:
         told = self.refuse(errors.EXIT_CONFIG, secret=bytes(32))
