@@ -139,6 +139,21 @@ def _value(action: argparse.Action) -> tuple[str, ...] | None:
 
 # -- bash ------------------------------------------------------------------------------------------
 
+#: For awk: the numbers of throttles in group files, for either shell.
+THROTTLES = r"""
+        function say(key) { if (!(key in said)) print key; said[key] }
+        /^[ \t]*\[[^[]/ { inside = /^[ \t]*\[[ \t]*throttles[ \t]*\]/; name = "" }
+        inside && /^[ \t]*\[\[[^[]/ {
+            name = $0
+            gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, "", name)
+            if (name ~ /["\047]/) name = ""
+            if (name) say(name ".value=")
+        }
+        name && !/^[ \t]*#/ && /(^|=|["\047])[ \t]*limit[ \t]+([0-9]|off)/ {
+            say(name ".limit=")
+        }
+""".strip("\n")
+
 BASH_HEAD = r"""# bash completion of qdsmirror's commands.
 
 # The directory of the group files: of --root, else of QDS_ROOT.
@@ -167,17 +182,7 @@ _qdsmirror_ldsus() {
 # The numbers of throttles that qdsset turns.
 _qdsmirror_throttles() {
     cat "$(_qdsmirror_etc "$1")"/dsgrp[0-9][0-9][0-9].cfg 2>/dev/null | awk '
-        function say(key) { if (!(key in said)) print key; said[key] }
-        /^[ \t]*\[[^[]/ { inside = /^[ \t]*\[[ \t]*throttles[ \t]*\]/; name = "" }
-        inside && /^[ \t]*\[\[[^[]/ {
-            name = $0
-            gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, "", name)
-            if (name ~ /["\047]/) name = ""
-            if (name) say(name ".value=")
-        }
-        name && !/^[ \t]*#/ && /(^|=|["\047])[ \t]*limit[ \t]+([0-9]|off)/ {
-            say(name ".limit=")
-        }'
+@THROTTLES@'
 }
 
 # Offer for the word $1 what is of the kinds $3...; the root is $2.
@@ -250,7 +255,7 @@ _qdsmirror() {
 _qdsmirror_takes() {
     flags= commands= rest= places=() values=()
     case $1 in
-"""
+""".replace("@THROTTLES@", THROTTLES)
 
 
 def bash(found: list[Spec]) -> str:
@@ -319,17 +324,7 @@ _qdsmirror_throttles() {
     files=($(_qdsmirror_etc)/dsgrp[0-9][0-9][0-9].cfg(N))
     (( $#files )) || return 1
     numbers=(${(f)"$(awk '
-        function say(key) { if (!(key in said)) print key; said[key] }
-        /^[ \t]*\[[^[]/ { inside = /^[ \t]*\[[ \t]*throttles[ \t]*\]/; name = "" }
-        inside && /^[ \t]*\[\[[^[]/ {
-            name = $0
-            gsub(/^[ \t]*\[\[[ \t]*|[ \t]*\]\].*$/, "", name)
-            if (name ~ /["\047]/) name = ""
-            if (name) say(name ".value=")
-        }
-        name && !/^[ \t]*#/ && /(^|=|["\047])[ \t]*limit[ \t]+([0-9]|off)/ {
-            say(name ".limit=")
-        }
+@THROTTLES@
     ' $files)"})
     compadd -S '' -a numbers
 }
@@ -354,7 +349,7 @@ _qdsmirror() {
     local curcontext=$curcontext state line
     typeset -A opt_args
     case $service in
-"""
+""".replace("@THROTTLES@", THROTTLES)
 
 _ZSH = {
     "group": "_qdsmirror_groups",

@@ -6,20 +6,27 @@ from typing import Any
 
 from qdsmirror.core.watermark import LINK, Committed, pack_json
 from qdsmirror.errors import DegradedError
+from qdsmirror.groups.unit import DriverUnit
 from tests.fakes import nothing
 from tests.groups.test_bypass import Case, make_coherent, overflowing
-from tests.groups.world import BLOCK, KIB, durable_superblock, unique
+from tests.groups.world import BLOCK, KIB, DriverWorld, durable_superblock, unique
+
+
+def overflow(world: DriverWorld) -> DriverUnit:
+    """Start the driver, and write until its group is in bypass."""
+    unit = world.start()
+    for number in range(100):
+        world.client.write(unit, number * BLOCK, unique(number))
+    world.settle()
+    world.test.assertEqual(world.group.bypass.phase, "on")
+    return unit
 
 
 class RoomTests(Case):
     def test_a_break_leaves_room_for_what_must_follow(self) -> None:
         for more in range(3):
             world = self.world = overflowing(self, log=256 * KIB + more * 4 * KIB)
-            unit = world.start()
-            for number in range(100):
-                world.client.write(unit, number * BLOCK, unique(number))
-            world.settle()
-            self.assertEqual(world.group.bypass.phase, "on")
+            unit = overflow(world)
             for turn in range(20):
                 asked = world.group.refresh("full")
                 world.settle()
@@ -48,11 +55,7 @@ class UnsendableTests(Case):
     def setUp(self) -> None:
         world = self.world = overflowing(self)
         make_coherent(world)
-        unit = world.start()
-        for number in range(100):
-            world.client.write(unit, number * BLOCK, unique(number))
-        world.settle()
-        self.assertEqual(world.group.bypass.phase, "on")
+        unit = overflow(world)
         for _ in range(20):
             if unit.writelog.control_room(120) < 2:
                 break
