@@ -511,24 +511,29 @@ class World(Clients):
                 action()
                 self._after()
             else:
-                if not alone and self._needs_operator():
-                    self.switch_bypass()
-                if not alone and self._needs_backfresh():
-                    assert self.driver is not None
-                    group = self.driver.group
-                    # What was given up once, also by bypass, is given up again.
-                    gives_up = group.backfresh.gives_up or group.bypass.phase == "on"
-                    self.begin_backfresh("discard" if gives_up else "")
-                if not alone and self.model.is_held:
-                    self.switch_checkpoint()
-                if not alone and self._has_stopped():
-                    self._go_on_without_rollback()
-                if not alone and (self._differs() or self._needs_refresh()):
-                    self._refresh("auto")
-                if not alone and self._needs_new_memory():
-                    self.kill_master()
+                if not alone:
+                    self.operate()
                 self.advance()
         raise Violation(f"LIVENESS: waited in vain for {what}: {self._state()}")
+
+    def operate(self) -> None:
+        """Do what an operator has to, where nothing happens any more by itself."""
+        if self._needs_operator():
+            self.switch_bypass()
+        if self._needs_backfresh():
+            assert self.driver is not None
+            group = self.driver.group
+            # What was given up once, also by bypass, is given up again.
+            gives_up = group.backfresh.gives_up or group.bypass.phase == "on"
+            self.begin_backfresh("discard" if gives_up else "")
+        if self.model.is_held:
+            self.switch_checkpoint()
+        if self._has_stopped():
+            self._go_on_without_rollback()
+        if self._differs() or self._needs_refresh():
+            self._refresh("auto")
+        if self._needs_new_memory():
+            self.kill_master()
 
     def _needs_operator(self) -> bool:
         """Tell whether the driver is in a bypass that it does not leave by itself."""
