@@ -32,7 +32,11 @@ GENERATIONS = 5
 ASK = 6
 ANSWER = 7
 REPORT = 8
-_TYPES = frozenset((DURABLE, REFRESH, COMMITTED, LINK, GENERATIONS, ASK, ANSWER, REPORT))
+#: driver → pmd: it knows that the secondary's history may be replaced, as a LINK has said.
+REBASE_KNOWN = 9
+_TYPES = frozenset(
+    (DURABLE, REFRESH, COMMITTED, LINK, GENERATIONS, ASK, ANSWER, REPORT, REBASE_KNOWN)
+)
 
 _HEADER = Struct(">BBHI")
 _GSN = Struct(">Q")
@@ -103,6 +107,11 @@ def pack_json(kind: int, body: dict[str, Any]) -> bytes:
 def pack_relayed(kind: int, payload: bytes) -> bytes:
     """Make an ASK, ANSWER or REPORT."""
     return _message(kind, payload)
+
+
+def pack_rebase_known() -> bytes:
+    """Make a REBASE_KNOWN, which says nothing more."""
+    return _message(REBASE_KNOWN, b"")
 
 
 def parse_json(payload: bytes) -> dict[str, Any]:

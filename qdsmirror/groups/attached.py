@@ -7,11 +7,12 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from qdsmirror.core import watermark
-from qdsmirror.errors import ProtocolError
+from qdsmirror.errors import ProtocolError, QdsError
 from qdsmirror.groups.outbound import OutUnit
 from qdsmirror.net.sending import send_now
 
@@ -51,6 +52,7 @@ class PmdEnd(Protocol):
         self.covered_gsn: int | None = info["covered_gsn"]
         self.held: bool = info["held"]
         self.lost = False
+        self._knowing: list[Deferred[None]] = []
 
     def adopt(self, reactor: Any, end: int) -> None:
         """Speak over our end of a socket pair, a descriptor; closed here."""
@@ -64,6 +66,24 @@ class PmdEnd(Protocol):
         if not self.lost:
             self.transport.write(data)
             send_now(self.transport)
+
+    def knows_rebase(self) -> Deferred[None]:
+        """Fire once the driver knows of a rebase what it was just told (rules.md 21).
+
+        It may let go of this end without reading on: then it does not know.
+
+        :raises QdsError: the driver is gone.
+        """
+        known: Deferred[None] = Deferred()
+        self._knowing.append(known)
+        if self.lost:
+            self._fail_knowing()
+        return known
+
+    def _fail_knowing(self) -> None:
+        waiting, self._knowing = self._knowing, []
+        for one in waiting:
+            one.errback(QdsError("the primary's driver is gone"))
 
     def close(self) -> None:
         """Let go of the driver; its writelogs are still open."""
@@ -85,6 +105,10 @@ class PmdEnd(Protocol):
                     self._take_generations(watermark.parse_json(payload)["generations"])
                 elif kind == watermark.ASK:
                     self._group.ask(payload)
+                elif kind == watermark.REBASE_KNOWN:
+                    waiting, self._knowing = self._knowing, []
+                    for one in waiting:
+                        one.callback(None)
                 elif kind == watermark.REFRESH:
                     self.refresh = watermark.parse_json(payload) or None
                     if self.refresh is not None:
@@ -106,4 +130,5 @@ class PmdEnd(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         """See :class:`Protocol`."""
         self.lost = True
+        self._fail_knowing()
         self._group.driver_lost(self)

@@ -161,6 +161,7 @@ class Attachment:
             group.coherence.diverged(link["reason"])
         if link.get("rebased"):
             group.answering.skip()
+            end.know_rebase()
         event = Event.LINK_UP if up else Event.LINK_DOWN
         group.modes.happen(event, group.runtime.wall(), link["reason"])
         if up and link["state"] != was:
@@ -280,6 +281,10 @@ class DriverEnd(Protocol):
     def ask(self, question: bytes) -> None:
         """Have the secondary asked."""
         self.transport.write(watermark.pack_relayed(watermark.ASK, question))
+
+    def know_rebase(self) -> None:
+        """Say that what it told of a rebase is known here."""
+        self.transport.write(watermark.pack_rebase_known())
 
     def pauseProducing(self) -> None:  # noqa: N802
         """See :class:`IPushProducer`."""

@@ -394,8 +394,9 @@ class PrimaryGroup:
             newest = driver.generations[-1]
             self._resumption = at_cut(driver.refresh, acks, driver.units, newest, error)
             self.log.warn("{group}: the refresh replaces the secondary's history", group=self.name)
-            # Before it may happen: the connection may be lost in the middle of it.
+            # Known before it may happen: driver, pmd or connection may be lost in the middle of it.
             self._say("connecting", "the refresh replaces the secondary's history", rebased=True)
+            await driver.knows_rebase()
         return self._resumption.rebases
 
     def _found(self, search: Callable[[], dict[int, Cursor]]) -> Deferred[dict[int, Cursor]]:

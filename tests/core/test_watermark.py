@@ -13,13 +13,16 @@ from qdsmirror.core.records import Point
 from qdsmirror.core.watermark import (
     COMMITTED,
     DURABLE,
+    GENERATIONS,
     LINK,
+    REBASE_KNOWN,
     REFRESH,
     Committed,
     WatermarkParser,
     pack_committed,
     pack_durable,
     pack_json,
+    pack_rebase_known,
     parse_committed,
     parse_durable,
     parse_json,
@@ -51,16 +54,18 @@ class WatermarkTests(SynchronousTestCase):
         data: st.DataObject,
     ) -> None:
         raw = pack_durable(gsn, positions) + pack_committed(*gsns, ends) + pack_json(LINK, body)
+        raw += pack_rebase_known()
         parser = WatermarkParser()
         found = []
         while raw:
             cut = data.draw(st.integers(1, len(raw)))
             found += parser.feed(raw[:cut])
             raw = raw[cut:]
-        self.assertEqual([kind for kind, _ in found], [DURABLE, COMMITTED, LINK])
+        self.assertEqual([kind for kind, _ in found], [DURABLE, COMMITTED, LINK, REBASE_KNOWN])
         self.assertEqual(parse_durable(found[0][1]), (gsn, positions))
         self.assertEqual(parse_committed(found[1][1]), (*gsns, ends))
         self.assertEqual(parse_json(found[2][1]), body)
+        self.assertEqual(found[3][1], b"")
 
     def test_point(self) -> None:
         self.assertEqual(Committed(0, 4096, 7, bytes(16)).point, Point(7, bytes(16)))
@@ -72,12 +77,12 @@ class WatermarkTests(SynchronousTestCase):
         try:
             for piece in pieces:
                 for kind, payload in parser.feed(piece):
-                    self.assertIn(kind, (DURABLE, REFRESH, COMMITTED, LINK))
+                    self.assertIn(kind, watermark._TYPES)
                     if kind == DURABLE:
                         parse_durable(payload)
                     elif kind == COMMITTED:
                         parse_committed(payload)
-                    else:
+                    elif kind in (REFRESH, LINK, GENERATIONS):
                         parse_json(payload)
         except ProtocolError:
             pass
@@ -104,7 +109,7 @@ class WatermarkTests(SynchronousTestCase):
     def test_refused_before_it_is_gathered(self) -> None:
         for raw in (
             struct.pack(">BBHI", 0, 0, 0, 0),
-            struct.pack(">BBHI", 9, 0, 0, 0),
+            struct.pack(">BBHI", 10, 0, 0, 0),
             struct.pack(">BBHI", DURABLE, 0, 0, (1 << 32) - 1),
         ):
             with self.assertRaises(ProtocolError):

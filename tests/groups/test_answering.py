@@ -495,6 +495,18 @@ class NewHistoryTests(AnsweringTestCase):
         self.connect(world, rebased=True)
         world.commit()
 
+    def test_the_pmd_hears_that_it_is_known(self) -> None:
+        """Before, it must not let it happen: what it says may be lost on the way."""
+        world = self.world()
+        world.attach()
+        for said, known in ({}, 0), ({"rebased": False}, 0), ({"rebased": True}, 1):
+            world.pmd.transport.clear()
+            self.link(world, "connecting", **said)
+            told = [
+                kind for kind, _ in watermark.WatermarkParser().feed(world.pmd.transport.value())
+            ]
+            self.assertEqual(told, [watermark.REBASE_KNOWN] * known)
+
     def test_what_waits_is_answered_at_its_end(self) -> None:
         world = self.world()
         asked = self.write(world, 1, 2)

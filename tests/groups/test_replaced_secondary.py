@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from qdsmirror.errors import DegradedError, DeviceFailedError, ProtocolError
 from qdsmirror.groups import retry as retry_module
+from qdsmirror.groups.attachment import Attachment, DriverEnd
+from qdsmirror.groups.remote import RemoteGroup
 from qdsmirror.net.handshake import RebasePosition
 from tests.fakes import nothing
 from tests.groups.site import MIB, Sites, Steps
@@ -75,6 +79,45 @@ class ReplacedSecondaryTests(TestCase):
         yield sites.start_driver()
         assert sites.driver is not None
         self.assertFalse(sites.driver.coherent)
+
+    @inlineCallbacks
+    def test_nothing_is_replaced_that_the_driver_does_not_know(self) -> Steps:
+        """The driver lets go of the pmd with what was said unread: the next pmd says it again."""
+        real = Attachment.said_link
+        heard: list[DriverEnd] = []
+
+        def said_link(pmd: Attachment, end: DriverEnd, link: dict[str, Any]) -> None:
+            if not link.get("rebased") or heard:
+                real(pmd, end, link)
+                return
+            heard.append(end)
+            end.close()
+
+        begun: list[Any] = []
+
+        def rebase(rmd: RemoteGroup, positions: Any) -> Any:
+            driver = sites.driver
+            begun.append(driver is not None and driver.answering._skipping)
+            return real_rebase(rmd, positions)
+
+        real_rebase = RemoteGroup.rebase
+        sites = Sites(self, size=MIB, writelog=MIB)
+        yield sites.start()
+        yield sites.connected()
+        sites.write(0, 0, b"x" * BLOCK)
+        yield sites.drained()
+        yield sites.stop_rmd()
+        self.blank(sites)
+        driver = sites.driver
+        assert driver is not None
+        self.patch(Attachment, "said_link", said_link)
+        self.patch(RemoteGroup, "rebase", rebase)
+        yield driver.refresh("full")
+        yield sites.start_rmd()
+        yield sites.until(lambda: driver.coherent, "the end of the refresh")
+        self.assertEqual((len(heard), begun), (1, [True]))
+        yield sites.drained()
+        sites.assert_equal()
 
 
 class RebaseTests(SynchronousTestCase):

@@ -27,6 +27,7 @@ from qdsmirror.groups import primary as primary_module
 from qdsmirror.groups import restart as restart_module
 from qdsmirror.groups.answering import Answering
 from qdsmirror.groups.applying import Applying
+from qdsmirror.groups.attached import PmdEnd
 from qdsmirror.groups.attachment import Attachment, DriverEnd
 from qdsmirror.groups.backfresh import Backfresh
 from qdsmirror.groups.band import Band
@@ -518,6 +519,12 @@ def _entries_of_before_a_crash_not_counted(patch: Patch) -> None:
 @mutation("SYNC", seeds=400, first=40)
 def _skipped_by_a_new_history_taken_for_committed(patch: Patch) -> None:
     patch(Answering, "skip", lambda _self: None)
+
+
+@mutation("SYNC", seeds=200, first=924975550191)
+def _history_replaced_before_the_driver_knows(patch: Patch) -> None:
+    patch(PmdEnd, "knows_rebase", lambda _end: succeed(None))
+    patch(DriverEnd, "know_rebase", lambda _end: None)
 
 
 @mutation("SYNC", seeds=200, first=14)
