@@ -415,6 +415,7 @@ class Model:
         :param reached: where its journal ends.
         """
         self._journal_gsn = reached.gsn
+        self.backfreshes.awaits_replay = False
         self._count("mirrors checked")
         if self.lineage.knows(superblock.generation or b"") and reached.gsn <= self.acked:
             raise Violation(

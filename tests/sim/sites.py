@@ -493,6 +493,8 @@ class Sites:
                 disk.power_cut(choose)
         if site == "alpha":
             self._lose_memory()
+        else:
+            self.model.backfreshes.awaits_replay = True
         if self.random.random() < self.profile.corruption and not self.corruption[site].any:
             struck = self.corruption[site].strike()
             if struck:
