@@ -112,6 +112,8 @@ class Backfreshes:
         if made is None:
             raise Violation(f"GENERATION: LDSU {index} goes back to a place that never was")
         model.tips[index] = model._applied_checked[index] = model._tail_checked[index] = made
+        # A power cut there may have left later frames, behind one that it took: it stands here.
+        model.held[index] = made
 
     def ended(self) -> None:
         """COHERENT: data devices, mirrors and history are the same, all on the platters."""
