@@ -37,7 +37,7 @@ class Verifying:
         self.run: Verify | None = None
         #: What waits for what was found to be durable.
         self._durable: list[Callable[[], None]] = []
-        self._unrecorded = self._recording = False
+        self._unrecorded = self._recording = self._stopped = False
         #: When the next one is due by ``verify_every`` (the reactor's seconds).
         self._due = 0.0
         group.pmd.listeners[VERIFY] = self._reported
@@ -49,7 +49,8 @@ class Verifying:
             self.set_due()
 
     def stop(self) -> None:
-        """Do nothing more: the driver stops."""
+        """Do nothing more, and begin none by itself: the driver stops."""
+        self._stopped = True
         if self.run is not None:
             self.run.stop()
 
@@ -169,7 +170,8 @@ class Verifying:
             self.run.poke()
             return
         if (
-            group.config.tunables.verify_every
+            not self._stopped
+            and group.config.tunables.verify_every
             and group.runtime.reactor.seconds() >= self._due
             and group.coherent
             and group.pmd.is_connected

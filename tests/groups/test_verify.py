@@ -699,6 +699,15 @@ class ScheduleTests(SynchronousTestCase):
         self.let_pass(world, 20)
         self.assertIsNone(world.group.status()["verify"])
 
+    def test_none_begins_while_the_driver_stops(self) -> None:
+        """It may be long until everything is on the disks: nothing else may come in between."""
+        world = self.world()
+        self.let_pass(world, 20)
+        identity = world.status()["id"]
+        world.group.verifying.stop()
+        self.let_pass(world, 3700)
+        self.assertEqual(world.status()["id"], identity)
+
     def test_it_waits_for_link_and_coherence(self) -> None:
         world = VerifyWorld(self, size=MIB, verify_every=3600.0)
         world.begin_work(coherent=False)
