@@ -119,7 +119,8 @@ class Synchrony:
             made = list(self._frames(asked))
             return all(id(one) in there for one in made)
 
-        self.near = [one for one in self.near if kept(one)]
+        # (Zeroes of which nothing is left would later be taken for others that are like them.)
+        self.near = [one for one in self.near if kept(one) and any(self._frames(one))]
         self.owed = [(one, gsn) for one, gsn in self.owed if kept(one)]
 
     # -- what is so ---------------------------------------------------------------------------
