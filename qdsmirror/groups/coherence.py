@@ -43,6 +43,9 @@ class Coherence:
         self.tracked = settled.tracked
         self.reason = settled.reason
         self.job = Refresh.resumed(self._group, settled.refreshes)
+        if self.job is not None:
+            # A pmd may attach before the begin mark is durable, and so before it has a cut.
+            self._begun(self.job)
 
     @inlineCallbacks
     def refresh(self, kind: str) -> Any:

@@ -130,6 +130,18 @@ class BeginTests(CoherenceTestCase):
         self.assertEqual(world.attach()["refresh"], told)
         self.assertEqual(job.state(world.group.units[1])["cut"], told["cut"])
 
+    def test_a_pmd_that_attached_before_the_cut_hears_of_it_after_a_restart(self) -> None:
+        world = self.world
+        self.until_framed()
+        world.kill()
+        world.start()
+        self.assertIsNone(world.attach()["refresh"])
+        world.settle()
+        job = world.group.refresh_job
+        assert job is not None and job.announcement() is not None
+        told = watermark.pack_json(watermark.REFRESH, job.announcement() or {})
+        self.assertIn(told, world.pmd.transport.value())
+
     def test_a_begin_mark_that_is_lost_leaves_no_cut_behind(self) -> None:
         world = self.world
         world.refresh()
