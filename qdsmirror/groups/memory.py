@@ -30,6 +30,7 @@ memory its generation ends: see :mod:`qdsmirror.groups.memory_loss`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -146,9 +147,15 @@ class MemorySyncing(Syncing):
             device.fdatasync()
 
         if unit.dead:
+            self._refuse(unit.dead)
             self._applied(frames, None, None)
         else:
             unit.run_on_data(job, partial(self._applied, frames))
+
+    def _refuse(self, reason: str) -> None:
+        """Answer who waits for what will be durable nowhere here with an error (DURABLE)."""
+        for request in self.drop():
+            request.connection.answer_error(request, errno.EIO, reason)
 
     def _applied(
         self, frames: Sequence[UnitFrame], _result: None, error: BaseException | None

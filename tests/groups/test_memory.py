@@ -13,6 +13,7 @@ from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.writelog import Writelog
 from tests.fakes import MemoryDevice, everything, nothing
 from tests.groups.test_bypass import CHUNK, Case
+from tests.groups.test_failures import MemoryLatch
 from tests.groups.world import (
     BLOCK,
     KIB,
@@ -109,6 +110,20 @@ class OrderTests(MemoryCase):
         fua = self.world.client.write(self.unit, 0, unique(1), fua=True)
         self.world.settle()
         self.assertIn(fua, self.world.client.errors)
+
+    def test_appended_once_the_data_device_is_dead(self) -> None:
+        """DURABLE: what must be durable, and is nowhere here, is no success."""
+        world = self.world
+        world.group.failures._latch = MemoryLatch()
+        world.data().fail("pwritev")
+        world.client.write(self.unit, 0, unique(1), fua=True)
+        world.step("qds0 writelog")
+        fua = world.client.write(self.unit, BLOCK, unique(2), fua=True)
+        world.step("qds0 data")
+        self.assertTrue(self.unit.dead)
+        self.assertFalse(world.client.answered(fua), "its append is under way")
+        world.settle()
+        self.assertIn(fua, world.client.errors)
 
 
 class ClearingTests(MemoryCase):
