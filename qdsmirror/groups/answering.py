@@ -26,7 +26,7 @@ from twisted.logger import Logger
 from qdsmirror.core.allowance import Allowance, CatchUp
 from qdsmirror.core.nbd import CMD_FLUSH
 from qdsmirror.errors import QdsError
-from qdsmirror.groups.bypass import OFF, ON
+from qdsmirror.groups.bypass import LEAVING, OFF, ON
 from qdsmirror.groups.delaying import DelayedAnswers
 from qdsmirror.groups.direct import abandon_all
 from qdsmirror.limits import CATCH_UP_ENTRIES, FAILURE_REASON_CHARS_MAX, STOP_ANSWER_SECONDS
@@ -324,7 +324,9 @@ class Answering:
         goes_on = group.config.on_disconnect != BLOCK
         if self.operation == ASYNC:
             return ""
-        if group.bypass.phase == ON and (goes_on or not group.failures.stops_framing):
+        # Also while it is being left, which waits for what was written past the writelogs.
+        in_bypass = group.bypass.phase in (ON, LEAVING)
+        if in_bypass and (goes_on or not group.failures.stops_framing):
             return f"in bypass: {group.bypass.reason}"
         if not goes_on or all(unit.log_failed for unit in group.units):
             return ""

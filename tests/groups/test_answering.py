@@ -443,6 +443,22 @@ class ChangeTests(AnsweringTestCase):
         self.set(world, operation="sync")
         self.assertNotEqual(self.superblocks(world), [None])
 
+    def test_while_bypass_is_left(self) -> None:
+        """What was written past the writelogs is answered: who leaves waits for that."""
+        world = self.world("async", stepped=True)
+        entered = world.group.switch_bypass("on")
+        world.settle()
+        self.successResultOf(entered)
+        asked = self.write(world, 1)
+        asked += self.write(world, 2)
+        left = world.group.switch_bypass("off")
+        set_ = world.group.set_live(json.dumps({"operation": "sync"}))
+        self.assertEqual(world.group.bypass.phase, "leaving")
+        world.settle()
+        self.successResultOf(set_)
+        self.successResultOf(left)
+        self.assertEqual(self.answered(world, asked), [True, True])
+
     def test_durability(self) -> None:
         world = self.world("async", stepped=True)
         self.set(world, durability="always")
