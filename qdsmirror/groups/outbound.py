@@ -100,8 +100,9 @@ class OutUnit:
             )
         reader = self.read_from(cursor)
         while reader.point(self.index).sequence < point.sequence:
-            found = reader.read(MIB, self.durable)
-            if reader.position < self.durable and not found:
+            upto = self.durable
+            found = reader.read(MIB, upto)
+            if reader.position < upto and not found:
                 raise self.unreadable(reader.stopped)
             if not found:
                 raise DivergedError(
@@ -257,9 +258,10 @@ class Outbound:
     def _read(self, hungry: list[OutUnit]) -> None:
         self._reading = True
         limit = self._read_bytes
+        readers = [(u.reader, u.durable) for u in hungry if u.reader is not None]
 
         def job() -> list[list[LogFrame]]:
-            return [u.reader.read(limit, u.durable) for u in hungry if u.reader is not None]
+            return [reader.read(limit, upto) for reader, upto in readers]
 
         link = self._link
 
@@ -267,14 +269,15 @@ class Outbound:
             self._reading = False
             if self._link is not link:
                 return
-            for unit, got in zip(hungry, found or [[]] * len(hungry), strict=True):
-                if not got:
-                    why = error or (unit.reader.stopped if unit.reader is not None else "")
+            for i, (unit, (reader, upto)) in enumerate(zip(hungry, readers, strict=True)):
+                if found and found[i]:
+                    unit.buffer.extend(found[i])
+                    self._heads[unit.buffer[0].header.gsn_first] = unit
+                # A crash may leave pads at the end of what is durable, without their record.
+                elif error or reader.position < upto:
                     self.end()
-                    self._failed(unit.unreadable(why))
+                    self._failed(unit.unreadable(error or reader.stopped))
                     return
-                unit.buffer.extend(got)
-                self._heads[unit.buffer[0].header.gsn_first] = unit
             self.pump()
 
         self._worker.run(job, done)

@@ -13,7 +13,7 @@ from zope.interface import implementer
 
 from qdsmirror.core import stream
 from qdsmirror.core.frames import VOID, parse_header
-from qdsmirror.core.records import BEGINNING, Cursor, Point
+from qdsmirror.core.records import BEGINNING, PAD, Cursor, Point, Record, pack_record
 from qdsmirror.core.stream import Ack
 from qdsmirror.core.watermark import Committed
 from qdsmirror.errors import CorruptError, DivergedError, ProtocolError, QdsError
@@ -255,6 +255,26 @@ class OrderTests(SynchronousTestCase):
         self.assertGreater(log.head, 2 * log.ring.size)
         self.assertEqual(world.link.sent, list(range(1, 61)))
         self.assertEqual(world.failures, [])
+
+    def test_a_pad_whose_record_a_crash_took(self) -> None:
+        """It ends what is durable; what is appended there later goes on behind it."""
+        world = PmdWorld(self, log=256 * KIB)
+        world.begin()
+        log = world.logs[0]
+        while log.ring.contiguous(log.head) > 16 * KIB:
+            gsn = world.frame(0, 8 * KIB)
+            world.durable()
+            world.out.acknowledged(Ack(gsn, gsn))
+            log.durable_tail = log.head
+        rest = log.ring.contiguous(log.head)
+        pad = pack_record(Record(PAD, rest, 0, log.head, log.head), log.log)
+        log.write([(log.ring.physical(log.head), [pad])])
+        log.head += rest
+        world.durable()
+        self.assertEqual(world.failures, [])
+        world.frame(0)
+        world.durable()
+        self.assertEqual((world.link.sent, world.failures), (list(world.frames), []))
 
 
 class PressureTests(SynchronousTestCase):
@@ -520,6 +540,17 @@ class FindTests(SynchronousTestCase):
         # What is appended and not durable does not count: a power cut may take it.
         self.world.frame(1)
         self.refused(self.world.cursor(7).point(1), "is ahead")
+
+    def test_more_becomes_durable_meanwhile(self) -> None:
+        """It is no damage that a read did not go so far."""
+        middle, end = self.world.frames[3][2], self.unit.durable
+        known = iter([middle, middle, middle, end])
+
+        class Growing(OutUnit):
+            durable = property(lambda _self: next(known, end), lambda *_: None)
+
+        self.unit.__class__ = Growing
+        self.refused(Point(4, OTHER_CHAIN), "ahead")
 
     def test_damage_on_the_way_is_no_divergence(self) -> None:
         """A refresh must not be told to begin anew because a device has lost something."""
