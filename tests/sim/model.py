@@ -336,9 +336,13 @@ class Model:
 
     @staticmethod
     def _skip(made: Made) -> None:
-        """Count as there what the secondary lacks up to a frame: it is never sent any more."""
-        while made.parent is not None and (made.is_loss or not made.journaled):
-            made.journaled = made.skipped = True
+        """Count as there what the secondary lacks up to a frame: it is never sent any more.
+
+        A power cut may have left later frames in its journal, behind some that it took.
+        """
+        while made.parent is not None:
+            if made.is_loss or not made.journaled:
+                made.journaled = made.skipped = True
             made = made.parent
 
     @staticmethod

@@ -112,6 +112,11 @@ class Profile:
         # (A mirror that was rolled back has a history of its own, which a backfresh's model lacks.)
         rolls = before and not faults.get("backfresh")
         faults["rollback"] = own.choice((20, 60)) if rolls else 0
+        checkpoint_hold = own.choice(("release", "strict"))
+        before_images_full = own.choice(("give-up", "give-up", "stop"))
+        if faults.get("backfresh"):
+            # (Only a rollback leads on where a secondary has stopped.)
+            before_images_full = "give-up"
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -134,9 +139,9 @@ class Profile:
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
             verify_rate=last.choice((256, 4096)) * KIB,
             verify_every=last.choice((0.0, 0.0, 2.0)),
-            checkpoint_hold=own.choice(("release", "strict")),
+            checkpoint_hold=checkpoint_hold,
             before_bytes=before,
-            before_images_full=own.choice(("give-up", "give-up", "stop")),
+            before_images_full=before_images_full,
             faults=faults,
             **cls._draw_operation(aside, faults),
             paths=paths,
