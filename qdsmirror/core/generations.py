@@ -16,16 +16,21 @@ from qdsmirror.limits import GENERATIONS_MAX
 
 
 def grown(
-    generations: Sequence[Generation], new: Generation, upto_gsn: int
+    generations: Sequence[Generation], new: Generation, upto_gsn: int, lost_gsn: int = 0
 ) -> tuple[Generation, ...] | None:
     """Give the list with another generation, bounded.
 
     :param upto_gsn: frames up to this number are needed no more, nor their generations.
+    :param lost_gsn: frames up to this number were lost with writelogs in memory: of their
+        generations a full list keeps the first, where a secondary stands that never got on.  One
+        that stands in another is refused, as one of another history is.
     :returns: ``None`` when all of a full list are still needed.
     """
     kept = (*generations, new)
     while len(kept) > GENERATIONS_MAX and kept[1].first_gsn <= upto_gsn:
         kept = kept[1:]
+    while len(kept) > GENERATIONS_MAX and kept[2].first_gsn <= lost_gsn + 1:
+        kept = (kept[0], *kept[2:])
     return kept if len(kept) <= GENERATIONS_MAX else None
 
 

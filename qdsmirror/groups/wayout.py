@@ -68,7 +68,8 @@ class WayOut:
         if log.control_room(HEADER_BYTES + 16) < _ROOM_TO_LEAVE:
             return None
         upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
-        return grown(log.superblock.generations, Generation(ident, group.next_gsn), upto)
+        new = Generation(ident, group.next_gsn)
+        return grown(log.superblock.generations, new, upto, group.memory.lost_gsn)
 
     def _way_to_room(self) -> str:
         group = self._group

@@ -88,6 +88,13 @@ class ListTests(SynchronousTestCase):
         self.assertEqual(grown(full, new, 20), (*full[1:], new))
         self.assertEqual(grown((), new, 0), (new,))
 
+    def test_what_was_lost_makes_room_but_for_the_first(self) -> None:
+        full = tuple(Generation(bytes([n]) * 16, n * 10) for n in range(1, GENERATIONS_MAX + 1))
+        new = Generation(b"n" * 16, 1000)
+        self.assertIsNone(grown(full, new, 0, 28))
+        self.assertEqual(grown(full, new, 0, 29), (full[0], *full[2:], new))
+        self.assertEqual(grown(full[:3], new, 0, 999), (*full[:3], new))
+
     def test_covering(self) -> None:
         known = (FIRST, SECOND)
         for gsn, index in ((9, None), (10, 0), (19, 0), (20, 1), (99, 1)):

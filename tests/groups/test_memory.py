@@ -7,7 +7,7 @@ from typing import Any
 
 from qdsmirror.core.bitmap import DirtyBitmap
 from qdsmirror.core.watermark import LINK, pack_json
-from qdsmirror.limits import MEMORY_DRAIN_SECONDS, MEMORY_SETTLE_SECONDS
+from qdsmirror.limits import GENERATIONS_MAX, MEMORY_DRAIN_SECONDS, MEMORY_SETTLE_SECONDS
 from qdsmirror.storage.memory import absent_memory
 from qdsmirror.storage.memorylog import MemoryLogDevice
 from qdsmirror.storage.writelog import Writelog
@@ -294,6 +294,20 @@ class EndTests(MemoryCase):
         self.assertEqual(self.dirty(), [0, 5])
         self.world.attach()
         self.assertEqual(self.switch("off")["kind"], "dirty")
+
+    def test_lost_again_and_again(self) -> None:
+        """There is always a way out, and the secondary that never got on stays known."""
+        first = self.world.group.generation
+        for n in range(2 * GENERATIONS_MAX):
+            self.world.client.write(self.unit, 0, unique(n + 1))
+            self.world.settle()
+            self.world.kill_master()
+            self.unit = self.world.start()
+            self.world.attach()
+            self.assertEqual(self.switch("off")["kind"], "dirty")
+        known = [bytes.fromhex(one) for one in self.world.attach()["generations"]]
+        self.assertEqual((known[0], known[-1]), (first, self.world.group.generation))
+        self.assertEqual(len(set(known)), GENERATIONS_MAX)
 
     def test_left_empty_by_an_orderly_stop(self) -> None:
         """Where the secondary has everything, the history goes on: there was nothing to lose."""
