@@ -59,6 +59,7 @@ class IBlockDevice(Interface):
     physical_block: int = Attribute("bytes: what the hardware writes as one")
     stable: str = Attribute("what it is under any path, storage.identity; empty if unknown")
     recent: Recent = Attribute("the last writes")
+    failed: str | None = Attribute("why nothing is written any more, once a sync has failed")
 
     def pread(length: int, offset: int) -> bytes:
         """Read exactly ``length`` bytes; a short read is an OSError(EIO)."""

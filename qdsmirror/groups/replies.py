@@ -72,8 +72,11 @@ class Replies:
     def _look(self, question: Question) -> bytes:
         device = self._mirror.devices[question.ldsu]
         if question.kind == HASHES:
-            return chunk_digests(device, question.offset, question.length, question.chunk)
-        return device.pread(question.length, question.offset)
+            body = chunk_digests(device, question.offset, question.length, question.chunk)
+        else:
+            body = device.pread(question.length, question.offset)
+        self._mirror.check_read(question.ldsu)
+        return body
 
     def _looked(
         self,

@@ -32,6 +32,7 @@ class AbsentDevice:
 
     is_block = False
     stable = ""
+    failed: str | None = "it is not used since it has failed"
 
     def __init__(self, path: str, role: str, size: int) -> None:
         self.path = path

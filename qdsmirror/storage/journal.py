@@ -33,7 +33,7 @@ from qdsmirror.core.frames import (
 from qdsmirror.core.held import Held, mark_name
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.core.verify import Kept, Range, Verdict, parse_rows
-from qdsmirror.errors import CorruptError, MismatchError
+from qdsmirror.errors import CorruptError, DeviceFailedError, MismatchError
 from qdsmirror.interfaces import IBlockDevice
 from qdsmirror.storage.apply import apply_entries
 from qdsmirror.storage.beforeimages import BeforeImages
@@ -374,9 +374,22 @@ class Mirror:
                 skipped="the secondary's mirror lacks a refresh's end",
             )
         found = differing(self.devices[header.ldsu], parse_rows(control))
+        self.check_read(header.ldsu)
         if found:
             self._keep_found(header.ldsu, found)
         return Verdict(header.gsn_first, header.ldsu, found)
+
+    def check_read(self, ldsu: int) -> None:
+        """Check, once a mirror device was read, that it still holds what was written to it.
+
+        Its failed sync may have taken that away, until the journal is replayed (rules.md 4).
+
+        :raises DeviceFailedError: a sync has failed.
+        """
+        device = self.devices[ldsu]
+        if device.failed is not None:
+            reason = f"{device.role} {device.path} failed: {device.failed}"
+            raise DeviceFailedError(reason, path=device.path)
 
     def _keep_found(self, ldsu: int, found: Sequence[Range]) -> None:
         """Record, in both slots, that the mirror differs, and where."""

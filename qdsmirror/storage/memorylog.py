@@ -50,6 +50,11 @@ class MemoryLogDevice:
         self.logical_block = durable.logical_block
         self.physical_block = durable.physical_block
 
+    @property
+    def failed(self) -> str | None:
+        """See :class:`IBlockDevice`."""
+        return self.durable.failed or self.memory.failed
+
     def __repr__(self) -> str:
         return f"<MemoryLogDevice {self.durable!r} and {self.memory!r}>"
 

@@ -37,6 +37,11 @@ class Partition:
         self.logical_block = device.logical_block
         self.physical_block = device.physical_block
 
+    @property
+    def failed(self) -> str | None:
+        """See :class:`IBlockDevice`."""
+        return self._device.failed
+
     def __repr__(self) -> str:
         return f"<Partition {self.offset}+{self.size} of {self._device!r}>"
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 from blake3 import blake3
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qdsmirror.core.questions import HASHES, READ, Answer, pack_answer, parse_question
+from qdsmirror.core.questions import (
+    HASHES,
+    READ,
+    Answer,
+    Question,
+    pack_answer,
+    pack_question,
+    parse_answer,
+    parse_question,
+)
 from qdsmirror.errors import DegradedError, ProtocolError, QdsError
 from qdsmirror.groups.questions import Questions
+from qdsmirror.groups.replies import Replies
 from qdsmirror.limits import KIB, QUESTIONS_MAX
 from qdsmirror.storage.hashing import chunk_digests
-from tests.fakes import MemoryDevice
+from qdsmirror.storage.journal import Mirror
+from tests.fakes import ImmediateWorker, MemoryDevice
 from tests.groups.site import Sites, Steps
 
 CHUNK = 64 * KIB
@@ -90,6 +103,29 @@ class HashingTests(SynchronousTestCase):
         self.assertEqual(
             chunk_digests(device, 2 * CHUNK, CHUNK, CHUNK), blake3(bytes(CHUNK)).digest()
         )
+
+
+class RepliesTests(SynchronousTestCase):
+    def test_of_a_device_that_has_failed(self) -> None:
+        """Its failed sync may have taken away what it was asked for."""
+        device = MemoryDevice(CHUNK)
+        self.addCleanup(device.close)
+        mirror = cast(Any, SimpleNamespace(devices=[device]))
+        mirror.check_read = partial(Mirror.check_read, mirror)
+        replies = Replies(mirror, ImmediateWorker(), lambda _: self.fail())
+        told: list[bytes] = []
+        for kind in (READ, HASHES):
+            replies.take(
+                pack_question(Question(1, kind, 0, 0, CHUNK, CHUNK * (kind == HASHES))), told.append
+            )
+        self.assertEqual([parse_answer(one).error for one in told], ["", ""])
+        device.latch("fdatasync: Input/output error")
+        for kind in (READ, HASHES):
+            replies.take(
+                pack_question(Question(1, kind, 0, 0, CHUNK, CHUNK * (kind == HASHES))), told.append
+            )
+        for one in told[2:]:
+            self.assertIn("fdatasync", parse_answer(one).error)
 
 
 class RelayTests(TestCase):

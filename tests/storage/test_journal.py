@@ -22,7 +22,7 @@ from qdsmirror.core.frames import (
 )
 from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor
 from qdsmirror.core.verify import Row, Verdict, pack_rows
-from qdsmirror.errors import CorruptError, MismatchError, QdsError
+from qdsmirror.errors import CorruptError, DeviceFailedError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice, at_random, everything, nothing
@@ -359,6 +359,23 @@ class ReplayTests(SynchronousTestCase):
         apply(site.maker.make(0, kind=REFRESH_END, control=ONE))
         self.assertTrue(site.superblock.coherent)
         self.assertIsNone(site.superblock.verify)
+
+    def test_what_a_failed_sync_took_is_no_difference(self) -> None:
+        """It is in the journal, and so in the next replay: the mirror stays coherent."""
+        site = Site()
+        mirror = site.open()
+        mirror.replay()
+        mirror.journal.update(both=True, coherent=True, reason="")
+        device = mirror.devices[1]
+        assert isinstance(device, MemoryDevice)
+        device.fail("fdatasync")
+        self.assertRaises(DeviceFailedError, device.fdatasync)
+        row = Row(512, 512, blake3(b"a" * 512).digest())
+        raw = site.maker.make(1, kind=VERIFY, control=pack_rows([row]))
+        with self.assertRaises(DeviceFailedError) as caught:
+            mirror.apply([change_of(parse_header(raw), raw)])
+        self.assertIn("/mirror1", caught.exception.message)
+        self.assertTrue(site.superblock.coherent)
 
     def test_a_mirror_that_cannot_be_synced_is_not_called_coherent(self) -> None:
         site, _ = filled()
