@@ -6,7 +6,7 @@ Committed is what the secondary's platters hold: what a power cut in that moment
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qdsmirror.core import frames, nbd
 from qdsmirror.core.superblock import Superblock
@@ -21,19 +21,31 @@ ASYNC, SYNC = "async", "sync"
 _OF_REFRESH = frozenset((frames.REFRESH, frames.REFRESH_ZEROES))
 
 
+class _Owed(NamedTuple):
+    """A change that was answered while the group was durably degraded.
+
+    :ivar gsn: the last one by then.
+    :ivar framed: whether it did not go past the writelogs.
+    """
+
+    asked: Asked
+    gsn: int
+    framed: bool
+
+
 class Synchrony:
     """Looks at every answer of a change in the moment in which it is given.
 
     :ivar near: answered by near-synchronous operation and, when last looked at, not committed.
     :ivar answered_gsn: the last GSN of what was answered, and committed by then.
-    :ivar owed: answered while the group was durably degraded, each with the last GSN by then.
+    :ivar owed: answered while the group was durably degraded.
     """
 
     def __init__(self, world: Clients) -> None:
         self._world = world
         self.answered_gsn = 0
         self.near: list[Asked] = []
-        self.owed: list[tuple[Asked, int]] = []
+        self.owed: list[_Owed] = []
         self._is_degraded = False
 
     def forget(self) -> None:
@@ -57,7 +69,7 @@ class Synchrony:
             return
         if self._degraded_durably():
             world.count("degraded answers")
-            self.owed.append((asked, self._last_gsn()))
+            self.owed.append(_Owed(asked, self._last_gsn(), any(self._frames(asked))))
             return
         if config.operation == SYNC:
             raise Violation(f"SYNC: LDSU {asked.ldsu}: answered and not committed: {asked}")
@@ -101,7 +113,7 @@ class Synchrony:
             return
         self._world.count("degraded ended")
         limit = 0 if config.operation == SYNC else config.near_sync_entries
-        late = [one for one, gsn in owed if not self._is_committed(one, gsn)]
+        late = [one.asked for one in owed if not self._is_committed(one.asked, one.gsn)]
         if sum(self._uncommitted_frames(one) for one in late) > limit:
             raise Violation(f"SYNC: no longer degraded, and not committed: {late[-1]}")
         self.near += late
@@ -116,12 +128,12 @@ class Synchrony:
                 at = at.parent
 
         def kept(asked: Asked) -> bool:
+            # (Zeroes of which nothing is left would later be taken for others that are like them.)
             made = list(self._frames(asked))
-            return all(id(one) in there for one in made)
+            return bool(made) and all(id(one) in there for one in made)
 
-        # (Zeroes of which nothing is left would later be taken for others that are like them.)
-        self.near = [one for one in self.near if kept(one) and any(self._frames(one))]
-        self.owed = [(one, gsn) for one, gsn in self.owed if kept(one)]
+        self.near = [one for one in self.near if kept(one)]
+        self.owed = [one for one in self.owed if not one.framed or kept(one.asked)]
 
     # -- what is so ---------------------------------------------------------------------------
 

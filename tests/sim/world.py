@@ -406,10 +406,12 @@ class World(Clients):
         """BOUND: what waits somewhere is limited."""
         profile = self.profile
         frame = profile.log // 4
-        # A refresh that has been let in reads its chunk first; a frame may come between.
-        unapplied = profile.limit + frame + profile.log // 16 + 8 * KIB
-        if self.driver is not None and self.driver.group.unapplied_bytes > unapplied:
-            raise Violation("BOUND: too much is unapplied at the driver")
+        if self.driver is not None and self.serving:
+            group = self.driver.group
+            # A refresh that has been let in reads its chunk first; a frame may come between.
+            chunk = max(unit.writelog.ring.size for unit in group.units) // 16
+            if group.unapplied_bytes > profile.limit + frame + chunk + 8 * KIB:
+                raise Violation("BOUND: too much is unapplied at the driver")
         if self.pmd is not None and self.pmd.group._outbound is not None:
             flying = sum(size for _, size, _, _ in self.pmd.group._outbound._in_flight)
             if flying > profile.window + profile.buffer + frame:
