@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 
+from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import DegradedError, QdsError, UsageError
@@ -85,6 +86,20 @@ class Coherence:
             raise DegradedError(f"{name}: its mirror {why}", hint="use qdsrefresh --smart")
         return kind
 
+    def _check_room(self) -> None:
+        """Check that a refresh can begin, ever: what fills a writelog may be for nobody.
+
+        :raises DegradedError: it is full of what the secondary, of another history, never takes.
+        """
+        group = self._group
+        room = group.units[0].writelog.control_room(HEADER_BYTES + 16)
+        if group.pmd.link.get("diverged") and not room:
+            raise DegradedError(
+                f"{group.name}: no room for a refresh: its writelogs are full of what the "
+                "secondary, of another history, can never take",
+                hint=f"give it up: qdsbypass on -g {group.number}, then off",
+            )
+
     def _marks(self, job: Refresh) -> dict[str, Any]:
         """Begin to be incoherent; give what must be durable before the refresh begins."""
         self.coherent = False
@@ -104,6 +119,7 @@ class Coherence:
         group = self._group
         job = self.job = Refresh(group, kind)
         try:
+            self._check_room()
             yield group.checkpoints.record_everywhere(**self._marks(job))
         except QdsError as error:
             job.forgo()

@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from qdsmirror.core import watermark
-from qdsmirror.core.frames import ENTRIES, entries
+from qdsmirror.core.frames import BREAK, ENTRIES, entries
 from qdsmirror.core.records import Cursor
 from qdsmirror.core.states import Mode
 from qdsmirror.core.superblock import Superblock
@@ -46,9 +46,9 @@ class CoherenceWorld(DriverWorld):
         self.settle()
         self.test.assertTrue(self.group.coherent)
 
-    def say(self, **more: Any) -> None:
+    def say(self, state: str = "refused", **more: Any) -> None:
         """Say, as the pmd, how its link is."""
-        link = {"state": "refused", "code": 4, "reason": "another mirror", "pid": 7, **more}
+        link = {"state": state, "code": 4, "reason": "another mirror", "pid": 7, **more}
         self.pmd.dataReceived(watermark.pack_json(watermark.LINK, link))
 
     def durable(self) -> list[Superblock]:
@@ -317,6 +317,38 @@ class LossTests(CoherenceTestCase):
         before = [found.counter for found in world.durable()]
         world.say(diverged=True, reason="yet another")
         self.assertEqual([found.counter for found in world.durable()], before)
+
+    def fill(self) -> None:
+        """Fill the first writelog, its reserve too, with what a secondary is to take."""
+        world = self.world
+        first = world.group.units[0]
+        offset = 0
+        while first.writelog.free_bytes > 64 * KIB:
+            world.client.write(first, offset, unique(offset, 32 * KIB))
+            offset = (offset + 32 * KIB) % (512 * KIB)
+            world.settle()
+        while first.own_frames.control(BREAK, b"b" * 16) is not None:
+            world.settle()
+
+    def test_a_refresh_without_room_is_refused(self) -> None:
+        """LOUD: nothing makes room in what a secondary of another history can never take."""
+        world = self.world
+        world.make_coherent()
+        self.fill()
+        world.say(diverged=True)
+        refused = self.failureResultOf(world.group.refresh("auto"), DegradedError).value
+        self.assertIn("never take", str(refused))
+        self.assertIn("qdsbypass on", refused.hint)
+        self.assertIsNone(world.group.refresh_job)
+        self.assertIn("could not begin", world.group.coherence.reason)
+        world.settle()
+        for to in ("on", "off"):
+            asked = world.group.switch_bypass(to)
+            world.settle()
+            self.successResultOf(asked)
+        world.attach()
+        world.say("connected")
+        self.assertIsNotNone(world.group.refresh_job)
 
 
 class RestartTests(CoherenceTestCase):

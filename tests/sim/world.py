@@ -14,6 +14,7 @@ from typing import Any
 
 from twisted.internet.defer import maybeDeferred
 
+from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.records import BoundUnit
 from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.limits import KIB, SILENT_PEER_SECONDS
@@ -536,6 +537,18 @@ class World(Clients):
             self._refresh("auto")
         if self._needs_new_memory():
             self.kill_master()
+        if self._is_full_for_good():
+            self.switch_bypass()
+
+    def _is_full_for_good(self) -> bool:
+        """Tell whether full writelogs hold what a secondary can never take: bypass gives it up."""
+        group = self.driver.group if self.driver is not None and self.serving else None
+        return (
+            group is not None
+            and group.bypass.phase == "off"
+            and bool(group.pmd.link.get("diverged"))
+            and not group.units[0].writelog.control_room(HEADER_BYTES + 16)
+        )
 
     def _needs_operator(self) -> bool:
         """Tell whether the driver is in a bypass that it does not leave by itself."""
