@@ -96,6 +96,8 @@ class Model:
         self.is_held = False
         #: By LDSU, the sectors of its mirror that somebody else has changed, and at which step.
         self.damaged: list[dict[int, int]] = [{} for _ in mirrors]
+        #: By LDSU and content, at which step somebody else has written it.
+        self._junk: dict[tuple[int, bytes], int] = {}
         self._watch_disks()
         self.counts: dict[str, int] = {}
 
@@ -393,6 +395,7 @@ class Model:
         """PREFIX: what is written to a mirror is durable in the journal."""
         self._count("mirror writes")
         if self.rolling:
+            self._rolled(ldsu, offset, data)
             return
         if self.is_held:
             raise Violation(f"PREFIX: mirror {ldsu} is written while a checkpoint holds")
@@ -406,6 +409,15 @@ class Model:
                     f"PREFIX: LDSU {ldsu} at {offset + at}: {tag!r} is written to the mirror and "
                     "not durable in the journal"
                 )
+
+    def _rolled(self, ldsu: int, offset: int, data: bytes) -> None:
+        """Learn that a rollback brings back what somebody else had changed, or undoes it."""
+        for at in range(0, len(data), SECTOR):
+            step = self._junk.get((ldsu, data[at : at + SECTOR]))
+            if step is None:
+                self.damaged[ldsu].pop(offset + at, None)
+            else:
+                self.damaged[ldsu][offset + at] = step
 
     def check_mirror(
         self,
@@ -516,6 +528,7 @@ class Model:
             return False
         mirror.seen[at : at + SECTOR] = mirror.durable[at : at + SECTOR] = junk
         self.damaged[ldsu][at] = step
+        self._junk[ldsu, junk] = step
         self.usable_damaged = True
         return True
 

@@ -99,8 +99,11 @@ class Synchrony:
 
         Of an end of being degraded that is on its way to be durable, the one before decides.
         """
-        assert self._world.driver is not None
-        if self._world.driver.group.answering.degraded is None:
+        world = self._world
+        assert world.driver is not None
+        # (Of writelogs that have all failed, that is on record instead.)
+        is_known = len(world.model.unlogged) < len(world.config.ldsus)
+        if is_known and world.driver.group.answering.degraded is None:
             self._pay()
         self.near = []
 
