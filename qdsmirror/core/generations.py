@@ -34,6 +34,17 @@ def grown(
     return kept if len(kept) <= GENERATIONS_MAX else None
 
 
+def begun(generations: Sequence[Generation], next_gsn: int) -> tuple[Generation, ...]:
+    """Give the list without what a crash took together with the switch that brought it.
+
+    The primary may go back to before it, too, and begin another there.
+
+    :param next_gsn: the number behind the last frame that is there.
+    """
+    there = tuple(one for one in generations if one.first_gsn < next_gsn)
+    return there or tuple(generations[:1])
+
+
 def covering(generations: Sequence[Generation], gsn: int) -> int | None:
     """Give the index of the generation that a number belongs to; ``None`` before the first."""
     found = [i for i, generation in enumerate(generations) if generation.first_gsn <= gsn]

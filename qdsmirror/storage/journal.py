@@ -30,6 +30,7 @@ from qdsmirror.core.frames import (
     control_payload,
     entries,
 )
+from qdsmirror.core.generations import begun
 from qdsmirror.core.held import Held, mark_name
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.core.verify import Kept, Range, Verdict, parse_rows
@@ -208,7 +209,8 @@ class Mirror:
             count += done.frames
         self._unsure_gsn = scan.reached.gsn - 1
         # A checkpoint too may stand in one slot only so far.
-        self.checkpoint(self.applied, scan.reached)
+        known = begun(self.journal.superblock.generations, scan.reached.gsn)
+        self.checkpoint(self.applied, scan.reached, generations=known)
         return count
 
     def check_foreign(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qdsmirror.core.generations import awaits_switch, covering, grown, settle
+from qdsmirror.core.generations import awaits_switch, begun, covering, grown, settle
 from qdsmirror.core.records import BoundUnit, Generation
 from qdsmirror.core.ring import Ring
 from qdsmirror.core.superblock import Superblock
@@ -94,6 +94,12 @@ class ListTests(SynchronousTestCase):
         self.assertIsNone(grown(full, new, 0, 28))
         self.assertEqual(grown(full, new, 0, 29), (full[0], *full[2:], new))
         self.assertEqual(grown(full[:3], new, 0, 999), (*full[:3], new))
+
+    def test_begun_with_its_switch(self) -> None:
+        known = (FIRST, SECOND)
+        for gsn, count in ((99, 2), (21, 2), (20, 1), (11, 1), (10, 1), (1, 1)):
+            self.assertEqual(begun(known, gsn), known[:count])
+        self.assertEqual(begun((), 1), ())
 
     def test_covering(self) -> None:
         known = (FIRST, SECOND)

@@ -20,7 +20,7 @@ from qdsmirror.core.frames import (
     Entry,
     parse_header,
 )
-from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor
+from qdsmirror.core.records import RECORD_HEADER_BYTES, Cursor, Generation
 from qdsmirror.core.verify import Row, Verdict, pack_rows
 from qdsmirror.errors import CorruptError, DeviceFailedError, MismatchError, QdsError
 from qdsmirror.storage.journal import Mirror, change_of
@@ -165,6 +165,16 @@ class ReplayTests(SynchronousTestCase):
             copy = site.copy()
             copy.devices["/journal"].corrupt(slot, bytes(8 * KIB))
             self.assertEqual(copy.superblock.tail, superblock.tail)
+
+    def test_a_generation_whose_switch_is_lost(self) -> None:
+        """GENERATION: the primary may go back behind it, and begin another one there."""
+        for lost in (0, 1):
+            site, _ = filled()
+            known = site.superblock.generations
+            more = Generation(b"another one here", site.maker.gsn - 1 + lost)
+            site.journal.update(both=True, generations=(*known, more))
+            site.open().replay()
+            self.assertEqual(site.superblock.generations, known if lost else (*known, more))
 
     def test_again_changes_nothing(self) -> None:
         site, prefixes = filled()
