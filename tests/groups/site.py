@@ -164,6 +164,7 @@ class Sites:
         tunables: str = "",
         mirror_size: int | None = None,
         paths: int = 1,
+        before_bytes: int = 0,
     ) -> None:
         self.test = test
         place = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"
@@ -184,7 +185,7 @@ class Sites:
         self.config: GroupConfig = load_group(self.paths["alpha"], 0)
         self._sparse(writelog, journal, mirror_size or size)
         self.initialise_writelogs()
-        self.initialise_journal()
+        self.initialise_journal(before_bytes)
         self._nbd = socket.socket(socket.AF_UNIX)
         self._nbd.bind(str(self.base / "nbd"))
         self._nbd.listen()
@@ -243,9 +244,10 @@ class Sites:
             )
             device.close()
 
-    def initialise_journal(self) -> None:
+    def initialise_journal(self, before_bytes: int = 0) -> None:
         device = open_device(self.base / "journal", writable=True)
-        Writelog.initialise(device, role="journal", group=0, units=self._units("mirror"))
+        units = self._units("mirror")
+        Writelog.initialise(device, role="journal", group=0, units=units, before_bytes=before_bytes)
         device.close()
 
     # -- life ---------------------------------------------------------------------------------

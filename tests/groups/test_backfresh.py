@@ -16,7 +16,10 @@ from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.groups import agreeing
 from qdsmirror.groups import backfresh as backfresh_module
 from qdsmirror.groups import fetching as fetching_module
+from qdsmirror.storage.device import open_device
+from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.keep import KeepFile, KeepWriter
+from qdsmirror.storage.rollback import roll_back
 from qdsmirror.storage.superblock import read_superblock
 from tests.fakes import MemoryDevice
 from tests.groups.site import MIB, Sites, Steps
@@ -511,5 +514,41 @@ class DiscardTests(MiddleTestCase):
         self.assertEqual([self.sites.data(index) for index in range(2)], before)
         self.assertTrue(self.driver.coherent)
         yield self.written(0, MIB // 2, b"p" * 4096)
+        yield self.sites.drained()
+        self.sites.assert_equal()
+
+    @inlineCallbacks
+    def test_back_to_a_mirror_that_was_rolled_back(self) -> Steps:
+        """Its history is its own: the primary follows it, and the mirror the primary from there."""
+        yield self.begin_work(before_bytes=3 * MIB, journal=8 * MIB)
+        yield self.written(0, 0, b"q" * 4096)
+        yield self.sites.drained()
+        before = [self.sites.mirror(index) for index in range(2)]
+        self.spoil(0, 0, MIB)
+        self.spoil(1, 0, MIB)
+        self.sites.cable.budget = MIB
+        yield self.driver.refresh("full")
+        yield self.sites.until(lambda: not self.sites.cable.pipes, "the link to be cut")
+        yield self.sites.stop_rmd()
+        yield self.driver.kill_refresh()
+        self.assertNotEqual([self.sites.mirror(index) for index in range(2)], before)
+        mirror = Mirror.open(self.sites.config, open_device)
+        roll_back(mirror)
+        mirror.close()
+        self.assertEqual([self.sites.mirror(index) for index in range(2)], before)
+        yield self.sites.start_rmd()
+        link = self.driver.pmd
+        yield self.sites.until(lambda: link.link["state"] == "refused", "the refusal")
+        yield self.begin("discard")
+        yield self.ended()
+        self.assertEqual([self.sites.data(index) for index in range(2)], before)
+        self.assertTrue(self.driver.coherent)
+        for n in range(4):
+            yield self.written(n % 2, n * CHUNK, bytes([n + 1]) * 8192)
+        yield self.sites.drained()
+        self.sites.assert_equal()
+        yield self.sites.stop_rmd()
+        yield self.sites.start_rmd()
+        yield self.written(1, MIB // 2, b"r" * 4096)
         yield self.sites.drained()
         self.sites.assert_equal()
