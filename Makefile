@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 DEBIAN := make python3 python3-venv git \
           nbdkit libnbd-bin nbdfuse python3-libnbd qemu-utils qemu-system-common fio \
           fuse3 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk util-linux mount kmod iproute2 procps socat openssl \
-          sqlite3 mandoc man-db zsh \
+          sqlite3 logrotate mandoc man-db zsh \
           qemu-system-x86 linux-image-amd64 busybox-static prometheus
 # Packages of the list above under the names that this release of Debian knows.
 KNOWN = $$(for p in $(DEBIAN); do apt-cache show $$p >/dev/null 2>&1 && echo $$p; done)
