@@ -140,6 +140,15 @@ class OutUnit:
         return cursor
 
 
+def _read_on(reader: LogReader, limit: int, durable: int) -> tuple[list[LogFrame], bool]:
+    """Read a writelog's next frames; tell also whether it stops before its durable end; blocking.
+
+    A crash may leave pads at the end of what is durable, without their record: then there are none.
+    """
+    found = reader.read(limit, durable)
+    return found, not found and reader.position < durable
+
+
 class Outbound:
     """The sending side of one session.
 
@@ -258,26 +267,29 @@ class Outbound:
     def _read(self, hungry: list[OutUnit]) -> None:
         self._reading = True
         limit = self._read_bytes
-        readers = [(u.reader, u.durable) for u in hungry if u.reader is not None]
+        readers = [(u.reader, u) for u in hungry if u.reader is not None]
 
-        def job() -> list[list[LogFrame]]:
-            return [reader.read(limit, upto) for reader, upto in readers]
+        def job() -> list[tuple[list[LogFrame], bool]]:
+            return [_read_on(reader, limit, unit.durable) for reader, unit in readers]
 
         link = self._link
 
-        def done(found: list[list[LogFrame]] | None, error: BaseException | None) -> None:
+        def done(
+            found: list[tuple[list[LogFrame], bool]] | None, error: BaseException | None
+        ) -> None:
             self._reading = False
             if self._link is not link:
                 return
-            for i, (unit, (reader, upto)) in enumerate(zip(hungry, readers, strict=True)):
-                if found and found[i]:
-                    unit.buffer.extend(found[i])
-                    self._heads[unit.buffer[0].header.gsn_first] = unit
-                # A crash may leave pads at the end of what is durable, without their record.
-                elif error or reader.position < upto:
+            for (reader, unit), (got, torn) in zip(
+                readers, found or [([], True)] * len(readers), strict=True
+            ):
+                if torn:
                     self.end()
                     self._failed(unit.unreadable(error or reader.stopped))
                     return
+                if got:
+                    unit.buffer.extend(got)
+                    self._heads[unit.buffer[0].header.gsn_first] = unit
             self.pump()
 
         self._worker.run(job, done)
