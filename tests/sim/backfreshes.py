@@ -41,6 +41,8 @@ class Backfreshes:
         self.ending = False
         self.gives_up = False
         self.awaits_replay = False
+        #: The generation that the one that ends goes back to, if a rollback has begun that.
+        self._mirror = b""
         #: Told when a history is given up.
         self.given_up: Callable[[], None] = lambda: None
 
@@ -79,8 +81,9 @@ class Backfreshes:
         index = superblock.units[0].index
         if state.phase == ENDED:
             self.ending, self.gives_up = True, bool(state.discard)
+            self._mirror = state.generation if state.generation in self._model.rolled else b""
             if state.discard:
-                self._model.leaves_bypass(state.discard)
+                self._model.leaves_bypass(state.discard, self._mirror)
         if state.phase == ENDED or state.done:
             self._check_fetched(index, state)
 
@@ -108,12 +111,13 @@ class Backfreshes:
     def go_back(self, index: int, chain: bytes) -> None:
         """Take an earlier place of an LDSU's history for its last."""
         model = self._model
-        made = model.find(index, model.lineage.newest, chain)
+        made = model.find(index, self._mirror or model.lineage.newest, chain)
         if made is None:
             raise Violation(f"GENERATION: LDSU {index} goes back to a place that never was")
         model.tips[index] = model._applied_checked[index] = model._tail_checked[index] = made
         # A power cut there may have left later frames, behind one that it took: it stands here.
         model.held[index] = made
+        model.acked = min(model.acked, made.gsn_last)
 
     def ended(self) -> None:
         """COHERENT: data devices, mirrors and history are the same, all on the platters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 from qdsmirror.core.frames import (
@@ -122,6 +122,19 @@ class Made:
         return made
 
     @classmethod
+    def rolled_back(
+        cls, ldsu: int, generation: bytes, point: Point, gsn_last: int, content: bytes
+    ) -> Made:
+        """Give the place where a mirror stands that was rolled back: its history begins there."""
+        made = cls(
+            ldsu, None, generation, point.sequence - 1, point.chain, 0, (gsn_last, gsn_last),
+            (), 0, (),
+        )  # fmt: skip
+        made.durable = made.journaled = True
+        made._content = content
+        return made
+
+    @classmethod
     def lost(
         cls, tip: Made, generation: bytes, point: Point, gsn_last: int, content: bytes
     ) -> Made:
@@ -177,19 +190,22 @@ class Lineage:
     """The generations of one history; each but the first began when a bypass was left.
 
     :ivar newest: of which frames are made now.
+    :param rolled: those that rollbacks have begun: a backfresh may go back to one.
     """
 
-    def __init__(self, first: bytes) -> None:
+    def __init__(self, first: bytes, rolled: Collection[bytes] = ()) -> None:
         self.newest = first
+        self._rolled = rolled
         self._before: dict[bytes, bytes] = {}
         self._contents: dict[bytes, list[bytes]] = {}
 
-    def announce(self, generation: bytes, contents: Sequence[bytes]) -> None:
+    def announce(self, generation: bytes, contents: Sequence[bytes], before: bytes = b"") -> None:
         """Learn of a generation that may begin: the newest one's bypass is being left.
 
         :param contents: what the LDSUs hold by then, by index.
+        :param before: the one that it goes on from; by default the newest.
         """
-        self._before[generation] = self.newest
+        self._before[generation] = before or self.newest
         self._contents[generation] = list(contents)
 
     def knows(self, generation: bytes) -> bool:
@@ -200,13 +216,14 @@ class Lineage:
 
     def begin(self, generation: bytes) -> bool:
         """Take it for the newest; tell whether it can be."""
-        if self._before.get(generation) == self.newest:
+        before = self._before.get(generation)
+        if before is not None and (before == self.newest or before in self._rolled):
             self.newest = generation
         return generation == self.newest
 
     def go_back(self, generation: bytes) -> None:
         """Take one before the newest for it: what came after is given up."""
-        if generation in self.before(self.newest):
+        if generation in self.before(self.newest) or generation in self._rolled:
             self.newest = generation
 
     def before(self, generation: bytes) -> list[bytes]:

@@ -62,6 +62,8 @@ class Model:
     ) -> None:
         self.disks, self.data, self.mirrors, self.journal = disks, data, mirrors, journal
         self.made: dict[tuple[int, bytes, bytes], Made] = {}
+        #: The generations that rollbacks have begun.
+        self.rolled: set[bytes] = set()
         self.tags: dict[tuple[int, bytes], list[Made]] = {}
         self.tips: list[Made] = []
         self.sectors = [Sectors(content) for content in contents]
@@ -89,9 +91,8 @@ class Model:
         #: What the mirrors held when they were last usable; ``None`` while they are.
         self.usable: list[bytes] | None = None
         self.usable_damaged = False
-        #: Whether a rollback is under way; and the generations that rollbacks have begun.
+        #: Whether a rollback is under way.
         self.rolling = False
-        self.rolled: set[bytes] = set()
         #: Whether a checkpoint holds: nothing may be written to a mirror (rules.md 22).
         self.is_held = False
         #: By LDSU, the sectors of its mirror that somebody else has changed, and at which step.
@@ -102,7 +103,7 @@ class Model:
         self.counts: dict[str, int] = {}
 
     def begin_generation(self, generation: bytes, contents: Sequence[bytes]) -> None:
-        self.lineage = Lineage(generation)
+        self.lineage = Lineage(generation, self.rolled)
         self.acked = 0
         self.tips = [
             Made.root(index, generation, content) for index, content in enumerate(contents)
@@ -111,6 +112,8 @@ class Model:
             self.made[tip.ldsu, generation, GENESIS] = tip
         self._applied_checked = list(self.tips)
         self._tail_checked = list(self.tips)
+        #: By LDSU, up to where a recovery has found all of it on the data device.
+        self._recovered = list(self.tips)
         #: The last frame of each history that the journal's platters held.
         self.held = list(self.tips)
 
@@ -445,6 +448,16 @@ class Model:
             if not self.is_journaled(made):
                 raise Violation(f"TAIL: counted and not in the journal: {made.line()}")
 
+    def rolls_back(self, superblock: Superblock) -> None:
+        """Learn of a generation that a rollback begins, and where its mirrors will stand."""
+        generation, place = superblock.generation, superblock.applied
+        self.rolled.add(generation)
+        assert self.usable is not None
+        for index, content in enumerate(self.usable):
+            point = place.point(index)
+            made = Made.rolled_back(index, generation, point, place.gsn - 1, content)
+            self.made[index, generation, point.chain] = made
+
     def refresh_begins(self, superblock: Superblock) -> None:
         """Learn that a mirror is about to become unusable."""
         if superblock.coherent:
@@ -646,8 +659,11 @@ class Model:
             self._tail_checked[index] = tip
             self._skip(tip)
 
-    def leaves_bypass(self, generation: bytes) -> None:
-        """Learn that a writelog's superblock is to name a new generation (rules.md 11)."""
+    def leaves_bypass(self, generation: bytes, before: bytes = b"") -> None:
+        """Learn that a writelog's superblock is to name a new generation (rules.md 11).
+
+        :param before: of a mirror that was rolled back, if it goes on from there.
+        """
         if self.lineage.knows(generation):
             return
         self._count("generations begun")
@@ -655,11 +671,20 @@ class Model:
             if disk.unsynced:
                 raise Violation(f"NO-HIDDEN: bypass is left, and of LDSU {index} not all is synced")
         contents = [bytes(disk.durable) for disk in self.data]
-        self.lineage.announce(generation, contents)
+        self.lineage.announce(generation, contents, before)
         for tip, content in zip(self.tips, contents, strict=True):
             if tip.is_loss:
                 # A refresh that finds its mirror equal to this brings no frame of it.
                 tip.went_past(content)
+
+    def controls_behind(self, position: int) -> int:
+        """Give how many frames without entries the first writelog holds behind a position."""
+        made: Made | None = self.tips[0]
+        count = 0
+        while made is not None and made.end > position:
+            count += not made.entries
+            made = made.parent
+        return count
 
     @staticmethod
     def _passed(tip: Made, done: Made, position: int, check: Any) -> Made:
@@ -676,6 +701,9 @@ class Model:
     def _check_applied(self, made: Made) -> None:
         """Check that the data device's platters hold a frame, or what came after it."""
         if made.ldsu in self.dead and self.is_exempt(made.ldsu):
+            return
+        if made.sequence <= self._recovered[made.ldsu].sequence:
+            # Found there with all the rest; since then bypass may have changed it.
             return
         durable = self.data[made.ldsu].durable
         for offset, length, kind, data in made.entries:
@@ -752,6 +780,7 @@ class Model:
                 self.sectors[index].recovered(found, ())
             if index not in self.dead and not self.unlogged:
                 self.check_content(tip, found, generation, self.dirty(index) if direct else None)
+                self._recovered[index] = tip
             if index not in self.dead:
                 self.sectors[index].check_survived(found, f"LDSU {index}")
             self.sectors[index].recovered(found, self.data[index].unsynced)

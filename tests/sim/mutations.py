@@ -339,7 +339,7 @@ def _space_used_again_before_that_is_durable(patch: Patch) -> None:
     patch(DriverUnit, "committed", _wrapped(DriverUnit, "committed", after=free))
 
 
-@mutation("COHERENT", seeds=200, first=139)
+@mutation("COHERENT", seeds=200, first=10700)
 def _no_reserve_for_control_frames(patch: Patch) -> None:
     patch(Writelog, "_reserve", property(lambda _self: 0))
 

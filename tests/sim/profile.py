@@ -109,14 +109,9 @@ class Profile:
             # (A mirror that was damaged unnoticed is what it would make the data devices.)
             faults["backfresh"] = Random(f"backfresh {faults}").choice((0, 0, 0, 60, 150))
         before = own.choice((0, 0, 32 * KIB, 256 * KIB, 256 * KIB))
-        # (A mirror that was rolled back has a history of its own, which a backfresh's model lacks.)
+        # (Beside a backfresh only where a secondary has stopped for want of before-images.)
         rolls = before and not faults.get("backfresh")
         faults["rollback"] = own.choice((20, 60)) if rolls else 0
-        checkpoint_hold = own.choice(("release", "strict"))
-        before_images_full = own.choice(("give-up", "give-up", "stop"))
-        if faults.get("backfresh"):
-            # (Only a rollback leads on where a secondary has stopped.)
-            before_images_full = "give-up"
         return cls(
             steps=choose((200, 400, 800)),
             ldsus=choose((1, 2, 2, 3)),
@@ -139,9 +134,9 @@ class Profile:
             slow=choose(("", "", "journal", "mirror", "data", "commit", "writelog", "reader")),
             verify_rate=last.choice((256, 4096)) * KIB,
             verify_every=last.choice((0.0, 0.0, 2.0)),
-            checkpoint_hold=checkpoint_hold,
+            checkpoint_hold=own.choice(("release", "strict")),
             before_bytes=before,
-            before_images_full=before_images_full,
+            before_images_full=own.choice(("give-up", "give-up", "stop")),
             faults=faults,
             **cls._draw_operation(aside, faults),
             paths=paths,

@@ -279,7 +279,7 @@ def _watched_superblock(world: Clients, original: Any) -> Any:
         if superblock.role == "writelog" and len(superblock.generations) > 1:
             world.model.leaves_bypass(superblock.generation)
         if superblock.role == "journal" and hasattr(world, "model") and world.model.rolling:
-            world.model.rolled.add(superblock.generation)
+            world.model.rolls_back(superblock)
         original(log, superblock, **kw)
         if not hasattr(world, "model"):
             return

@@ -17,7 +17,7 @@ from twisted.internet.defer import maybeDeferred
 from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.records import BoundUnit
 from qdsmirror.errors import BrokenError, DegradedError, QdsError
-from qdsmirror.limits import KIB, SILENT_PEER_SECONDS
+from qdsmirror.limits import CONTROL_RESERVE_BYTES, KIB, SILENT_PEER_SECONDS
 from qdsmirror.storage.journal import Mirror
 from qdsmirror.storage.rollback import roll_back
 from tests.sim.clients import Clients
@@ -543,12 +543,17 @@ class World(Clients):
     def _is_full_for_good(self) -> bool:
         """Tell whether full writelogs hold what a secondary can never take: bypass gives it up."""
         group = self.driver.group if self.driver is not None and self.serving else None
-        return (
-            group is not None
-            and group.bypass.phase == "off"
-            and bool(group.pmd.link.get("diverged"))
-            and not group.units[0].writelog.control_room(HEADER_BYTES + 16)
-        )
+        if group is None or group.bypass.phase != "off" or not group.pmd.link.get("diverged"):
+            return False
+        log = group.units[0].writelog
+        if log.control_room(HEADER_BYTES + 16):
+            return False
+        # What only control frames may use is used up by them alone.
+        if self.model.controls_behind(log.durable_tail) < CONTROL_RESERVE_BYTES // log.ring.align:
+            raise Violation(
+                "COHERENT: a refresh finds no room, though nothing has used its reserve"
+            )
+        return True
 
     def _needs_operator(self) -> bool:
         """Tell whether the driver is in a bypass that it does not leave by itself."""
