@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.logger import Logger
 
-from qdsmirror.core.frames import BREAK, HEADER_BYTES
+from qdsmirror.core.frames import BREAK
 from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event
 from qdsmirror.errors import DegradedError, QdsError, UsageError
@@ -275,11 +275,11 @@ class Bypass:
 
     def _frame_break(self, bypass: bytes) -> Deferred[None]:
         """Tell the secondary, in the order of things, that nothing comes after."""
-        unit = max(self._group.units, key=lambda u: u.writelog.control_room(HEADER_BYTES + 16))
+        unit = max(self._group.units, key=lambda u: u.own_frames.control_room)
         framed: Deferred[None] = Deferred()
 
         def turn() -> None:
-            room = unit.writelog.control_room(HEADER_BYTES + 16) - _ROOM_AFTER_BREAK
+            room = unit.own_frames.control_room - _ROOM_AFTER_BREAK
             if room <= 0 or unit.own_frames.control(BREAK, bypass) is None:
                 self.log.warn(
                     "{group}: no room for a break in its writelogs: the secondary will not know",

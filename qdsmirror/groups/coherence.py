@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.logger import Logger
 
-from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.generations import Settled
 from qdsmirror.core.states import Event, Mode
 from qdsmirror.errors import DegradedError, QdsError, UsageError
@@ -92,8 +91,7 @@ class Coherence:
         :raises DegradedError: it is full of what the secondary, of another history, never takes.
         """
         group = self._group
-        room = group.units[0].writelog.control_room(HEADER_BYTES + 16)
-        if group.pmd.link.get("diverged") and not room:
+        if group.pmd.link.get("diverged") and not group.units[0].own_frames.control_room:
             raise DegradedError(
                 f"{group.name}: no room for a refresh: its writelogs are full of what the "
                 "secondary, of another history, can never take",

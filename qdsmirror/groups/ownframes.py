@@ -17,6 +17,8 @@ from qdsmirror.groups.framing import UnitFrame
 if TYPE_CHECKING:
     from qdsmirror.groups.unit import DriverUnit
 
+_ID_BYTES = 16
+
 
 class OwnFrames:
     """Appends the group's own frames of one LDSU, each in its turn (:meth:`when_free`)."""
@@ -34,6 +36,11 @@ class OwnFrames:
         """Let those go on that wait for their turn, as far as no append is under way."""
         while self._turns and not self._unit.appending:
             self._turns.popleft()()
+
+    @property
+    def control_room(self) -> int:
+        """How many control frames there is room for that name a refresh, bypass or generation."""
+        return self._unit.writelog.control_room(HEADER_BYTES + _ID_BYTES)
 
     def control(self, kind: int, payload: bytes = b"", *, reserve: bool = True) -> UnitFrame | None:
         """Append a control frame, from the reserve if need be (rules.md 9), durably soon.

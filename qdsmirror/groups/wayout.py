@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import inlineCallbacks
 from twisted.logger import Logger
 
-from qdsmirror.core.frames import HEADER_BYTES, SWITCH
+from qdsmirror.core.frames import SWITCH
 from qdsmirror.core.generations import grown
 from qdsmirror.core.records import Cursor, Generation
 from qdsmirror.core.states import Event
@@ -65,7 +65,7 @@ class WayOut:
         """Give the list with another generation, unless there is no room for its beginning."""
         group = self._group
         log = group.units[0].writelog
-        if log.control_room(HEADER_BYTES + 16) < _ROOM_TO_LEAVE:
+        if group.units[0].own_frames.control_room < _ROOM_TO_LEAVE:
             return None
         upto = min(unit.writelog.superblock.tail.gsn for unit in group.units) - 1
         new = Generation(ident, group.next_gsn)

@@ -398,7 +398,7 @@ class Model:
         """PREFIX: what is written to a mirror is durable in the journal."""
         self._count("mirror writes")
         if self.rolling:
-            self._rolled(ldsu, offset, data)
+            self._restored(ldsu, offset, data)
             return
         if self.is_held:
             raise Violation(f"PREFIX: mirror {ldsu} is written while a checkpoint holds")
@@ -413,7 +413,7 @@ class Model:
                     "not durable in the journal"
                 )
 
-    def _rolled(self, ldsu: int, offset: int, data: bytes) -> None:
+    def _restored(self, ldsu: int, offset: int, data: bytes) -> None:
         """Learn that a rollback brings back what somebody else had changed, or undoes it."""
         for at in range(0, len(data), SECTOR):
             step = self._junk.get((ldsu, data[at : at + SECTOR]))

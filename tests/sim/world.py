@@ -14,7 +14,6 @@ from typing import Any
 
 from twisted.internet.defer import maybeDeferred
 
-from qdsmirror.core.frames import HEADER_BYTES
 from qdsmirror.core.records import BoundUnit
 from qdsmirror.errors import BrokenError, DegradedError, QdsError
 from qdsmirror.limits import CONTROL_RESERVE_BYTES, KIB, SILENT_PEER_SECONDS
@@ -545,9 +544,9 @@ class World(Clients):
         group = self.driver.group if self.driver is not None and self.serving else None
         if group is None or group.bypass.phase != "off" or not group.pmd.link.get("diverged"):
             return False
-        log = group.units[0].writelog
-        if log.control_room(HEADER_BYTES + 16):
+        if group.units[0].own_frames.control_room:
             return False
+        log = group.units[0].writelog
         # What only control frames may use is used up by them alone.
         if self.model.controls_behind(log.durable_tail) < CONTROL_RESERVE_BYTES // log.ring.align:
             raise Violation(
